@@ -1,0 +1,190 @@
+"""The data convention in one place: what a batch is, how a network is called, what its logits are.
+
+A batch is ``(inputs, targets)`` (a tuple or list of two) or unlabelled: a tensor, a tuple or list
+of one, or a mapping. A mapping with the key ``"labels"`` is labelled. Inputs are a tensor
+(``model(x)``), a tuple (``model(*x)``) or a mapping (``model(**x)``).
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from rarefy.errors import DataError, InputError
+from rarefy.types import Batch, Data, Inputs
+
+
+def split_batch(batch: Batch) -> tuple[Inputs, Tensor | None]:
+    """Return ``(inputs, targets)``; targets are None where the batch is unlabelled.
+
+    Raises:
+        DataError: the batch is none of the forms of the data convention.
+    """
+    if isinstance(batch, Mapping):
+        if "labels" in batch:
+            return {k: v for k, v in batch.items() if k != "labels"}, batch["labels"]
+        return batch, None
+    if isinstance(batch, Tensor):
+        return batch, None
+    if isinstance(batch, tuple | list) and len(batch) == 2:
+        inputs, targets = batch
+        return _inputs(inputs), targets
+    if isinstance(batch, tuple | list) and len(batch) == 1:
+        return _inputs(batch[0]), None
+    raise DataError(
+        "data",
+        f"a batch is a {type(batch).__name__}"
+        + (f" of {len(batch)}" if isinstance(batch, tuple | list) else ""),
+        "Yield (inputs, targets), or inputs alone as a tensor or a mapping",
+    )
+
+
+def _inputs(inputs: Any) -> Inputs:
+    if isinstance(inputs, Tensor | Mapping):
+        return inputs
+    if isinstance(inputs, tuple | list):
+        return tuple(inputs)
+    raise DataError(
+        "data",
+        f"inputs are a {type(inputs).__name__}",
+        "Give a tensor, a tuple of arguments or a mapping of keyword arguments",
+    )
+
+
+def call(model: Callable[..., Any], inputs: Inputs) -> Any:
+    """Call ``model`` with inputs of any of the three forms."""
+    if isinstance(inputs, Tensor):
+        return model(inputs)
+    if isinstance(inputs, Mapping):
+        return model(**inputs)
+    return model(*inputs)
+
+
+def logits(outputs: Any) -> Tensor:
+    """Return the tensor of a network's outputs: the tensor itself, or its ``logits``.
+
+    Raises:
+        InputError: the outputs hold no tensor under that name.
+    """
+    if isinstance(outputs, Tensor):
+        return outputs
+    if isinstance(outputs, Mapping) and isinstance(outputs.get("logits"), Tensor):
+        return outputs["logits"]  # type: ignore[no-any-return]
+    found = getattr(outputs, "logits", None)
+    if isinstance(found, Tensor):
+        return found
+    raise InputError(
+        "model outputs",
+        f"a {type(outputs).__name__} holds no logits",
+        "Return a tensor, or an object or mapping with a tensor named 'logits'",
+    )
+
+
+def map_tensors(function: Callable[[Tensor], Tensor], inputs: Any) -> Any:
+    """Apply ``function`` to every tensor of nested tuples, lists and mappings."""
+    if isinstance(inputs, Tensor):
+        return function(inputs)
+    if isinstance(inputs, Mapping):
+        return {k: map_tensors(function, v) for k, v in inputs.items()}
+    if isinstance(inputs, tuple | list):
+        return tuple(map_tensors(function, v) for v in inputs)
+    return inputs
+
+
+def tensors(inputs: Any) -> list[Tensor]:
+    """All tensors of nested tuples, lists and mappings, in order."""
+    found: list[Tensor] = []
+
+    def note(tensor: Tensor) -> Tensor:
+        found.append(tensor)
+        return tensor
+
+    map_tensors(note, inputs)
+    return found
+
+
+def batch_size(inputs: Inputs) -> int:
+    """Length of the first dimension of the first tensor that has one.
+
+    Raises:
+        DataError: no tensor with a dimension is among the inputs.
+    """
+    for tensor in tensors(inputs):
+        if tensor.ndim:
+            return tensor.shape[0]
+    raise DataError("data", "a batch holds no tensor with a batch dimension", "Yield batches")
+
+
+def take(inputs: Inputs, n: int) -> Inputs:
+    """The first ``n`` examples of a batch."""
+    return map_tensors(lambda t: t[:n] if t.ndim else t, inputs)  # type: ignore[no-any-return]
+
+
+def batches(data: Data, where: str) -> Iterator[tuple[Inputs, Tensor | None]]:
+    """Iterate over ``(inputs, targets)``, refusing data that yield nothing.
+
+    Raises:
+        DataError: ``data`` is not iterable, is exhausted or yields no batch.
+    """
+    if isinstance(data, Tensor | Mapping) or not isinstance(iter_or_none(data), Iterator):
+        raise DataError(
+            where,
+            f"{type(data).__name__} is not an iterable of batches",
+            "Give a DataLoader or a list of batches",
+        )
+    empty = True
+    for batch in data:
+        inputs, targets = split_batch(batch)
+        if batch_size(inputs):
+            empty = False
+            yield inputs, targets
+    if empty:
+        raise DataError(
+            where,
+            "the data yielded no example",
+            "Check the data function; a generator can be read only once, a DataLoader any number "
+            "of times",
+        )
+
+
+def iter_or_none(data: Any) -> Iterator[Any] | None:
+    """``iter(data)``, or None where that is impossible."""
+    try:
+        return iter(data)
+    except TypeError:
+        return None
+
+
+@contextmanager
+def evaluating(*models: nn.Module) -> Iterator[None]:
+    """Eval mode without gradients; the training flag of every submodule is restored after."""
+    flags = [(module, module.training) for model in models for module in model.modules()]
+    for model in models:
+        model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, flag in flags:
+            module.training = flag
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Seed Python's, NumPy's and torch's global generators; their states are restored after."""
+    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
+    with torch.random.fork_rng():
+        random.seed(seed)
+        np.random.seed(seed % 2**32)  # noqa: NPY002
+        torch.manual_seed(seed)
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)  # noqa: NPY002

@@ -1,0 +1,317 @@
+"""A captured network as plain data, and the module that runs it.
+
+A :class:`Graph` is a frozen list of ATen calls. It holds no tensor and no code: it can be written
+to JSON, read back and compared. A :class:`GraphModel` is the ``nn.Module`` that runs a graph with
+parameters and buffers of its own, under the paths that they have in the user's module.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from rarefy.errors import FormatError, InputError
+
+
+@dataclass(frozen=True)
+class Ref:
+    """The value of another node, by name."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class Spec:
+    """Shape and dtype of one tensor, at the batch size of the capture."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+Value: TypeAlias = "Spec | int | float | bool | tuple[Value, ...] | None"
+"""What a node returns: a tensor's spec, a number known at capture, or several of these."""
+
+
+@dataclass(frozen=True)
+class Node:
+    """One step of a graph.
+
+    Attributes:
+        name: unique within the graph.
+        op: an operator such as ``"aten.conv2d.default"``, or ``"input"``, ``"tensor"`` (a
+            parameter, buffer or constant of the model) or ``"output"``.
+        args: arguments; other nodes' values appear as :class:`Ref`, nested at will. For a
+            ``"tensor"`` the path, for the ``"output"`` the list of outputs.
+        kwargs: keyword arguments.
+        value: what it returned at capture.
+        scope: path of the module whose forward made the call.
+        source: the line of the user's code that made the call, ``"file.py:12: x = ..."``.
+    """
+
+    name: str
+    op: str
+    args: tuple[Any, ...] = ()
+    kwargs: Mapping[str, Any] | None = None
+    value: Value = None
+    scope: str = ""
+    source: str = ""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the node's tensor.
+
+        Raises:
+            InputError: the node does not return one tensor.
+        """
+        if not isinstance(self.value, Spec):
+            raise InputError(f"node {self.name}", "it does not return one tensor", "Ask another")
+        return self.value.shape
+
+    @property
+    def options(self) -> Mapping[str, Any]:
+        """Keyword arguments, never None."""
+        return self.kwargs or {}
+
+    @property
+    def path(self) -> str:
+        """Path of the parameter or buffer that a ``"tensor"`` node reads."""
+        return str(self.args[0])
+
+    @cached_property
+    def inputs(self) -> tuple[str, ...]:
+        """Names of the nodes whose values this node reads, in order."""
+        return tuple(ref.name for ref in refs((self.args, dict(self.options))))
+
+
+def refs(arg: Any) -> Iterator[Ref]:
+    """All references in nested arguments."""
+    if isinstance(arg, Ref):
+        yield arg
+    elif isinstance(arg, tuple | list):
+        for item in arg:
+            yield from refs(item)
+    elif isinstance(arg, Mapping):
+        for item in arg.values():
+            yield from refs(item)
+    elif isinstance(arg, slice):
+        yield from refs((arg.start, arg.stop, arg.step))
+
+
+def substitute(arg: Any, lookup: Callable[[Ref], Any]) -> Any:
+    """Nested arguments with every reference replaced by ``lookup(reference)``."""
+    if isinstance(arg, Ref):
+        return lookup(arg)
+    if isinstance(arg, list):
+        return [substitute(item, lookup) for item in arg]
+    if isinstance(arg, tuple):
+        return tuple(substitute(item, lookup) for item in arg)
+    if isinstance(arg, Mapping):
+        return {key: substitute(item, lookup) for key, item in arg.items()}
+    return arg
+
+
+@dataclass(frozen=True)
+class Graph:
+    """A network's computation: nodes in order of execution, and how arguments are flattened.
+
+    Attributes:
+        nodes: inputs, tensors, calls, and one ``"output"`` last.
+        in_spec: pytree structure of ``(args, kwargs)``, as JSON.
+        out_spec: pytree structure of the result, as JSON.
+    """
+
+    nodes: tuple[Node, ...]
+    in_spec: str
+    out_spec: str
+
+    @cached_property
+    def by_name(self) -> Mapping[str, Node]:
+        """Node of each name."""
+        return {node.name: node for node in self.nodes}
+
+    @cached_property
+    def users(self) -> Mapping[str, tuple[Node, ...]]:
+        """For each node's name, the nodes that read its value (each once)."""
+        found: dict[str, list[Node]] = {node.name: [] for node in self.nodes}
+        for node in self.nodes:
+            for name in dict.fromkeys(node.inputs):
+                found[name].append(node)
+        return {name: tuple(nodes) for name, nodes in found.items()}
+
+    @property
+    def calls(self) -> Iterator[Node]:
+        """The nodes that compute something."""
+        return (n for n in self.nodes if n.op not in ("input", "tensor", "output"))
+
+    @cached_property
+    def tensor_paths(self) -> frozenset[str]:
+        """Paths of all parameters, buffers and constants that are read."""
+        return frozenset(n.path for n in self.nodes if n.op == "tensor")
+
+    @property
+    def output(self) -> Node:
+        """The last node."""
+        return self.nodes[-1]
+
+    def with_nodes(self, nodes: Sequence[Node]) -> Graph:
+        """The same graph with other nodes."""
+        return replace(self, nodes=tuple(nodes))
+
+
+SCALAR_OPS: Mapping[str, Callable[..., Any]] = {
+    f"operator.{name}": getattr(operator, name)
+    for name in ("getitem", "add", "sub", "mul", "floordiv", "mod", "neg", "truediv", "pow")
+    + ("eq", "ne", "lt", "le", "gt", "ge")
+} | {
+    "torch.sym_float": torch.sym_float,
+    "torch.sym_int": torch.sym_int,
+    "torch.sym_max": torch.sym_max,
+    "torch.sym_min": torch.sym_min,
+    "math.ceil": torch.sym_int,
+}
+"""Operators on the numbers of a dynamic shape; all others are ATen's."""
+
+
+def resolve(op: str) -> Callable[..., Any]:
+    """The function behind an operator's name; only ATen's and :data:`SCALAR_OPS` are known.
+
+    Raises:
+        FormatError: the name is not that of such an operator.
+    """
+    if op in SCALAR_OPS:
+        return SCALAR_OPS[op]
+    namespace, _, rest = op.partition(".")
+    name, _, overload = rest.partition(".")
+    if namespace == "aten" and name.isidentifier() and overload.isidentifier():
+        packet = getattr(torch.ops.aten, name, None)
+        found = getattr(packet, overload, None)
+        if isinstance(found, torch._ops.OpOverload):
+            return found
+    raise FormatError(
+        f"operator {op!r}",
+        "it is not an ATen operator that this version of PyTorch has",
+        "Use the PyTorch version that wrote the file, or a newer one",
+    )
+
+
+class _Container(nn.Module):
+    """A nameless place for parameters under a dotted path."""
+
+
+def assign(root: nn.Module, path: str, tensor: Tensor, *, buffer: bool = False) -> None:
+    """Put a tensor at ``path`` below ``root``, making the containers on the way."""
+    *parents, leaf = path.split(".")
+    module = root
+    for name in parents:
+        if name not in module._modules:
+            module.add_module(name, _Container())
+        module = module.get_submodule(name)
+    if buffer:
+        module.register_buffer(leaf, tensor)
+    elif isinstance(tensor, nn.Parameter):
+        module.register_parameter(leaf, tensor)
+    else:
+        module.register_parameter(leaf, nn.Parameter(tensor))
+
+
+TRAINING_FLAG = {"aten.batch_norm.default": 5, "aten.dropout.default": 2}
+"""Operators that act differently in training, and which argument says so."""
+
+
+class GraphModel(nn.Module):
+    """A network that runs a :class:`Graph`, with tensors under the paths of the original.
+
+    It trains (``train()`` and ``eval()`` switch BatchNorm and dropout), copies, moves between
+    devices and exports like any module; its ``state_dict`` has the original's keys.
+
+    Args:
+        graph: what to compute.
+        parameters: path to parameter; all that the graph reads.
+        buffers: path to buffer or constant; all that the graph reads.
+
+    Raises:
+        InputError: the graph reads a tensor that is not given.
+    """
+
+    def __init__(
+        self, graph: Graph, parameters: Mapping[str, Tensor], buffers: Mapping[str, Tensor]
+    ) -> None:
+        super().__init__()
+        missing = sorted(graph.tensor_paths - parameters.keys() - buffers.keys())
+        if missing:
+            raise InputError("GraphModel", f"no tensor for {missing}", "Give every tensor read")
+        self.graph = graph
+        for path, tensor in parameters.items():
+            assign(self, path, tensor)
+        for path, tensor in buffers.items():
+            assign(self, path, tensor, buffer=True)
+        self._in_spec = pytree.treespec_loads(graph.in_spec)
+        self._out_spec = pytree.treespec_loads(graph.out_spec)
+        self._steps = [(n, _function(n)) for n in graph.nodes]
+        self._last_use = last_use(graph)
+        self.eval()
+
+    def tensor(self, path: str) -> Tensor:
+        """The parameter or buffer at ``path``."""
+        module_path, _, leaf = path.rpartition(".")
+        found = getattr(self.get_submodule(module_path), leaf)
+        assert isinstance(found, Tensor)
+        return found
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the graph; arguments as those of the capture, of any batch size it allows."""
+        flat, spec = pytree.tree_flatten((args, kwargs))
+        if spec != self._in_spec:
+            raise InputError(
+                "forward(...)",
+                f"arguments are structured as {spec}, the graph was captured with {self._in_spec}",
+                "Call it as it was captured",
+            )
+        values: dict[str, Any] = {}
+        given = iter(flat)
+        for node, function in self._steps:
+            if node.op == "input":
+                values[node.name] = next(given)
+            elif node.op == "tensor":
+                values[node.name] = self.tensor(node.path)
+            elif node.op == "output":
+                outputs = substitute(node.args[0], lambda ref: values[ref.name])
+                return pytree.tree_unflatten(outputs, self._out_spec)
+            else:
+                assert function is not None
+                values[node.name] = self.step(node, function, values)
+            for name in self._last_use[node.name]:
+                del values[name]
+        raise AssertionError("a graph ends with its output")
+
+    def step(self, node: Node, function: Callable[..., Any], values: Mapping[str, Any]) -> Any:
+        """Run one call on the values of the nodes before it."""
+        args = substitute(node.args, lambda ref: values[ref.name])
+        if self.training and node.op in TRAINING_FLAG:
+            flag = TRAINING_FLAG[node.op]
+            args = (*args[:flag], True, *args[flag + 1 :])
+        return function(*args, **substitute(node.options, lambda ref: values[ref.name]))
+
+
+def _function(node: Node) -> Callable[..., Any] | None:
+    return None if node.op in ("input", "tensor", "output") else resolve(node.op)
+
+
+def last_use(graph: Graph) -> Mapping[str, tuple[str, ...]]:
+    """For each node, the values that nobody reads after it (its own, where nobody ever does)."""
+    last = {node.name: node.name for node in graph.nodes}
+    for node in graph.nodes:
+        for name in node.inputs:
+            last[name] = node.name
+    done: dict[str, list[str]] = {node.name: [] for node in graph.nodes}
+    for name, user in last.items():
+        if user != graph.output.name:
+            done[user].append(name)
+    return {name: tuple(names) for name, names in done.items()}

@@ -1,0 +1,240 @@
+"""Frozen values that options and results are made of. No logic lives here beyond validation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+from torch import Tensor
+
+from rarefy.errors import BudgetError, InputError
+
+Inputs: TypeAlias = "Tensor | tuple[Any, ...] | Mapping[str, Any]"
+"""What a network is called with: a tensor ``model(x)``, a tuple ``model(*x)``, a mapping
+``model(**x)``."""
+
+Batch: TypeAlias = Any
+"""``(inputs, targets)``, or unlabelled ``inputs``; see :mod:`rarefy.batches`."""
+
+Data: TypeAlias = Iterable[Batch]
+"""Any iterable of batches that can be iterated more than once, such as a ``DataLoader``."""
+
+
+def _check_share(owner: str, name: str, value: float | None) -> None:
+    if value is not None and not 0 < value <= 1:
+        raise BudgetError(
+            f"{owner}({name}={value!r})",
+            "a budget is the share of the original that may remain, above 0 and at most 1",
+            f"Write {name}=0.5 to keep half",
+        )
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How much of a network may remain. Exactly one of the shares is given.
+
+    Args:
+        macs: share of the multiply-accumulate operations to keep, in (0, 1].
+        params: share of the parameters to keep, in (0, 1].
+        sparsity: share of units (or weights) to *remove*, in [0, 1).
+        scope: ``"global"`` ranks all units of the network together; ``"local"`` takes the same
+            share from every group.
+        min_keep: the smallest number of units that any group keeps.
+        max_drop: the largest share of a group's units that may go, in (0, 1].
+        round_to: widths are rounded up to a multiple of this number where that is possible.
+
+    Raises:
+        BudgetError: no share or several are given, or one is out of range.
+
+    Example:
+        >>> Budget(macs=0.5).macs
+        0.5
+    """
+
+    macs: float | None = None
+    params: float | None = None
+    sparsity: float | None = None
+    scope: str = "global"
+    min_keep: int = 1
+    max_drop: float = 0.95
+    round_to: int = 1
+
+    def __post_init__(self) -> None:
+        given = [n for n in ("macs", "params", "sparsity") if getattr(self, n) is not None]
+        if len(given) != 1:
+            raise BudgetError(
+                "Budget(...)",
+                f"exactly one of macs, params and sparsity must be given, not {given or 'none'}",
+                "Write for example Budget(macs=0.5)",
+            )
+        _check_share("Budget", "macs", self.macs)
+        _check_share("Budget", "params", self.params)
+        _check_share("Budget", "max_drop", self.max_drop)
+        if self.sparsity is not None and not 0 <= self.sparsity < 1:
+            raise BudgetError(
+                f"Budget(sparsity={self.sparsity!r})",
+                "sparsity is the share that goes, at least 0 and below 1",
+                "Write sparsity=0.5 to remove half",
+            )
+        if self.scope not in ("global", "local"):
+            raise BudgetError(
+                f"Budget(scope={self.scope!r})", "unknown scope", "Use 'global' or 'local'"
+            )
+        for name in ("min_keep", "round_to"):
+            if getattr(self, name) < 1:
+                raise BudgetError(
+                    f"Budget({name}={getattr(self, name)!r})",
+                    f"{name} must be at least 1",
+                    f"Write {name}=1",
+                )
+
+
+@dataclass(frozen=True)
+class Int8:
+    """Static int8: unsigned 8-bit activations, signed 8-bit weights with a scale per channel.
+
+    Args:
+        observer: how activation ranges are found: ``"minmax"``, ``"percentile"`` or ``"mse"``.
+        percentile: the share of values that ``"percentile"`` keeps, in (0.5, 1].
+
+    Example:
+        >>> Int8(observer="mse").observer
+        'mse'
+    """
+
+    observer: str = "mse"
+    percentile: float = 0.9999
+
+    def __post_init__(self) -> None:
+        if self.observer not in ("minmax", "percentile", "mse"):
+            raise InputError(
+                f"Int8(observer={self.observer!r})",
+                "unknown observer",
+                "Use 'minmax', 'percentile' or 'mse'",
+            )
+        if not 0.5 < self.percentile <= 1:
+            raise InputError(
+                f"Int8(percentile={self.percentile!r})",
+                "the share of values kept must be above 0.5 and at most 1",
+                "Write percentile=0.9999",
+            )
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a compression must reach to be called a success; every figure is measured.
+
+    Args:
+        speedup: latency of the original over latency of the result, in the same runtime.
+        size: bytes of the original's file over bytes of the result's file.
+        max_drop: the largest loss of the metric, e.g. 0.01 for one point of accuracy.
+    """
+
+    speedup: float | None = None
+    size: float | None = None
+    max_drop: float | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("speedup", "size"):
+            value = getattr(self, name)
+            if value is not None and not value >= 1:
+                raise InputError(
+                    f"Target({name}={value!r})", "a target factor is at least 1", "Write 2 for half"
+                )
+        if self.max_drop is not None and not 0 <= self.max_drop <= 1:
+            raise InputError(
+                f"Target(max_drop={self.max_drop!r})",
+                "a drop is a share between 0 and 1",
+                "Write 0.01 for one point",
+            )
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Latency of one call in milliseconds: median, 10th and 90th percentile."""
+
+    median: float
+    p10: float
+    p90: float
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What was measured on one file in one runtime.
+
+    Attributes:
+        path: the file that was measured.
+        runtime: e.g. ``"onnxruntime"``, with its version.
+        threads: intra-op threads.
+        bytes: size of the file on disk.
+        latency_ms: per call, on the inputs given.
+        calls: how many calls were timed.
+    """
+
+    path: str
+    runtime: str
+    threads: int
+    bytes: int
+    latency_ms: Latency
+    calls: int
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of a compression with what was measured on its artefact.
+
+    Attributes:
+        name: ``"teacher"``, ``"pruned"``, ``"distilled"``, ``"quantized"``.
+        accuracy: top-1 of the reloaded artefact, 0 to 1.
+        params: number of parameters.
+        macs: multiply-accumulate operations of one example.
+        bytes: size of the safetensors file on disk.
+        onnx_bytes: size of the exported ONNX file on disk.
+        latency_ms: of the ONNX file in onnxruntime.
+        seconds: wall time that the stage took to make.
+        notes: what the reader must know: what was left alone, which target was missed.
+    """
+
+    name: str
+    accuracy: float
+    params: int
+    macs: int
+    bytes: int
+    onnx_bytes: int
+    latency_ms: Latency
+    seconds: float
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Width:
+    """The width of one layer before and after (output channels or features)."""
+
+    layer: str
+    before: int
+    after: int
+
+
+@dataclass(frozen=True)
+class Check:
+    """One claim held against its limit: ``met`` is computed from measured figures."""
+
+    claim: str
+    value: float
+    limit: float
+    met: bool
+
+
+@dataclass(frozen=True)
+class Report:
+    """Everything a page shows. Written by :mod:`rarefy.reporting`."""
+
+    title: str
+    stages: tuple[Stage, ...]
+    widths: tuple[Width, ...]
+    checks: tuple[Check, ...]
+    frozen: tuple[str, ...]
+    seed: int
+    seconds: float
+    environment: Mapping[str, str] = field(default_factory=dict)
