@@ -48,6 +48,8 @@ def capture(model: nn.Module, example_inputs: Inputs) -> Capture:
     Raises:
         CaptureError: ``torch.export`` cannot follow the network; the message names the line.
     """
+    if isinstance(model, GraphModel):
+        return Capture(model.graph, {}, dynamic_batch=True)
     inputs = _widen(example_inputs)
     args, kwargs = _arguments(inputs)
     buffers = {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
@@ -107,13 +109,13 @@ def _export(
         leaves = [n.meta["val"] for n in program.graph.nodes if n.op == "placeholder"]
         symbolic = any(isinstance(v, Tensor) and _is_dynamic(v) for v in leaves)
         return program, symbolic
-    error = errors[-1]
+    last = errors[-1]
     raise CaptureError(
         f"capture of {type(model).__name__}",
-        f"torch.export cannot follow its forward: {_first_line(error)}{_user_line(error)}",
+        f"torch.export cannot follow its forward: {_first_line(last)}{_user_line(last)}",
         "Check that the model runs on the example inputs; replace Python decisions on tensor "
         "values by torch.where, or move them out of forward",
-    ) from error
+    ) from last
 
 
 def _is_dynamic(value: Tensor) -> bool:
@@ -219,7 +221,7 @@ def _op_name(target: Any) -> str:
 def _source(stack_trace: str) -> str:
     """Last user line of a stack trace as ``file.py:12: code``."""
     found = re.findall(r'File "([^"]+)", line (\d+), in .*\n\s*(.*)', stack_trace)
-    own = [f for f in found if "/torch/nn/" not in f[0]] or found
+    own = [f for f in found if "/torch/nn/" not in f[0]]
     if not own:
         return ""
     file, line, code = own[-1]
@@ -244,14 +246,17 @@ def _value(value: Any) -> Value:
     if isinstance(value, tuple | list):
         return tuple(_value(v) for v in value)
     if isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool):
-        return value.node.hint  # type: ignore[no-any-return]
+        hint = value.node.hint
+        return hint if isinstance(hint, int | float | bool) else None
     if isinstance(value, int | float | bool):
         return value
     return None
 
 
 def _size(size: int | torch.SymInt) -> int:
-    return size if isinstance(size, int) else int(size.node.hint)
+    hint = size if isinstance(size, int) else size.node.hint
+    assert isinstance(hint, int)
+    return hint
 
 
 # --- clean-up ----------------------------------------------------------------------------------

@@ -1,0 +1,177 @@
+"""``trace``: what can be removed from a network, and what cannot and why."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from torch import Tensor, nn
+
+from rarefy.errors import InputError
+from rarefy.graph.capture import Capture, capture
+from rarefy.graph.groups import Coupling, Group, group, resolve
+from rarefy.graph.labels import Atoms
+from rarefy.graph.ops import EXTENT, Flow, walk
+from rarefy.types import Inputs
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """Entries of one tensor dimension that cannot be removed.
+
+    Attributes:
+        path: parameter or buffer.
+        dim: dimension.
+        entries: how many of its entries are fixed.
+        size: how many it has.
+        operator: the ATen operator that fixes them.
+        reason: why, in words.
+        source: line of the user's code, where known.
+    """
+
+    path: str
+    dim: int
+    entries: int
+    size: int
+    operator: str
+    reason: str
+    source: str
+
+    def __str__(self) -> str:
+        part = "" if self.entries == self.size else f" ({self.entries} of {self.size})"
+        place = f" at {self.source}" if self.source else ""
+        return f"{self.path} dim {self.dim}{part}: {self.operator}: {self.reason}{place}"
+
+
+@dataclass(frozen=True)
+class Network:
+    """A traced network: what goes together, and what is frozen.
+
+    Attributes:
+        groups: removable units, grouped by what goes with them.
+        frozen: what cannot be removed, each with operator and reason.
+        unknown: operators that rarefy has no rule for, with how often they occur.
+        captured: the graph and its constants.
+        flow: labels of every value of the graph.
+        coupling: which entries go when units go.
+    """
+
+    groups: tuple[Group, ...]
+    frozen: tuple[Frozen, ...]
+    unknown: Mapping[str, int]
+    captured: Capture
+    flow: Flow
+    coupling: Coupling
+
+    def labels(self, node: str, dim: int) -> Atoms | None:
+        """Atoms along one dimension of a node's tensor."""
+        found = self.flow.labels[node][dim]
+        assert found is None or isinstance(found, np.ndarray)
+        return found
+
+    def __str__(self) -> str:
+        lines = [f"{len(self.groups)} groups, {sum(map(len, self.groups))} removable units"]
+        if self.groups:
+            wide = max(len(g.name) for g in self.groups)
+            lines.append(f"{'group':<{wide}}  units  tensors")
+            lines += [
+                f"{g.name:<{wide}}  {len(g):>5}  "
+                + ", ".join(f"{m.path}[{m.dim}]" for m in g.members[:4])
+                + (f" and {len(g.members) - 4} more" if len(g.members) > 4 else "")
+                for g in self.groups
+            ]
+        if self.frozen:
+            lines += ["", "frozen:", *(f"  {f}" for f in self.frozen)]
+        if self.unknown:
+            names = ", ".join(f"{op} ({n}x)" for op, n in self.unknown.items())
+            lines += ["", f"operators without a rule: {names}"]
+        return "\n".join(lines)
+
+
+def trace(model: nn.Module, example_inputs: Inputs) -> Network:
+    """Find the units of a network that can be removed, and everything that goes with each.
+
+    The network is captured once, in eval mode, and left as it was.
+
+    Args:
+        model: any module that ``torch.export`` can follow.
+        example_inputs: a tensor, a tuple of arguments or a mapping of keyword arguments, with a
+            batch dimension first.
+
+    Returns:
+        Groups, frozen parts with their reasons; ``print`` shows them as a table.
+
+    Raises:
+        InputError: the model has no parameter.
+        CaptureError: the network cannot be captured.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> [len(g) for g in trace(net, torch.zeros(2, 4)).groups]
+        [8]
+    """
+    if not isinstance(model, nn.Module):
+        raise InputError(
+            "trace(model)", f"a {type(model).__name__} is not a network", "Give an nn.Module"
+        )
+    if next(model.parameters(), None) is None:
+        raise InputError("trace(model)", "the model has no parameter", "Give a network to prune")
+    captured = capture(model, example_inputs)
+    flow = walk(captured.graph, storages(model))
+    coupling = resolve(flow.ledger)
+    tensors = {
+        (node.path, dim): atoms
+        for node in captured.graph.nodes
+        if node.op == "tensor"
+        for dim, atoms in enumerate(flow.labels[node.name])
+        if atoms is not None
+    }
+    groups = group(coupling, _in_order_of_use(captured, tensors))
+    return Network(groups, _frozen(flow, coupling, tensors), flow.unknown, captured, flow, coupling)
+
+
+def storages(model: nn.Module) -> dict[str, int]:
+    """Parameter and buffer path -> identity of its tensor; shared tensors have the same."""
+    named: list[tuple[str, Tensor]] = [
+        *model.named_parameters(remove_duplicate=False),
+        *model.named_buffers(remove_duplicate=False),
+    ]
+    return {path: id(tensor) for path, tensor in named}
+
+
+def _in_order_of_use(
+    captured: Capture, tensors: Mapping[tuple[str, int], Atoms]
+) -> dict[tuple[str, int], Atoms]:
+    path_of = {n.name: n.path for n in captured.graph.nodes if n.op == "tensor"}
+    used = dict.fromkeys(
+        path_of[name] for node in captured.graph.calls for name in node.inputs if name in path_of
+    )
+    ranked = {path: rank for rank, path in enumerate(used)}
+    keys = sorted(tensors, key=lambda key: (ranked.get(key[0], len(ranked)), key[1]))
+    return {key: tensors[key] for key in keys}
+
+
+def _frozen(
+    flow: Flow, coupling: Coupling, tensors: Mapping[tuple[str, int], Atoms]
+) -> tuple[Frozen, ...]:
+    found = []
+    for (path, dim), atoms in tensors.items():
+        components = coupling.component[atoms]
+        held = coupling.fixed[components]
+        if not held.any():
+            continue
+        number = int(coupling.cause[components[held]].max())
+        if number >= 0 and flow.ledger.fixings[number].reason == EXTENT:
+            continue
+        if number < 0:
+            operator, reason, source = "views", "is coupled with entries that cannot change", ""
+        else:
+            fixing = flow.ledger.fixings[number]
+            node = flow.graph.by_name.get(fixing.node)
+            operator, source = (node.op, node.source) if node else ("views", "")
+            reason = fixing.reason
+        found.append(Frozen(path, dim, int(held.sum()), len(atoms), operator, reason, source))
+    return tuple(found)

@@ -1,0 +1,177 @@
+"""``prune``: trace, score, select, cut, prove, and repair where data are given."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from rarefy.errors import InputError, ProofError
+from rarefy.graph.program import GraphModel
+from rarefy.graph.trace import Frozen, Network, trace
+from rarefy.pruning.criteria import Criterion, named
+from rarefy.pruning.masks import sparsify
+from rarefy.pruning.proof import Build, prove
+from rarefy.pruning.repair import repair
+from rarefy.pruning.select import Plan, select
+from rarefy.pruning.surgery import cut, kept_entries, rewrite
+from rarefy.types import Budget, Data, Inputs, Width
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """What a pruning did; the attribute ``pruned`` of its result.
+
+    Attributes:
+        kind: ``"module"`` where the user's class was kept, ``"graph"`` where its forward works
+            with sizes that cannot be changed and the captured graph was rewritten instead.
+        reason: why the class was not kept, or empty.
+        widths: width of every layer that changed, before and after.
+        kept: (path, dimension) -> entries of the original that stay.
+        frozen: what could not be pruned, and why.
+        error: largest difference from masking, relative to the outputs' sensitivity.
+    """
+
+    kind: str
+    reason: str
+    widths: tuple[Width, ...]
+    kept: Mapping[tuple[str, int], NDArray[np.int64]]
+    frozen: tuple[Frozen, ...]
+    error: float
+
+
+def prune(
+    model: nn.Module,
+    example_inputs: Inputs,
+    budget: Budget,
+    *,
+    criterion: str | Criterion = "magnitude",
+    structure: str = "channel",
+    data: Data | None = None,
+    exclude: Sequence[str] = (),
+    keep_class: bool = False,
+) -> nn.Module:
+    """Remove the least important units of a network, with proof.
+
+    The result is compared with the original whose removed units are zeroed at every coupled slice
+    (see :mod:`rarefy.pruning.proof`) before it is returned. The model itself is untouched.
+
+    Args:
+        model: a trained network.
+        example_inputs: a tensor, a tuple of arguments or a mapping of keyword arguments.
+        budget: how much may remain, e.g. ``Budget(macs=0.5)``.
+        criterion: ``"magnitude"``, ``"l1"``, ``"random"``, or a function
+            (:data:`~rarefy.pruning.criteria.Criterion`).
+        structure: ``"channel"`` removes channels, heads and hidden units; ``"weight"`` sets single
+            weights to zero, which makes files smaller but nothing faster.
+        data: batches (labels are not needed) with which the smaller network is repaired by least
+            squares and its BatchNorm statistics are estimated anew.
+        exclude: paths of modules or parameters whose own outputs keep their width.
+        keep_class: raise rather than return a rewritten graph.
+
+    Returns:
+        A new network in eval mode. Its attribute ``pruned`` is a :class:`Pruned` record.
+
+    Raises:
+        InputError: weights are not finite, nothing can be pruned, a name matches nothing.
+        BudgetError: the budget cannot be reached.
+        CaptureError: the network cannot be captured.
+        ProofError: the smaller network differs from masking; nothing is returned.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> prune(net, torch.randn(2, 4), Budget(sparsity=0.5))[0]
+        Linear(in_features=4, out_features=4, bias=True)
+    """
+    check_finite(model)
+    if structure == "weight":
+        return sparsify(model, budget, exclude=exclude)
+    if structure != "channel":
+        raise InputError(
+            f"prune(structure={structure!r})",
+            "unknown structure",
+            "Use 'channel' (units really removed) or 'weight' (single weights set to zero)",
+        )
+    network = trace(model, example_inputs)
+    tensors = dict(model.named_parameters(remove_duplicate=False))
+    score = named(criterion)
+    scores = [score(group, tensors).double().cpu().numpy() for group in network.groups]
+    plan = select(network, model, scores, budget, exclude)
+    small = operate(model, example_inputs, network, plan, keep_class=keep_class)
+    return small if data is None else repair(model, small, data)
+
+
+def operate(
+    model: nn.Module,
+    example_inputs: Inputs,
+    network: Network,
+    plan: Plan,
+    *,
+    keep_class: bool = False,
+) -> nn.Module:
+    """Carry out a plan with proof: on the user's class where that holds, else on the graph.
+
+    Raises:
+        ProofError: neither way equals masking, or the class cannot be kept though it must be.
+    """
+    kind, reason = "module", ""
+    build: Build = lambda m, p: cut(m, network, p)  # noqa: E731 - two ways behind one name
+    try:
+        if isinstance(model, GraphModel):
+            raise ProofError("prune", "it is a graph already", "Nothing")
+        error = prove(model, example_inputs, network, plan, build)
+    except ProofError as failure:
+        kind, reason = "graph", failure.what.removesuffix("; nothing was returned")
+        if keep_class:
+            raise ProofError(
+                f"prune({type(model).__name__}, keep_class=True)",
+                f"its forward does not work with other widths: {reason}",
+                "Write sizes in forward as x.shape[...] or module attributes, exclude that layer, "
+                "or accept a rewritten graph (keep_class=False)",
+            ) from failure
+        build = lambda m, p: rewrite(m, network, p)  # noqa: E731
+        error = prove(model, example_inputs, network, plan, build)
+    small = build(model, plan)
+    small.eval()
+    kept = kept_entries(network, plan)
+    small.pruned = Pruned(  # type: ignore[assignment]
+        kind, reason, _widths(model, kept), kept, network.frozen, error
+    )
+    return small
+
+
+def check_finite(model: nn.Module) -> None:
+    """Refuse weights that are NaN or infinite.
+
+    Raises:
+        InputError: names the first such parameter.
+    """
+    for path, parameter in model.named_parameters():
+        if parameter.is_floating_point() and not bool(torch.isfinite(parameter).all()):
+            raise InputError(
+                f"parameter {path}",
+                "it holds NaN or infinite values",
+                "Load a checkpoint from before training diverged",
+            )
+
+
+def _widths(
+    model: nn.Module, kept: Mapping[tuple[str, int], NDArray[np.int64]]
+) -> tuple[Width, ...]:
+    """Output width of every layer with a kernel, before and after."""
+    found = []
+    for path, parameter in model.named_parameters():
+        if parameter.ndim < 2:
+            continue
+        owner = path.rpartition(".")[0]
+        transposed = isinstance(model.get_submodule(owner), nn.modules.conv._ConvTransposeNd)
+        dim = 1 if transposed else 0
+        after = len(kept.get((path, dim), range(parameter.shape[dim])))
+        found.append(Width(owner or path, parameter.shape[dim], after))
+    return tuple(found)

@@ -1,0 +1,311 @@
+"""Scores and a budget -> which units go."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from math import prod
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import nn
+
+from rarefy.errors import BudgetError, InputError
+from rarefy.graph.count import graph_macs
+from rarefy.graph.groups import Group, Mask
+from rarefy.graph.program import Spec
+from rarefy.graph.trace import Network
+from rarefy.types import Budget
+
+Scores = Sequence[NDArray[np.float64]]
+"""One array per group, shape (units,)."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What goes.
+
+    Attributes:
+        removed: for each unit of the network's coupling, whether it goes.
+        gone: for each atom, whether it goes.
+    """
+
+    removed: Mask
+    gone: Mask
+
+    @classmethod
+    def of(cls, network: Network, removed: Mask) -> Plan:
+        """The plan that removes these units and all that goes with them."""
+        return cls(removed, network.coupling.gone(removed))
+
+    def kept(self, network: Network, group: Group) -> int:
+        """Number of units of a group that stay."""
+        return int((~self.removed[group.units]).sum())
+
+
+def select(
+    network: Network,
+    model: nn.Module,
+    scores: Scores,
+    budget: Budget,
+    exclude: Sequence[str] = (),
+) -> Plan:
+    """Choose the units that go so that what remains fits the budget.
+
+    Units are ranked by score: within each group (``scope="local"``), or over the whole network by
+    score per saved cost (``scope="global"``). Every group keeps ``min_keep`` units and loses at
+    most ``max_drop`` of them, and every tensor keeps an entry along every dimension.
+
+    Args:
+        network: the trace.
+        model: the network, for the sizes of its parameters.
+        scores: importance of every unit, one array per group.
+        budget: what may remain.
+        exclude: module or parameter paths whose outputs keep their width.
+
+    Raises:
+        InputError: an excluded name matches nothing; nothing can be pruned.
+        BudgetError: the budget cannot be reached; the message says what can.
+    """
+    open_groups = _open(network, model, exclude)
+    if not open_groups:
+        raise InputError(
+            "prune(model)",
+            "no unit of this network can be removed",
+            "print(rarefy.trace(model, example_inputs)) says why for every tensor",
+        )
+    accountant = _Accountant(network, model)
+    floors = [_floor(network.groups[g], budget) for g in open_groups]
+    chooser = _local if budget.scope == "local" else _global
+    choose = chooser(network, open_groups, scores, floors, budget, accountant)
+    if budget.sparsity is not None:
+        return _keep_alive(network, choose(budget.sparsity), scores)
+    return _fit(network, accountant, choose, budget, scores)
+
+
+def _open(network: Network, model: nn.Module, exclude: Sequence[str]) -> list[int]:
+    """Groups none of whose own outputs is excluded."""
+    paths = {name for name, _ in model.named_modules()} | {n for n, _ in model.named_parameters()}
+    for name in exclude:
+        if name not in paths:
+            near = difflib.get_close_matches(name, sorted(paths - {""}), 3)
+            raise InputError(
+                f"prune(exclude=[{name!r}])",
+                "no module or parameter has that path",
+                f"Did you mean {' or '.join(near)}" if near else "See model.named_modules()",
+            )
+    transposed = {
+        path
+        for path, module in model.named_modules()
+        if isinstance(module, nn.modules.conv._ConvTransposeNd)
+    }
+
+    def excluded(group: Group) -> bool:
+        for member in group.members:
+            owner = member.path.rpartition(".")[0]
+            own_dim = 1 if owner in transposed and member.path.endswith(".weight") else 0
+            if member.dim == own_dim and any(
+                member.path == name or f"{member.path}.".startswith(f"{name}.") for name in exclude
+            ):
+                return True
+        return False
+
+    return [g for g, group in enumerate(network.groups) if not excluded(group)]
+
+
+def _floor(group: Group, budget: Budget) -> int:
+    """The number of units that a group keeps whatever the budget."""
+    most = math.floor(len(group) * budget.max_drop + 1e-9)
+    return min(len(group), max(budget.min_keep, len(group) - most, 1))
+
+
+class _Accountant:
+    """MACs and parameters that remain under a plan."""
+
+    def __init__(self, network: Network, model: nn.Module) -> None:
+        self.network = network
+        graph = network.captured.graph
+        self.tensors = {n.path: n.name for n in graph.nodes if n.op == "tensor"}
+        self.unread = 0
+        self.counted: list[str] = []
+        for path, parameter in model.named_parameters():
+            if path in self.tensors:
+                self.counted.append(self.tensors[path])
+            else:
+                self.unread += parameter.numel()
+        nothing = np.zeros(network.coupling.units, np.bool_)
+        self.macs_before = self.macs(Plan.of(network, nothing))
+        self.params_before = self.params(Plan.of(network, nothing))
+
+    def shape(self, plan: Plan) -> Callable[[str], tuple[int, ...]]:
+        survivors: dict[int, int] = {}
+
+        def left(size: int, atoms: NDArray[np.int64] | None) -> int:
+            if atoms is None:
+                return size
+            if id(atoms) not in survivors:
+                survivors[id(atoms)] = size - int(plan.gone[atoms].sum())
+            return survivors[id(atoms)]
+
+        def shape(name: str) -> tuple[int, ...]:
+            value = self.network.captured.graph.by_name[name].value
+            assert isinstance(value, Spec)
+            labels = self.network.flow.labels[name]
+            return tuple(left(n, a) for n, a in zip(value.shape, labels, strict=True))
+
+        return shape
+
+    def macs(self, plan: Plan) -> int:
+        return sum(graph_macs(self.network.captured.graph, self.shape(plan)).values())
+
+    def params(self, plan: Plan) -> int:
+        shape = self.shape(plan)
+        return self.unread + sum(prod(shape(name)) for name in self.counted)
+
+    def share(self, plan: Plan, budget: Budget) -> float:
+        if budget.macs is not None:
+            return self.macs(plan) / max(self.macs_before, 1)
+        return self.params(plan) / max(self.params_before, 1)
+
+    def savings(self, budget: Budget) -> list[float]:
+        """What removing one unit of each group saves, in MACs or parameters."""
+        before = self.params_before if budget.params is not None else self.macs_before
+        found = []
+        for group in self.network.groups:
+            removed = np.zeros(self.network.coupling.units, np.bool_)
+            removed[group.units[0]] = True
+            plan = Plan.of(self.network, removed)
+            after = self.params(plan) if budget.params is not None else self.macs(plan)
+            found.append(max(float(before - after), 1.0))
+        return found
+
+
+Chooser = Callable[[float], Mask]
+"""Share of units to remove, 0 to 1 -> which units go."""
+
+
+def _local(
+    network: Network,
+    groups: Sequence[int],
+    scores: Scores,
+    floors: Sequence[int],
+    budget: Budget,
+    accountant: _Accountant,
+) -> Chooser:
+    order = {g: np.argsort(scores[g], kind="stable") for g in groups}
+
+    def choose(share: float) -> Mask:
+        removed = np.zeros(network.coupling.units, np.bool_)
+        for g, floor in zip(groups, floors, strict=True):
+            units = network.groups[g].units
+            count = _rounded(math.floor(share * len(units) + 1e-9), len(units), floor, budget)
+            removed[units[order[g][:count]]] = True
+        return removed
+
+    return choose
+
+
+def _global(
+    network: Network,
+    groups: Sequence[int],
+    scores: Scores,
+    floors: Sequence[int],
+    budget: Budget,
+    accountant: _Accountant,
+) -> Chooser:
+    saved = accountant.savings(budget) if budget.sparsity is None else [1.0] * len(network.groups)
+    owner = np.concatenate([np.full(len(network.groups[g]), g) for g in groups])
+    value = np.concatenate([_ascending(scores[g]) / saved[g] for g in groups])
+    rank = np.argsort(value, kind="stable")
+    order = {g: np.argsort(scores[g], kind="stable") for g in groups}
+
+    def choose(share: float) -> Mask:
+        removed = np.zeros(network.coupling.units, np.bool_)
+        counts = np.bincount(owner[rank[: math.floor(share * len(rank) + 1e-9)]], minlength=1)
+        for g, floor in zip(groups, floors, strict=True):
+            units = network.groups[g].units
+            wanted = int(counts[g]) if g < len(counts) else 0
+            count = _rounded(wanted, len(units), floor, budget)
+            removed[units[order[g][:count]]] = True
+        return removed
+
+    return choose
+
+
+def _ascending(scores: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Scores of a group in ascending order: which of its units go is decided by ``order``."""
+    return np.asarray(np.sort(scores))
+
+
+def _rounded(count: int, size: int, floor: int, budget: Budget) -> int:
+    """How many of ``size`` units go so that a multiple of ``round_to`` stays, at least ``floor``."""
+    keep = max(size - count, floor)
+    if size > budget.round_to:
+        keep = min(size, math.ceil(keep / budget.round_to) * budget.round_to)
+    return size - keep
+
+
+def _fit(
+    network: Network,
+    accountant: _Accountant,
+    choose: Chooser,
+    budget: Budget,
+    scores: Scores,
+) -> Plan:
+    """The least removal that fits, by bisection over the share of units removed."""
+    limit = budget.macs if budget.macs is not None else budget.params
+    assert limit is not None
+    total = sum(len(g) for g in network.groups)
+    low, high = 0, total
+    most = _keep_alive(network, choose(1.0), scores)
+    reachable = accountant.share(most, budget)
+    if reachable > limit:
+        name = "macs" if budget.macs is not None else "params"
+        raise BudgetError(
+            f"prune(budget=Budget({name}={limit:g}))",
+            f"the smallest share that can remain is {reachable:.3f}",
+            f"Ask for {name}={math.ceil(reachable * 1000) / 1000:g} or more, or relax min_keep, "
+            "max_drop, round_to and exclude",
+        )
+    best = most
+    while low < high:
+        middle = (low + high) // 2
+        plan = _keep_alive(network, choose(middle / total), scores)
+        if accountant.share(plan, budget) <= limit:
+            best, high = plan, middle
+        else:
+            low = middle + 1
+    return best
+
+
+def _keep_alive(network: Network, removed: Mask, scores: Scores) -> Plan:
+    """Give back units until every dimension of every tensor keeps an entry."""
+    plan = Plan.of(network, removed)
+    value = np.zeros(network.coupling.units)
+    for group, score in zip(network.groups, scores, strict=True):
+        value[group.units] = score
+    seen: set[int] = set()
+    for labels in network.flow.labels.values():
+        for atoms in _arrays(labels):
+            if id(atoms) in seen or not plan.gone[atoms].all():
+                continue
+            seen.add(id(atoms))
+            units = np.unique(network.coupling.pairs(atoms)[0])
+            held = units[plan.removed[units]]
+            best = held[np.argmax(value[held])]
+            entries = network.coupling.pairs(atoms)
+            again = plan.removed.copy()
+            entry = entries[1][entries[0] == best][0]
+            again[entries[0][entries[1] == entry]] = False
+            plan = Plan.of(network, again)
+    return plan
+
+
+def _arrays(labels: object) -> list[NDArray[np.int64]]:
+    if isinstance(labels, np.ndarray):
+        return [labels]
+    if isinstance(labels, tuple):
+        return [atoms for part in labels for atoms in _arrays(part)]
+    return []
