@@ -8,7 +8,7 @@ of one, or a mapping. A mapping with the key ``"labels"`` is labelled. Inputs ar
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -132,7 +132,7 @@ def batches(data: Data, where: str) -> Iterator[tuple[Inputs, Tensor | None]]:
     Raises:
         DataError: ``data`` is not iterable, is exhausted or yields no batch.
     """
-    if isinstance(data, Tensor | Mapping) or not isinstance(iter_or_none(data), Iterator):
+    if isinstance(data, Tensor | Mapping) or not isinstance(data, Iterable):
         raise DataError(
             where,
             f"{type(data).__name__} is not an iterable of batches",
@@ -151,14 +151,6 @@ def batches(data: Data, where: str) -> Iterator[tuple[Inputs, Tensor | None]]:
             "Check the data function; a generator can be read only once, a DataLoader any number "
             "of times",
         )
-
-
-def iter_or_none(data: Any) -> Iterator[Any] | None:
-    """``iter(data)``, or None where that is impossible."""
-    try:
-        return iter(data)
-    except TypeError:
-        return None
 
 
 @contextmanager

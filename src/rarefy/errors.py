@@ -1,17 +1,17 @@
 """The error tree. Every error says where it arose, what is wrong, and what to do about it.
 
-    RarefyError
-    ├── InputError (also a ValueError)   an argument, a batch or a model that cannot be used
-    │   ├── DataError                    a data set or loader: empty, wrong shapes, NaN
-    │   ├── BudgetError                  a budget that cannot be reached
-    │   └── RecipeError                  a recipe file
-    ├── CaptureError                     the network cannot be turned into a graph
-    ├── ProofError                       a structural change that is not equal to masking
-    ├── TrainingError                    a loss or weight became NaN or infinite
-    ├── FormatError                      a file that is damaged, hostile or of another kind
-    ├── ExportError                      the network cannot be exported, or the export differs from it
-    ├── OutputError                      a place that cannot be written, or must not be overwritten
-    └── MissingExtraError (also an ImportError)   an optional dependency is not installed
+RarefyError
+├── InputError (also a ValueError)   an argument, a batch or a model that cannot be used
+│   ├── DataError                    a data set or loader: empty, wrong shapes, NaN
+│   ├── BudgetError                  a budget that cannot be reached
+│   └── RecipeError                  a recipe file
+├── CaptureError                     the network cannot be turned into a graph
+├── ProofError                       a structural change that is not equal to masking
+├── TrainingError                    a loss or weight became NaN or infinite
+├── FormatError                      a file that is damaged, hostile or of another kind
+├── ExportError                      the network cannot be exported, or the export differs from it
+├── OutputError                      a place that cannot be written, or must not be overwritten
+└── MissingExtraError (also an ImportError)   an optional dependency is not installed
 """
 
 

@@ -182,11 +182,11 @@ class Measurement:
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage of a compression with what was measured on its artefact.
+    """One stage of a compression with what was measured on its artifact.
 
     Attributes:
         name: ``"teacher"``, ``"pruned"``, ``"distilled"``, ``"quantized"``.
-        accuracy: top-1 of the reloaded artefact, 0 to 1.
+        accuracy: top-1 of the reloaded artifact, 0 to 1.
         params: number of parameters.
         macs: multiply-accumulate operations of one example.
         bytes: size of the safetensors file on disk.

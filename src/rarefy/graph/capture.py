@@ -263,10 +263,11 @@ def _size(size: int | torch.SymInt) -> int:
 
 _VIEWS = {
     f"aten.{name}"
-    for name in ("view", "reshape", "flatten", "permute", "transpose", "t", "slice", "select")
-    + ("expand", "expand_as", "unsqueeze", "squeeze", "split", "split_with_sizes", "chunk")
-    + ("unbind", "narrow", "unfold", "diagonal", "alias", "detach", "contiguous", "unflatten")
-    + ("view_as", "reshape_as", "movedim", "swapaxes", "numpy_T", "to", "dropout", "identity")
+    for name in (
+        "view reshape flatten permute transpose t slice select expand expand_as unsqueeze squeeze "
+        "split split_with_sizes chunk unbind narrow unfold diagonal alias detach contiguous "
+        "unflatten view_as reshape_as movedim swapaxes numpy_T to dropout identity"
+    ).split()
 }
 
 

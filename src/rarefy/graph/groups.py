@@ -134,7 +134,7 @@ def _components(size: int, ties: Sequence[tuple[Atoms, Atoms]]) -> NDArray[np.in
 def _causes(component: NDArray[np.int64], fixed_atoms: Mapping[int, int]) -> NDArray[np.int64]:
     """Per component: the fixing that holds it (-1: an entry that never had a label), or -2."""
     cause = np.full(int(component.max()) + 1, -2, np.int64)
-    for atom, number in reversed(fixed_atoms.items()):
+    for atom, number in fixed_atoms.items():
         c = component[atom]
         cause[c] = number if cause[c] < 0 else min(cause[c], number) if number >= 0 else cause[c]
     return cause
@@ -241,7 +241,8 @@ def group(coupling: Coupling, tensors: Mapping[tuple[str, int], Atoms]) -> tuple
 def _rows(held: tuple[Atoms, Atoms], units: Atoms, count: int) -> Atoms:
     """Positions of each unit, shape (units, count)."""
     start = np.searchsorted(held[0], units)
-    return held[1][start[:, None] + np.arange(count)]
+    rows: Atoms = held[1][start[:, None] + np.arange(count)]
+    return rows
 
 
 def _name(members: Sequence[Member]) -> str:

@@ -196,7 +196,7 @@ def _every(carried: Any) -> list[Atoms]:
 
 # --- zeros: where masked units give zero -------------------------------------------------------
 
-_KEEPS_ZERO = set(
+_KEEPS_ZERO = frozenset(
     "relu relu6 gelu silu tanh hardswish hardtanh leaky_relu elu selu celu mish softshrink "
     "hardshrink sin asin tan atan sinh sign neg abs sqrt square dropout alpha_dropout "
     "feature_dropout clone contiguous alias detach to _to_copy view reshape flatten unflatten "
@@ -207,7 +207,7 @@ _KEEPS_ZERO = set(
     "constant_pad_nd upsample_nearest2d upsample_bilinear2d upsample_nearest1d trunc round "
     "fake_quantize_per_tensor_affine fake_quantize_per_channel_affine".split()
 )
-_CONTRACTS = set(
+_CONTRACTS = frozenset(
     "conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d linear addmm matmul "
     "mm bmm einsum embedding".split()
 )
@@ -400,8 +400,7 @@ def _matmul(flow: Flow, node: Node) -> Carried:
             if e >= 0 and shape[e] > 1:
                 sides.append(head[e])
         lead.append(flow.tie(node, *sides) if sides else None)
-    tail = [side for side in ((a[-2],) if len(a) > 1 else ())]
-    tail += [b[-1]] if len(b) > 1 else []
+    tail = (a[-2:-1] if len(a) > 1 else ()) + (b[-1:] if len(b) > 1 else ())
     return (*lead, *tail)
 
 

@@ -167,8 +167,7 @@ class Graph:
 
 SCALAR_OPS: Mapping[str, Callable[..., Any]] = {
     f"operator.{name}": getattr(operator, name)
-    for name in ("getitem", "add", "sub", "mul", "floordiv", "mod", "neg", "truediv", "pow")
-    + ("eq", "ne", "lt", "le", "gt", "ge")
+    for name in "getitem add sub mul floordiv mod neg truediv pow eq ne lt le gt ge".split()
 } | {
     "torch.sym_float": torch.sym_float,
     "torch.sym_int": torch.sym_int,

@@ -59,7 +59,7 @@ def prunable(model: nn.Module, exclude: Sequence[str] = ()) -> list[Tensor]:
                 "no module or parameter has that path",
                 f"Did you mean {' or '.join(near)}" if near else "See model.named_modules()",
             )
-    found = [
+    found: list[Tensor] = [
         parameter
         for path, parameter in model.named_parameters()
         if parameter.ndim > 1

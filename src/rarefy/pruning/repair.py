@@ -116,9 +116,8 @@ def _collect(data: Data, samples: int) -> Inputs:
     ]
     result: Inputs = pytree.tree_unflatten(joined, leaves[0][1])
     for tensor in joined:
-        if isinstance(tensor, Tensor) and tensor.is_floating_point():
-            if not bool(torch.isfinite(tensor).all()):
-                raise DataError("repair(data)", "inputs are NaN or infinite", "Clean the data")
+        if isinstance(tensor, Tensor) and not bool(torch.isfinite(tensor).all()):
+            raise DataError("repair(data)", "inputs are NaN or infinite", "Clean the data")
     return result
 
 
@@ -247,12 +246,11 @@ class _Lockstep:
 
 
 def _aligned(first: GraphModel, second: GraphModel) -> list[tuple[Node | None, Node | None]]:
-    """Nodes of both graphs in one order: inputs and tensors of either as they come, calls paired."""
-    pairs: list[tuple[Node | None, Node | None]] = []
+    """Nodes of both graphs in one order: the second's inputs and tensors, then calls in pairs."""
     calls = iter(second.graph.calls)
-    for node in second.graph.nodes:
-        if node.op in ("input", "tensor"):
-            pairs.append((None, node))
+    pairs: list[tuple[Node | None, Node | None]] = [
+        (None, node) for node in second.graph.nodes if node.op in ("input", "tensor")
+    ]
     for node in first.graph.nodes:
         if node.op in ("input", "tensor"):
             pairs.append((node, None))
@@ -300,11 +298,9 @@ class _System:
             return cls(x[:, rows].double(), y[:, rows].double())
         groups = node.args[6] if len(node.args) > 6 else 1
         x, y = _patches(node, new, target.index_select(1, survivors), weight)
-        rows = _draw(x.shape[0], unknowns)
-        x, y = x[rows].double(), y[rows].double()
         return cls(
-            x.reshape(len(rows), groups, unknowns).transpose(0, 1),
-            y.reshape(len(rows), groups, -1).transpose(0, 1),
+            x.double().reshape(len(x), groups, unknowns).transpose(0, 1),
+            y.double().reshape(len(y), groups, -1).transpose(0, 1),
         )
 
     def solve(self, weight: Tensor, bias: Tensor | None) -> _Solved:
@@ -352,34 +348,20 @@ def _draw(rows: int, unknowns: int) -> Tensor:
 
 
 def _patches(node: Node, new: Tensor, target: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows (patch, output) of a convolution of any rank, at most a few positions per example."""
+    """Rows (patch, output) of a convolution of any rank, at positions drawn at random."""
     rank = weight.ndim - 2
-    kernel = weight.shape[2:]
-    stride = _full(node, 3, rank, 1)
-    dilation = _full(node, 5, rank, 1)
-    padding = _padding(node, rank, kernel, dilation)
-    sides = [side for pair in reversed(padding) for side in pair]
+    kernel, size = weight.shape[2:], target.shape[2:]
+    stride, dilation = _full(node, 3, rank, 1), _full(node, 5, rank, 1)
+    sides = [side for pair in reversed(_padding(node, rank, kernel, dilation)) for side in pair]
     padded = F.pad(new, sides) if any(sides) else new
-    size = target.shape[2:]
-    needed = max(ROWS * prod(weight.shape[1:]), 2048)
-    per_example = max(1, min(prod(size), -(-needed // new.shape[0])))
-    xs, ys = [], []
-    for example in range(new.shape[0]):
-        flat = torch.randperm(prod(size))[:per_example]
-        place = torch.unravel_index(flat, size)
-        window = padded[example]
-        index: list[Tensor | slice] = [slice(None)]
-        for d in range(rank):
-            starts = place[d] * stride[d]
-            offsets = torch.arange(kernel[d]) * dilation[d]
-            shape = [1] * (rank + 1)
-            shape[0] = len(flat)
-            shape[d + 1] = kernel[d]
-            grid = (starts[:, None] + offsets[None]).reshape(shape)
-            index.append(grid)
-        xs.append(window[tuple(index)].transpose(0, 1).flatten(1))
-        ys.append(target[example].flatten(1)[:, flat].transpose(0, 1))
-    return torch.cat(xs), torch.cat(ys)
+    drawn = _draw(new.shape[0] * prod(size), prod(weight.shape[1:]))
+    example, *place = torch.unravel_index(drawn, (new.shape[0], *size))
+    index = [example.reshape(-1, *[1] * rank)]
+    for d in range(rank):
+        taps = place[d][:, None] * stride[d] + torch.arange(kernel[d])[None] * dilation[d]
+        index.append(taps.reshape(-1, *[kernel[d] if e == d else 1 for e in range(rank)]))
+    patches = padded.movedim(1, -1)[tuple(index)]  # (rows, *kernel, channels)
+    return patches.movedim(-1, 1).flatten(1), target.movedim(1, -1)[(example, *place)]
 
 
 def _full(node: Node, position: int, rank: int, default: int) -> list[int]:

@@ -240,7 +240,7 @@ def _ascending(scores: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def _rounded(count: int, size: int, floor: int, budget: Budget) -> int:
-    """How many of ``size`` units go so that a multiple of ``round_to`` stays, at least ``floor``."""
+    """How many of ``size`` units go so that a multiple of ``round_to`` (and the floor) stays."""
     keep = max(size - count, floor)
     if size > budget.round_to:
         keep = min(size, math.ceil(keep / budget.round_to) * budget.round_to)

@@ -1,0 +1,157 @@
+"""The commands: ``rarefy demo``, ``rarefy compress``, ``rarefy inspect``."""
+
+from __future__ import annotations
+
+import sys
+from importlib import resources
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from rarefy import __version__
+from rarefy.errors import InputError, RarefyError
+
+app = typer.Typer(
+    name="rarefy",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Make a trained PyTorch network smaller and faster, and prove it.",
+)
+
+Out = Annotated[Path | None, typer.Option(help="Folder for the artifacts and the report.")]
+Resume = Annotated[
+    bool, typer.Option("--resume", help="Continue the run in the folder after its last stage.")
+]
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Replace the run that the folder holds.")
+]
+Quiet = Annotated[bool, typer.Option("--quiet", help="Show no progress.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+
+@app.command()
+def demo(
+    out: Out = None,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
+    quiet: Quiet = False,
+    seed: Annotated[int, typer.Option(help="Seed of everything random.", min=0)] = 0,
+    debug: Debug = False,
+) -> None:
+    """Do the main job on real handwritten digits: about two minutes on two cores.
+
+    Trains a ResNet-20, halves its computation, retrains it on the teacher's soft labels, quantizes
+    it to int8, and writes report.html with what was measured.
+    """
+    from rarefy.tasks.demo import run
+
+    result = run(out or Path("rarefy-demo"), resume, overwrite, seed, progress=not quiet)
+    _show(result.report, result.folder)
+
+
+@app.command()
+def compress(
+    recipe: Annotated[Path, typer.Argument(help="The recipe, a YAML file.")],
+    out: Out = None,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Compress your own network as a recipe says.
+
+    A recipe names a Python file, the functions in it that return the network and the data, and
+    the stages with their options. `rarefy recipe` prints one to start from.
+    """
+    from rarefy.pipeline import compress as run
+    from rarefy.recipe import load_recipe, resolve
+
+    plan = load_recipe(recipe)
+    job = resolve(plan)
+    result = run(
+        job.model,
+        train=job.train,
+        val=job.val,
+        test=job.test,
+        example_inputs=job.example_inputs,
+        target=plan.target.target() if plan.target else None,
+        stages=plan.stages,
+        out=out or plan.output,
+        title=f"{type(job.model).__name__} ({recipe.name})",
+        seed=plan.seed,
+        resume=resume,
+        overwrite=overwrite,
+        progress=not quiet,
+    )
+    _show(result.report, result.folder)
+
+
+@app.command()
+def recipe() -> None:
+    """Print a commented recipe to start from."""
+    text = resources.files("rarefy").joinpath("recipe/example.yaml").read_text(encoding="utf-8")
+    typer.echo(text, nl=False)
+
+
+@app.command()
+def inspect(
+    file: Annotated[Path, typer.Argument(help="A file written by rarefy.")], debug: Debug = False
+) -> None:
+    """Show what a saved network holds, tensor by tensor."""
+    from rarefy.storage.format import inspect as contents
+
+    typer.echo(str(contents(file)))
+
+
+def _show(report: object, folder: Path) -> None:
+    from rarefy.reporting.summary import terminal
+    from rarefy.types import Report
+
+    assert isinstance(report, Report)
+    console = Console()
+    console.print(terminal(report))
+    console.print(f"\n{folder / 'report.html'}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _version(value: bool) -> None:
+    if value:
+        typer.echo(f"rarefy {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+def main() -> None:
+    """Entry point: errors without traceback unless ``--debug``; exit status 1, 2 or 130."""
+    debug = "--debug" in sys.argv
+    try:
+        app()
+    except KeyboardInterrupt:
+        _say("interrupted: complete stages are on disk, continue with --resume")
+        sys.exit(130)
+    except RarefyError as error:
+        if debug:
+            raise
+        _say(str(error))
+        sys.exit(2 if isinstance(error, InputError) else 1)
+    except Exception as error:
+        if debug:
+            raise
+        _say(
+            f"unexpected {type(error).__name__}: {error}\nRun again with --debug for the traceback"
+        )
+        sys.exit(1)
+
+
+def _say(text: str) -> None:
+    Console(stderr=True).print(f"rarefy: {text}", style="red", markup=False, soft_wrap=True)

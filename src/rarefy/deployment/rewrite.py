@@ -1,0 +1,211 @@
+"""Rewrites of an exported ONNX graph: what is constant is stored as the integers it stands for.
+
+All functions change an ``onnx_ir.Model`` in place. They keep what the graph computes, up to the
+rounding of biases to 32-bit integers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, TypeAlias
+
+import numpy as np
+
+Array: TypeAlias = np.ndarray[Any, Any]
+
+
+def rewrite(model: Any) -> None:
+    """Apply all rewrites, in order."""
+    fold_weights(model)
+    fold_transposes(model)
+    merge_repeated(model)
+    global_pools(model)
+    integer_biases(model)
+    strip(model)
+
+
+def constant(value: Any) -> Array | None:
+    """The array of an initializer, or None for a computed value."""
+    if value is None or value.const_value is None or value.producer() is not None:
+        return None
+    return np.asarray(value.const_value.numpy())
+
+
+def fold_weights(model: Any) -> None:
+    """Store constants behind a QuantizeLinear as its integers."""
+    for node in _nodes(model, "QuantizeLinear"):
+        arrays = [constant(value) for value in node.inputs]
+        if len(arrays) < 3 or any(array is None for array in arrays):
+            continue
+        x, scale, zero_point = (np.asarray(array) for array in arrays)
+        axis = int(_number(node, "axis", 1))
+        shape = [1] * x.ndim
+        if scale.ndim:
+            shape[axis] = -1
+        limits = np.iinfo(zero_point.dtype)
+        q = np.rint(x / scale.reshape(shape)) + zero_point.reshape(shape).astype(np.float64)
+        q = q.clip(limits.min, limits.max).astype(zero_point.dtype)
+        _replace(model, node, add_constant(model, f"{node.inputs[0].name}_quantized", q))
+
+
+def fold_transposes(model: Any) -> None:
+    """Store a transposed matrix of integers instead of transposing it at every call."""
+    for node in _nodes(model, "Transpose"):
+        source = node.inputs[0].producer()
+        perm = node.attributes.get("perm")
+        if source is None or source.op_type != "DequantizeLinear" or perm is None:
+            continue
+        q, scale = constant(source.inputs[0]), constant(source.inputs[1])
+        if q is None or scale is None or q.ndim != 2 or list(perm.as_ints()) != [1, 0]:
+            continue
+        name = f"{source.inputs[0].name}_transposed"
+        transposed = add_constant(model, name, np.ascontiguousarray(q.T))
+        axis = 1 - int(_number(source, "axis", 1))
+        inputs = [transposed, *source.inputs[1:]]
+        _replace(model, node, _insert(model, node, "DequantizeLinear", inputs, {"axis": axis}))
+
+
+def merge_repeated(model: Any) -> None:
+    """Remove a QuantizeLinear that quantizes what a DequantizeLinear with its numbers made."""
+    for node in _nodes(model, "QuantizeLinear"):
+        source = node.inputs[0].producer()
+        if source is None or source.op_type != "DequantizeLinear":
+            continue
+        ours, theirs = ([constant(v) for v in n.inputs[1:]] for n in (node, source))
+        if len(ours) == len(theirs) and all(map(_same, ours, theirs)):
+            _replace(model, node, source.inputs[0])
+
+
+def _same(a: Array | None, b: Array | None) -> bool:
+    return a is not None and b is not None and a.dtype == b.dtype and np.array_equal(a, b)
+
+
+def global_pools(model: Any) -> None:
+    """Means over all positions as GlobalAveragePool, which has an integer kernel."""
+    for node in _nodes(model, "ReduceMean"):
+        x = node.inputs[0]
+        axes = constant(node.inputs[1]) if len(node.inputs) > 1 else None
+        if axes is None or x.shape is None or len(x.shape) < 3:
+            continue
+        rank = len(x.shape)
+        if sorted(int(a) % rank for a in axes.flatten()) != list(range(2, rank)):
+            continue
+        pooled = _insert(model, node, "GlobalAveragePool", [x], {})
+        if not _number(node, "keepdims", 1):
+            for grid in _quantizer_behind(node):
+                q = _insert(model, node, "QuantizeLinear", [pooled, *grid], {})
+                pooled = _insert(model, node, "DequantizeLinear", [q, *grid], {})
+            pooled = _insert(model, node, "Flatten", [pooled], {"axis": 1})
+        _replace(model, node, pooled)
+
+
+def _quantizer_behind(node: Any) -> list[list[Any]]:
+    """Scale and zero point of the QuantizeLinear that alone reads a node's result, or nothing."""
+    readers = [use.node for use in node.outputs[0].uses()]
+    return [list(r.inputs[1:]) for r in readers if r.op_type == "QuantizeLinear"][
+        : 2 - len(readers)
+    ]
+
+
+def integer_biases(model: Any) -> None:
+    """Biases of quantized layers as int32 in units of input scale times weight scale."""
+    for node in [*_nodes(model, "Conv"), *_nodes(model, "Gemm")]:
+        if len(node.inputs) < 3 or _number(node, "alpha", 1) != 1:
+            continue
+        bias = constant(node.inputs[2])
+        scales = [_scale(value) for value in node.inputs[:2]]
+        if bias is None or scales[0] is None or scales[1] is None or scales[0].ndim:
+            continue
+        unit = np.asarray(scales[0] * scales[1], dtype=np.float32)
+        limits = np.iinfo(np.int32)
+        q = np.rint(bias.astype(np.float64) / unit).clip(limits.min, limits.max).astype(np.int32)
+        name = f"{node.inputs[2].name}_{node.name}"
+        inputs = [add_constant(model, f"{name}_quantized", q)]
+        inputs.append(add_constant(model, f"{name}_scale", np.broadcast_to(unit, q.shape).copy()))
+        dequantized = _insert(model, node, "DequantizeLinear", inputs, {"axis": 0})
+        node.replace_input_with(2, dequantized)
+
+
+def strip(model: Any) -> None:
+    """Drop unused constants and everything that only describes where the graph came from."""
+    used = {value for node in model.graph for value in node.inputs} | set(model.graph.outputs)
+    for name in list(model.graph.initializers):
+        if model.graph.initializers[name] not in used:
+            del model.graph.initializers[name]
+    model.metadata_props.clear()
+    model.graph.metadata_props.clear()
+    model.doc_string = model.graph.doc_string = None
+    values = [*model.graph.inputs, *model.graph.initializers.values()]
+    for node in model.graph:
+        node.metadata_props.clear()
+        node.doc_string = None
+        values += node.outputs
+    for value in values:
+        value.metadata_props.clear()
+        value.doc_string = None
+
+
+def add_constant(model: Any, name: str, array: Array) -> Any:
+    """An initializer with these values: an equal one that the graph has already, or a new one."""
+    import onnx_ir as ir
+
+    held = model.graph.initializers
+    if name in held:
+        if _same(constant(held[name]), array):
+            return held[name]
+        name = f"{name}_{len(held)}"
+    tensor = ir.tensor(array, name=name)
+    value = ir.Value(
+        name=name,
+        shape=ir.Shape(array.shape),
+        type=ir.TensorType(tensor.dtype),
+        const_value=tensor,
+    )
+    model.graph.register_initializer(value)
+    return value
+
+
+def _scale(value: Any) -> Array | None:
+    """The constant scale of the DequantizeLinear that makes a value."""
+    node = None if value is None else value.producer()
+    if node is None or node.op_type != "DequantizeLinear":
+        return None
+    return constant(node.inputs[1])
+
+
+def _nodes(model: Any, op_type: str) -> Iterator[Any]:
+    yield from [node for node in model.graph if node.op_type == op_type]
+
+
+def _number(node: Any, name: str, default: int) -> float:
+    attribute = node.attributes.get(name)
+    return default if attribute is None else float(attribute.value)
+
+
+def _insert(
+    model: Any, before: Any, op_type: str, inputs: list[Any], attributes: dict[str, Any]
+) -> Any:
+    import onnx_ir as ir
+
+    made = ir.node(op_type, inputs=inputs, attributes=attributes)
+    model.graph.insert_before(before, made)
+    made.name = f"{op_type}_{made.outputs[0].name}"
+    return made.outputs[0]
+
+
+def _replace(model: Any, node: Any, value: Any) -> None:
+    """Let all readers of a node's result read ``value``, and drop the node."""
+    result = node.outputs[0]
+    name, is_output = result.name, result.is_graph_output()
+    result.replace_all_uses_with(value, replace_graph_outputs=True)
+    if is_output:
+        result.name, value.name = f"{name}_replaced", name
+    source = [v.producer() for v in node.inputs if v is not None]
+    model.graph.remove(node, safe=True)
+    for producer in source:
+        if producer is not None and not any(map(_is_read, producer.outputs)):
+            model.graph.remove(producer, safe=True)
+
+
+def _is_read(value: Any) -> bool:
+    return bool(value.uses()) or value.is_graph_output()

@@ -1,0 +1,400 @@
+"""``compress``: the stages in order, each saved, reloaded and measured. It holds no algorithm."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from torch import nn
+
+from rarefy.batches import batch_size, batches, seeded, take
+from rarefy.deployment.export import export
+from rarefy.deployment.measure import accuracy, compare
+from rarefy.deployment.runtimes import OnnxSession, load_onnx, load_onnxruntime
+from rarefy.distillation.losses import KD
+from rarefy.environment import environment
+from rarefy.graph.count import count
+from rarefy.pruning.prune import Pruned, check_finite, prune
+from rarefy.pruning.repair import repair
+from rarefy.quantization.quantize import quantize
+from rarefy.recipe.options import PruneStage, Stages
+from rarefy.reporting.files import write
+from rarefy.run_folder import RunFolder
+from rarefy.search import reachable_budget
+from rarefy.storage.format import load, save
+from rarefy.training import distill, evaluate, fingerprint, train
+from rarefy.types import Batch, Check, Data, Inputs, Report, Stage, Target, Width
+
+CALIBRATION = 512
+"""Training examples that quantization is calibrated on."""
+
+
+@dataclass(frozen=True)
+class Compressed:
+    """Result of :func:`compress`.
+
+    Attributes:
+        model: the last network, reloaded from its file.
+        report: every figure, as in ``report.json``.
+        folder: where the artifacts and the page are.
+    """
+
+    model: nn.Module
+    report: Report
+    folder: Path
+
+
+def compress(
+    model: nn.Module,
+    *,
+    train: Data,
+    val: Data,
+    test: Data | None = None,
+    example_inputs: Inputs | None = None,
+    target: Target | None = None,
+    stages: Stages | None = None,
+    out: str | Path = "compressed",
+    title: str | None = None,
+    seed: int = 0,
+    resume: bool = False,
+    overwrite: bool = False,
+    progress: bool = True,
+) -> Compressed:
+    """Make a trained network smaller and faster, and measure every stage on what would be shipped.
+
+    The stages: prune, repair, distil from the original, quantize. After each, the network is saved
+    to ``<stage>.safetensors`` and ``<stage>.onnx``; accuracy is that of the reloaded file (of the
+    ONNX file in onnxruntime for the last stage), latency that of the ONNX files side by side.
+
+    Args:
+        model: the trained network; left as it is.
+        train: labelled or unlabelled batches, to repair, distil and calibrate on.
+        val: labelled batches that the progress of training is shown on.
+        test: labelled batches that accuracy is measured on; ``val`` if None.
+        example_inputs: what the network is called with; the first batch of ``train`` if None.
+        target: what must be reached. Where it names a speed-up or a size and ``stages`` leaves
+            pruning open, the budget is found by measuring.
+        stages: options of each stage; defaults where None.
+        out: folder of the artifacts and of ``report.html`` and ``report.json``.
+        title: of the report.
+        seed: of everything random: two runs on one machine are equal but for timings.
+        resume: continue the run in ``out`` after its last complete stage.
+        overwrite: replace the run in ``out``.
+        progress: show progress.
+
+    Raises:
+        InputError, DataError: the network or the data cannot be used.
+        OutputError: ``out`` cannot be written, or holds an earlier run.
+        BudgetError, CaptureError, ProofError, TrainingError, ExportError: a stage failed; the
+            stages before it are on disk.
+        MissingExtraError: the ``onnx`` extra is not installed.
+
+    Example:
+        >>> compress(net, train=loader, val=held_out, target=Target(size=8))  # doctest: +SKIP
+    """
+    load_onnx()
+    load_onnxruntime()
+    check_finite(model)
+    stages = stages or Stages()
+    job = _Job(
+        model,
+        train,
+        val,
+        val if test is None else test,
+        _first_inputs(train) if example_inputs is None else example_inputs,
+        target,
+        stages,
+        seed,
+        Console(stderr=True, quiet=not progress),
+    )
+    identity = _identity(model, stages, target, seed)
+    folder = RunFolder.claim(out, identity, resume=resume, overwrite=overwrite)
+    started = time.perf_counter()
+    run = _Run(job, folder)
+    with seeded(seed):
+        for name, make in _stages(stages):
+            run.stage(name, make)
+        measured = run.stages()
+    pruning = run.facts["pruned"]["pruning"]
+    report = Report(
+        title or f"{type(model).__name__}, compressed",
+        measured,
+        tuple(Width(*width) for width in pruning["widths"]),
+        _checks(measured, target),
+        tuple(pruning["frozen"]),
+        seed,
+        run.earlier_seconds + time.perf_counter() - started,
+        environment(),
+    )
+    write(report, folder.path)
+    return Compressed(run.networks[measured[-1].name], report, folder.path)
+
+
+@dataclass(frozen=True)
+class _Job:
+    model: nn.Module
+    train: Data
+    val: Data
+    test: Data
+    example_inputs: Inputs
+    target: Target | None
+    stages: Stages
+    seed: int
+    console: Console
+
+    @property
+    def progress(self) -> bool:
+        return not self.console.quiet
+
+
+Made = tuple[nn.Module, tuple[str, ...]]
+"""A stage's network, and what the reader must know about it."""
+Maker = Callable[[_Job, Mapping[str, nn.Module]], Made]
+"""(job, networks of the stages before) -> network."""
+
+
+def _teacher(job: _Job, before: Mapping[str, nn.Module]) -> Made:
+    options = job.stages.train
+    if options is None:
+        return job.model, ()
+    trained = train(
+        job.model,
+        job.train,
+        val=job.val,
+        seed=job.seed,
+        progress=job.progress,
+        epochs=options.epochs,
+        lr=options.lr,
+    )
+    return trained, ()
+
+
+def _pruned(job: _Job, before: Mapping[str, nn.Module]) -> Made:
+    options, notes = _prune_options(job, before["teacher"])
+    small = prune(
+        before["teacher"],
+        job.example_inputs,
+        options.budget(),
+        criterion=options.criterion,
+        exclude=options.exclude,
+    )
+    record = small.pruned
+    assert isinstance(record, Pruned)
+    notes += (f"proven against masking, largest difference {record.error:.0e}",)
+    if record.kind == "graph":
+        notes += (f"returned as a rewritten graph, not as your class: {record.reason}",)
+    return small, notes
+
+
+def _prune_options(job: _Job, teacher: nn.Module) -> tuple[PruneStage, tuple[str, ...]]:
+    """The options given, or a budget that reaches the target."""
+    if job.stages.prune is not None:
+        return job.stages.prune, ()
+    if job.target is None or (job.target.speedup is None and job.target.size is None):
+        return PruneStage(macs=0.5), ()
+    job.console.print("searching for the largest network that reaches the target ...")
+    calibration = _limited(job.train, 64) if job.stages.quantize is not None else None
+    scheme = None if job.stages.quantize is None else job.stages.quantize.int8()
+    share, note = reachable_budget(teacher, job.example_inputs, job.target, calibration, scheme)
+    return PruneStage(macs=share), (note,)
+
+
+def _distilled(job: _Job, before: Mapping[str, nn.Module]) -> Made:
+    teacher, student = before["teacher"], before["pruned"]
+    notes: tuple[str, ...] = ()
+    if job.stages.repair is not None:
+        samples = job.stages.repair.samples
+        student = repair(teacher, student, job.train, samples=samples, seed=job.seed)
+        healed = evaluate(student, job.test)
+        notes += (f"accuracy after repair, before any training: {healed:.2%}",)
+    options = job.stages.distill
+    if options is not None:
+        student = distill(
+            teacher,
+            student,
+            job.train,
+            loss=KD(temperature=options.temperature),
+            label_weight=options.label_weight,
+            val=job.val,
+            seed=job.seed,
+            progress=job.progress,
+            epochs=options.epochs,
+            lr=options.lr,
+        )
+    return student, notes
+
+
+def _quantized(job: _Job, before: Mapping[str, nn.Module]) -> Made:
+    options = job.stages.quantize
+    assert options is not None
+    source = before.get("distilled") or before.get("repaired") or before["pruned"]
+    result = quantize(source, _limited(job.train, CALIBRATION), options.int8())
+    left: Mapping[str, str] = result.quantization.left  # type: ignore[union-attr,assignment]
+    return result, tuple(f"{layer} left in float: {reason}" for layer, reason in left.items())
+
+
+def _stages(stages: Stages) -> list[tuple[str, Maker]]:
+    found: list[tuple[str, Maker]] = [("teacher", _teacher), ("pruned", _pruned)]
+    if stages.distill is not None:
+        found.append(("distilled", _distilled))
+    elif stages.repair is not None:
+        found.append(("repaired", _distilled))
+    if stages.quantize is not None:
+        found.append(("quantized", _quantized))
+    return found
+
+
+class _Run:
+    """One run: makes or reloads each stage, then measures all of them.
+
+    Every stage works on the *reloaded* networks of the stages before, so that a run that was
+    interrupted and continued computes the same as one that was not.
+    """
+
+    def __init__(self, job: _Job, folder: RunFolder) -> None:
+        self.job, self.folder = job, folder
+        self.networks: dict[str, nn.Module] = {}
+        self.facts: dict[str, dict[str, Any]] = {}
+        self.earlier_seconds = 0.0
+
+    def stage(self, name: str, make: Maker) -> None:
+        """Make a stage and put it on disk, or take it from there."""
+        done = self.folder.complete().get(name)
+        if done is not None:
+            self.earlier_seconds += float(done["seconds"])
+            self._take(name, done)
+            self.job.console.print(f"{name}: complete in {self.folder.path}, taken from there")
+            return
+        started = time.perf_counter()
+        network, notes = make(self.job, self.networks)
+        save(network, self._file(name, "safetensors"))
+        reloaded = load(self._file(name, "safetensors"), self.job.model)
+        export(reloaded, self._file(name, "onnx"), self.job.example_inputs)
+        facts = self._facts(name, reloaded, notes)
+        if isinstance(getattr(network, "pruned", None), Pruned) and name == "pruned":
+            facts["pruning"] = _plain(network.pruned)  # type: ignore[arg-type]
+        facts["seconds"] = time.perf_counter() - started
+        self.folder.note(name, facts)
+        self._take(name, facts)
+        self.job.console.print(
+            f"{name}: accuracy {facts['accuracy']:.2%}, {facts['params']:,} parameters, "
+            f"{facts['macs']:,} MACs, {facts['seconds']:.1f} s"
+        )
+
+    def _file(self, stage: str, suffix: str) -> Path:
+        return self.folder.file(f"{stage}.{suffix}")
+
+    def _facts(self, name: str, network: nn.Module, notes: tuple[str, ...]) -> dict[str, Any]:
+        """What is measured on a stage's files, but for latency."""
+        if name == "quantized":
+            reached = accuracy(OnnxSession(self._file(name, "onnx")), self.job.test)
+        else:
+            reached = evaluate(network, self.job.test)
+        cost = count(network, self.job.example_inputs)
+        uncounted = (f"MACs of {op} ({n}x) are not counted" for op, n in cost.uncounted.items())
+        return {
+            "accuracy": reached,
+            "params": cost.params,
+            "macs": cost.macs,
+            "notes": [*notes, *uncounted],
+        }
+
+    def _take(self, name: str, facts: dict[str, Any]) -> None:
+        """Reload a complete stage."""
+        network = load(self._file(name, "safetensors"), self.job.model)
+        if "pruning" in facts:
+            network.pruned = _record(facts["pruning"])  # type: ignore[assignment]
+        self.networks[name], self.facts[name] = network, facts
+
+    def stages(self) -> tuple[Stage, ...]:
+        """All stages with their latencies, measured side by side at batch 1."""
+        names = list(self.facts)
+        files = [self._file(name, "onnx") for name in names]
+        self.job.console.print("measuring latency side by side ...")
+        measured = compare(files, take(self.job.example_inputs, 1), threads=1)
+        return tuple(
+            Stage(
+                name,
+                facts["accuracy"],
+                facts["params"],
+                facts["macs"],
+                self._file(name, "safetensors").stat().st_size,
+                measurement.bytes,
+                measurement.latency_ms,
+                facts["seconds"],
+                tuple(facts["notes"]),
+            )
+            for (name, facts), measurement in zip(self.facts.items(), measured, strict=True)
+        )
+
+
+def _plain(record: Pruned) -> dict[str, Any]:
+    """A record of pruning as JSON."""
+    return {
+        "kind": record.kind,
+        "reason": record.reason,
+        "error": record.error,
+        "widths": [[w.layer, w.before, w.after] for w in record.widths],
+        "frozen": [str(f) for f in record.frozen],
+        "kept": [[path, dim, kept.tolist()] for (path, dim), kept in record.kept.items()],
+    }
+
+
+def _record(plain: Mapping[str, Any]) -> Pruned:
+    """A record of pruning from JSON; what was frozen stays text, in the report."""
+    kept = {(path, dim): np.array(entries, np.int64) for path, dim, entries in plain["kept"]}
+    widths = tuple(Width(*width) for width in plain["widths"])
+    return Pruned(plain["kind"], plain["reason"], widths, kept, (), plain["error"])
+
+
+def _checks(stages: tuple[Stage, ...], target: Target | None) -> tuple[Check, ...]:
+    """The target's claims held against what was measured on the first and last stage."""
+    first, last = stages[0], stages[-1]
+    found = []
+    if target is not None and target.max_drop is not None:
+        drop = first.accuracy - last.accuracy
+        claim = "accuracy lost, as a share of all test examples"
+        found.append(Check(claim, drop, target.max_drop, drop <= target.max_drop + 1e-12))
+    for claim, before, after, limit in (
+        ("times smaller file", first.bytes, last.bytes, target.size if target else None),
+        (
+            "times lower median latency in onnxruntime",
+            first.latency_ms.median,
+            last.latency_ms.median,
+            target.speedup if target else None,
+        ),
+    ):
+        if limit is not None:
+            factor = before / after
+            found.append(Check(claim, factor, limit, factor >= limit))
+    return tuple(found)
+
+
+def _identity(model: nn.Module, stages: Stages, target: Target | None, seed: int) -> str:
+    text = f"{type(model).__name__} {fingerprint(model)} {stages!r} {target!r} {seed}"
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _first_inputs(data: Data) -> Inputs:
+    """A few examples of the first batch."""
+    inputs, _ = next(batches(data, "compress(train)"))
+    return take(inputs, 8)
+
+
+def _limited(data: Data, examples: int) -> list[Batch]:
+    """Unlabelled batches of at most so many examples."""
+    found: list[Batch] = []
+    missing = examples
+    for inputs, _ in batches(data, "compress(train)"):
+        part = take(inputs, missing)
+        found.append((part, None))
+        missing -= batch_size(part)
+        if missing <= 0:
+            break
+    return found

@@ -1,0 +1,336 @@
+"""Which tensors of a graph carry a quantizer: decided on the graph alone, as runtimes fuse it.
+
+Integer kernels exist only where a runtime finds its pattern: quantizers on the input, the weight
+and the output of a convolution (behind a relu, which then disappears), on both inputs and the
+output of a residual addition, and with one scale on both sides of an operator that only moves
+values. The same network with quantizers elsewhere runs several times slower.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from rarefy.graph.program import Graph, Node, Ref, Spec
+
+CONVOLUTIONS = frozenset(
+    f"aten.conv{d}d.{overload}" for d in (1, 2) for overload in ("default", "padding")
+)
+LAYERS = CONVOLUTIONS | {"aten.linear.default"}
+"""Layers that run in int8; arguments (input, weight, bias, ...), output channels first."""
+
+ADDITIONS = frozenset({"aten.add.Tensor", "aten.mul.Tensor"})
+"""Operators on two tensors that have an integer kernel."""
+
+UNARY = frozenset(
+    f"aten.{name}.default"
+    for name in (
+        *("avg_pool1d", "avg_pool2d", "adaptive_avg_pool1d", "adaptive_avg_pool2d"),
+        *("sigmoid", "leaky_relu"),
+    )
+)
+"""Operators with an integer kernel whose output has a scale of its own; also a mean over all
+positions, see :func:`averages`."""
+
+_MOVES = frozenset(
+    {
+        *("max_pool1d", "max_pool2d", "flatten", "view", "_unsafe_view", "view_as", "reshape"),
+        *("permute", "transpose", "t", "numpy_T", "slice", "squeeze", "unsqueeze"),
+        *("dropout", "clone", "contiguous", "alias", "detach"),
+    }
+)
+
+LEFT: Mapping[str, str] = {
+    **{
+        f"aten.conv_transpose{d}d.{overload}": "runtimes have no int8 transposed convolution"
+        for d, overload in ((1, "default"), (2, "input"), (3, "input"))
+    },
+    "aten.conv3d.default": "runtimes have no fast int8 kernel for 3-d convolutions",
+    "aten.batch_norm.default": "no convolution right before it to fold it into",
+    "aten.embedding.default": "a table look-up computes nothing",
+    "aten.lstm.input": "recurrent layers run in float",
+    "aten.gru.input": "recurrent layers run in float",
+    "aten.rnn_tanh.input": "recurrent layers run in float",
+    "aten.rnn_relu.input": "recurrent layers run in float",
+    "aten.matmul.default": "a product of two computed tensors runs in float",
+    "aten.bmm.default": "a product of two computed tensors runs in float",
+    "aten.scaled_dot_product_attention.default": "attention between activations runs in float",
+}
+"""Operators with weights or products that are left in float, and why."""
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where the quantizers of a graph go.
+
+    Attributes:
+        activations: node whose value is quantized -> node whose observed range it uses; a node
+            that differs shares the scale of the tensor that it moves or joins.
+        weights: nodes of the weights that are quantized, along their first dimension.
+        layers: quantized layer calls -> name of the layer.
+        left: layer left in float -> reason.
+    """
+
+    activations: Mapping[str, str]
+    weights: frozenset[str]
+    layers: Mapping[str, str]
+    left: Mapping[str, str]
+
+    @property
+    def observed(self) -> frozenset[str]:
+        """Nodes whose range must be known."""
+        return frozenset(self.activations.values())
+
+
+def place(graph: Graph, barred: Mapping[str, str] | None = None) -> Placement:
+    """Decide which tensors of a graph carry a quantizer.
+
+    Args:
+        graph: with BatchNorms folded.
+        barred: nodes that cannot carry one -> reason, e.g. since they are always 0.
+
+    Returns:
+        The placement; every layer is among its ``layers`` or its ``left``.
+    """
+    barred = {**_written(graph), **(barred or {})}
+    left = _left_by_operator(graph)
+    layers: dict[str, str] = {}
+    for node in graph.calls:
+        if node.op in LAYERS:
+            reason = _obstacle(graph, node, barred)
+            if reason is None:
+                layers[node.name] = layer_name(graph, node)
+            else:
+                left[layer_name(graph, node)] = reason
+    quantized = _useful(graph, layers, _candidates(graph, layers, barred))
+    return Placement(
+        _ranges(graph, quantized),
+        frozenset(graph.by_name[name].args[1].name for name in layers),
+        layers,
+        left,
+    )
+
+
+def layer_name(graph: Graph, node: Node) -> str:
+    """Path of the module that owns the node's first parameter, else the module that called it."""
+    for name in node.inputs:
+        tensor = graph.by_name[name]
+        if tensor.op == "tensor":
+            return tensor.path.rpartition(".")[0] or tensor.path
+    return node.scope or node.name
+
+
+def carrier(graph: Graph, node: Node) -> Node:
+    """The node that carries the quantizer of a fused operator's output: its relu, or itself."""
+    if moves(node) or clips_at_zero(node):
+        return node
+    users = graph.users[node.name]
+    return users[0] if len(users) == 1 and clips_at_zero(users[0]) else node
+
+
+def clips_at_zero(node: Node) -> bool:
+    """Whether a node is a relu, or a clip from 0 up: the quantizer behind it does its work."""
+    lower = _CLIPS.get(node.op)
+    return lower is not None and lower(node) == 0
+
+
+def _argument(node: Node, position: int, name: str, default: Any = None) -> Any:
+    if len(node.args) > position:
+        return node.args[position]
+    return node.options.get(name, default)
+
+
+_CLIPS: Mapping[str, Callable[[Node], Any]] = {
+    "aten.relu.default": lambda node: 0,
+    "aten.relu6.default": lambda node: 0,
+    "aten.hardtanh.default": lambda node: _argument(node, 1, "min_val", -1),
+    "aten.clamp.default": lambda node: _argument(node, 1, "min"),
+    "aten.clamp_min.default": lambda node: _argument(node, 1, "min"),
+}
+"""Clipping operators -> their lower bound."""
+
+
+def moves(node: Node) -> bool:
+    """Whether a node only moves, drops or repeats values of its first input, or adds zeros."""
+    name = node.op.split(".")[1] if node.op.startswith("aten.") else ""
+    if name in ("pad", "constant_pad_nd"):
+        mode = _argument(node, 2, "mode", "constant") if name == "pad" else "constant"
+        value = _argument(node, 3 if name == "pad" else 2, "value", 0)
+        return mode == "constant" and not value
+    return name in _MOVES and isinstance(node.value, Spec)
+
+
+def averages(graph: Graph, node: Node) -> bool:
+    """Whether a node is a mean over all positions, ``x.mean((2, 3))``: a global average pooling."""
+    if node.op != "aten.mean.dim" or not isinstance(node.args[1], list | tuple):
+        return False
+    rank = len(graph.by_name[node.args[0].name].shape)
+    return rank > 2 and sorted(d % rank for d in node.args[1]) == list(range(2, rank))
+
+
+_VIEWS = frozenset(
+    {
+        *("select", "chunk", "split", "split_with_sizes", "unbind", "expand", "narrow", "getitem"),
+        *("unfold", "diagonal", "unflatten"),
+    }
+)
+
+
+def _written(graph: Graph) -> dict[str, str]:
+    """Tensors that are written in place, with all views: a quantizer would cut them apart."""
+    found: set[str] = set()
+    for node in reversed(list(graph.calls)):
+        name = node.op.split(".")[1]
+        writes = name.endswith("_") and not name.startswith("_")
+        if writes or (node.name in found and (moves(node) or name in _VIEWS)):
+            found.update({node.name, *node.inputs[:1]})
+    for node in graph.calls:
+        is_view = moves(node) or node.op.split(".")[1] in _VIEWS
+        if is_view and found.intersection(node.inputs[:1]):
+            found.add(node.name)
+    return dict.fromkeys(found, "its input or output is written in place")
+
+
+def _left_by_operator(graph: Graph) -> dict[str, str]:
+    return {layer_name(graph, n): LEFT[n.op] for n in graph.calls if n.op in LEFT}
+
+
+def _obstacle(graph: Graph, node: Node, barred: Mapping[str, str]) -> str | None:
+    """Why a layer cannot run in int8, or None."""
+    weight, source = graph.by_name[node.args[1].name], graph.by_name[node.args[0].name]
+    ends = [source.name]
+    if node.op in CONVOLUTIONS:
+        ends.append(carrier(graph, node).name)
+    for name in ends:
+        if name in barred:
+            return barred[name]
+    if weight.op != "tensor":
+        return "its weight is computed in forward"
+    if source.op == "tensor":
+        return "its input is a constant"
+    if not _is_float(source) or not _is_float(weight):
+        return "it does not compute in single precision"
+    return None
+
+
+def _is_float(node: Node) -> bool:
+    return isinstance(node.value, Spec) and node.value.dtype == torch.float32
+
+
+def _activations(graph: Graph, args: Iterable[Any]) -> list[str] | None:
+    """Names of arguments if all are computed single-precision tensors, else None."""
+    nodes = [graph.by_name[arg.name] if isinstance(arg, Ref) else None for arg in args]
+    if any(node is None or node.op == "tensor" or not _is_float(node) for node in nodes):
+        return None
+    return [node.name for node in nodes if node is not None]
+
+
+def operands(graph: Graph, node: Node) -> list[str] | None:
+    """Inputs that need a quantizer for the node to run in int8; None where it never does."""
+    if not _is_float(node):
+        return None
+    if node.op in ADDITIONS:
+        plain = not node.options and len(node.args) == 2
+        return _activations(graph, node.args) if plain else None
+    if node.op == "aten.cat.default":
+        return _activations(graph, node.args[0])
+    if node.op in UNARY or averages(graph, node) or moves(node) or clips_at_zero(node):
+        return _activations(graph, node.args[:1])
+    return None
+
+
+def _candidates(
+    graph: Graph, layers: Mapping[str, str], barred: Mapping[str, str]
+) -> dict[str, list[str]]:
+    """Operators that could run in int8 since one of their inputs is quantized -> their inputs."""
+    quantized: set[str] = set()
+    for name in layers:
+        node = graph.by_name[name]
+        quantized.add(node.args[0].name)
+        if node.op in CONVOLUTIONS:
+            quantized.add(carrier(graph, node).name)
+    found: dict[str, list[str]] = {}
+    for node in graph.calls:
+        inputs = operands(graph, node)
+        if inputs is None or not quantized.intersection(inputs):
+            continue
+        if clips_at_zero(node) and _chain(graph, node) is None:
+            continue
+        if barred.keys() & {*inputs, carrier(graph, node).name}:
+            continue
+        found[node.name] = inputs
+        quantized |= {*inputs, carrier(graph, node).name}
+    return found
+
+
+def _useful(
+    graph: Graph, layers: Mapping[str, str], candidates: Mapping[str, list[str]]
+) -> dict[str, Node]:
+    """Nodes with a quantizer -> the operator behind it, in the order of the graph.
+
+    A candidate runs in int8 only where an int8 operator reads its result; otherwise its quantizer
+    would be rounding without a gain.
+    """
+    carriers: dict[str, Node] = {}
+    for node in reversed(list(graph.calls)):
+        if node.name in layers:
+            inputs, needed = [node.args[0].name], node.op in CONVOLUTIONS
+        elif node.name in candidates and carrier(graph, node).name in carriers:
+            inputs, needed = candidates[node.name], True
+        else:
+            continue
+        if needed:
+            carriers[carrier(graph, node).name] = node
+        for name in inputs:
+            carriers.setdefault(name, graph.by_name[name])
+    return {n.name: carriers[n.name] for n in graph.nodes if n.name in carriers}
+
+
+def _chain(graph: Graph, node: Node) -> str | None:
+    """The tensor that reaches ``node`` through moving operators only, each read by nobody else.
+
+    Rectifying that tensor, or giving it another range, then concerns nobody else.
+    """
+    if not node.args or not isinstance(node.args[0], Ref):
+        return None
+    name = node.args[0].name
+    while len(graph.users[name]) == 1:
+        source = graph.by_name[name]
+        if not moves(source):
+            return name
+        name = source.args[0].name
+    return None
+
+
+def _ranges(graph: Graph, quantized: Mapping[str, Node]) -> dict[str, str]:
+    """Each quantized node -> the node whose range it uses."""
+    source = {name: name for name in quantized}
+    for name, behind in quantized.items():
+        if behind.name == name and moves(behind) and behind.args[0].name in quantized:
+            source[name] = behind.args[0].name
+    for name, behind in quantized.items():
+        if behind.op == "aten.cat.default":
+            _redirect(graph, source, (ref.name for ref in behind.args[0]), behind, name)
+        elif behind.name == name and clips_at_zero(behind) and behind.args[0].name in quantized:
+            _redirect(graph, source, (behind.args[0].name,), behind, name)
+
+    def last(name: str) -> str:
+        while source[name] != name:
+            name = source[name]
+        return name
+
+    return {name: last(name) for name in quantized}
+
+
+def _redirect(
+    graph: Graph, source: dict[str, str], inputs: Iterable[str], reader: Node, target: str
+) -> None:
+    """Let the tensors behind ``inputs`` use the range of ``target``, where only it reads them."""
+    for name in inputs:
+        while len(graph.users[name]) == 1 and source[name] != name and name != target:
+            name = source[name]
+        if len(graph.users[name]) == 1 and source[name] == name != target:
+            source[name] = target

@@ -1,0 +1,221 @@
+"""What a recipe may hold. The rules of Budget, Int8 and Target stay where those are defined."""
+
+from __future__ import annotations
+
+import keyword
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, Self
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+
+from rarefy.errors import InputError
+from rarefy.pruning.criteria import named
+from rarefy.types import Budget, Int8, Target
+
+Count = Annotated[int, Field(ge=1)]
+Positive = Annotated[float, Field(gt=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Text = Annotated[str, Field(min_length=1)]
+
+
+def _allowed(make: Callable[..., object], **fields: Any) -> None:
+    """Let an option's own rules speak: its error becomes one that pydantic collects."""
+    try:
+        make(**fields)
+    except InputError as error:
+        remedy = error.remedy[:1].lower() + error.remedy[1:]
+        raise ValueError(f"{error.what}; {remedy}") from error
+
+
+def _plain_name(name: str) -> bool:
+    return name.isidentifier() and not keyword.iskeyword(name) and not name.startswith("__")
+
+
+def is_file(source: str) -> bool:
+    """Whether a source is written as a file, not as the dotted name of a module."""
+    return source.endswith(".py")
+
+
+class _Options(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class TrainStage(_Options):
+    """Training of the network itself, before anything is removed."""
+
+    epochs: Count = 15
+    lr: Positive = 0.1
+
+
+class PruneStage(_Options):
+    """What may remain (the fields of :class:`~rarefy.types.Budget`) and how units are scored."""
+
+    macs: float | None = None
+    params: float | None = None
+    sparsity: float | None = None
+    scope: str = "global"
+    min_keep: int = 1
+    max_drop: float = 0.95
+    round_to: int = 1
+    criterion: Text = "magnitude"
+    exclude: tuple[str, ...] = ()
+
+    @field_validator("macs", "params", "sparsity", "scope", "min_keep", "max_drop", "round_to")
+    @classmethod
+    def _each(cls, value: Any, info: ValidationInfo) -> Any:
+        share = {} if info.field_name in ("macs", "params", "sparsity") else {"macs": 1.0}
+        if value is not None:
+            _allowed(Budget, **share, **{str(info.field_name): value})
+        return value
+
+    @field_validator("criterion")
+    @classmethod
+    def _criterion(cls, value: str) -> str:
+        _allowed(named, criterion=value)
+        return value
+
+    @model_validator(mode="after")
+    def _together(self) -> Self:
+        _allowed(self.budget)
+        return self
+
+    def budget(self) -> Budget:
+        """The budget that these options describe."""
+        return Budget(**self.model_dump(exclude={"criterion", "exclude"}))
+
+
+class RepairStage(_Options):
+    """Closed-form repair on unlabelled training images."""
+
+    samples: Count = 512
+
+
+class DistillStage(_Options):
+    """Training of the pruned network on the teacher's soft labels."""
+
+    epochs: Count = 15
+    lr: Positive = 0.05
+    temperature: Positive = 4.0
+    label_weight: Share = 0.1
+
+
+class QuantizeStage(_Options):
+    """The fields of :class:`~rarefy.types.Int8`."""
+
+    observer: str = "mse"
+    percentile: float = 0.9999
+
+    @field_validator("observer", "percentile")
+    @classmethod
+    def _each(cls, value: Any, info: ValidationInfo) -> Any:
+        _allowed(Int8, **{str(info.field_name): value})
+        return value
+
+    def int8(self) -> Int8:
+        """The quantization that these options describe."""
+        return Int8(**self.model_dump())
+
+
+class TargetOptions(_Options):
+    """The fields of :class:`~rarefy.types.Target`."""
+
+    speedup: float | None = None
+    size: float | None = None
+    max_drop: float | None = None
+
+    @field_validator("speedup", "size", "max_drop")
+    @classmethod
+    def _each(cls, value: Any, info: ValidationInfo) -> Any:
+        _allowed(Target, **{str(info.field_name): value})
+        return value
+
+    def target(self) -> Target:
+        """The target that these options describe."""
+        return Target(**self.model_dump())
+
+
+class Stages(_Options):
+    """The stages with their options; None stands for a stage that is left out.
+
+    Pruning is never left out: None leaves its budget to the target, or to half the MACs where the
+    target asks for no speed and no size.
+    """
+
+    train: TrainStage | None = None
+    prune: PruneStage | None = None
+    repair: RepairStage | None = RepairStage()
+    distill: DistillStage | None = DistillStage()
+    quantize: QuantizeStage | None = QuantizeStage()
+
+    @field_validator("train", "repair", "distill", "quantize", mode="before")
+    @classmethod
+    def _switch(cls, value: Any, info: ValidationInfo) -> Any:
+        """False leaves a stage out, true takes its defaults, nothing at all is ambiguous."""
+        if value is None and info.field_name != "train":
+            raise ValueError("is empty; write false to leave the stage out, {} for its defaults")
+        return {} if value is True else None if value is False else value
+
+
+class Recipe(_Options):
+    """A recipe, valid as a whole. Made by :func:`load_recipe`.
+
+    Attributes:
+        source: a Python file, relative to the recipe, or the dotted name of a module.
+        model: the function in it that returns the network.
+        data: the function in it that returns train, val and test.
+        example_inputs: the function in it that returns inputs, or None: the first training batch.
+        seed: of everything random.
+        out: the output folder, relative to the recipe; :attr:`output` is its full path.
+        target: what the compression must reach, or None.
+        stages: the stages with their options.
+    """
+
+    source: str
+    model: str
+    data: str
+    example_inputs: str | None = None
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    out: Text = "compressed"
+    target: TargetOptions | None = None
+    stages: Stages = Stages()
+    _path: Path = PrivateAttr(default=Path("recipe.yaml"))
+
+    @field_validator("model", "data", "example_inputs")
+    @classmethod
+    def _function(cls, value: str | None) -> str | None:
+        if value is not None and not _plain_name(value):
+            raise ValueError("must be the plain name of a function, such as make_model")
+        return value
+
+    @field_validator("source")
+    @classmethod
+    def _source(cls, value: str) -> str:
+        if not is_file(value) and not all(map(_plain_name, value.split("."))):
+            raise ValueError("must be a file such as my_network.py, or a module such as pkg.nets")
+        return value
+
+    @field_validator("source", "out")
+    @classmethod
+    def _printable(cls, value: str) -> str:
+        if not value.isprintable():
+            raise ValueError("must not hold control characters")
+        return value
+
+    @property
+    def path(self) -> Path:
+        """The recipe file itself."""
+        return self._path
+
+    @property
+    def output(self) -> Path:
+        """The output folder; ``out`` is taken relative to the recipe's own folder."""
+        return self._path.parent / self.out

@@ -1,0 +1,99 @@
+"""The largest network that reaches a target, found by measuring before any training."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+from torch import nn
+
+from rarefy.batches import take
+from rarefy.deployment.export import export
+from rarefy.deployment.measure import compare
+from rarefy.errors import BudgetError
+from rarefy.pruning.prune import prune
+from rarefy.quantization.quantize import quantize
+from rarefy.storage.format import save
+from rarefy.types import Budget, Data, Inputs, Int8, Target
+
+SHARES = (0.9, 0.7, 0.5, 0.35, 0.25, 0.15, 0.1, 0.05)
+"""Shares of the MACs that are tried."""
+
+MARGIN = 1.1
+"""How far a trial must exceed the target: the final measurement is another one."""
+
+
+def reachable_budget(
+    model: nn.Module,
+    example_inputs: Inputs,
+    target: Target,
+    calibration: Data | None,
+    scheme: Int8 | None,
+) -> tuple[float, str]:
+    """Share of the MACs to keep so that latency and size reach the target.
+
+    Latency and size do not depend on what the weights are trained to, so each trial prunes,
+    quantizes and exports the network as it is and measures it beside the original. Trials bisect
+    :data:`SHARES`.
+
+    Args:
+        model: the trained network.
+        example_inputs: what it is called with.
+        target: a speed-up, a size, or both.
+        calibration: batches to quantize on; None where the result stays in float.
+        scheme: how to quantize; None where the result stays in float.
+
+    Returns:
+        The share, and a sentence on how it was found.
+    """
+    with tempfile.TemporaryDirectory(prefix="rarefy-") as folder:
+        trial = _Trial(model, example_inputs, target, calibration, scheme, Path(folder))
+        low, high = 0, len(SHARES) - 1
+        while low < high:
+            middle = (low + high) // 2
+            if trial.reaches(SHARES[middle]):
+                high = middle
+            else:
+                low = middle + 1
+    tried = ", ".join(f"{share:g}: {text}" for share, text in trial.tried.items())
+    return SHARES[low], f"budget of {SHARES[low]:g} of the MACs found by measuring ({tried})"
+
+
+class _Trial:
+    """Prunes to a share and measures against the original."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        example_inputs: Inputs,
+        target: Target,
+        calibration: Data | None,
+        scheme: Int8 | None,
+        folder: Path,
+    ) -> None:
+        self.model, self.example_inputs, self.target = model, example_inputs, target
+        self.calibration, self.scheme, self.folder = calibration, scheme, folder
+        self.tried: dict[float, str] = {}
+        self.before = self._write(model, "before")
+
+    def reaches(self, share: float) -> bool:
+        try:
+            small = prune(self.model, self.example_inputs, Budget(macs=share))
+        except BudgetError:
+            self.tried[share] = "out of reach"
+            return True  # smaller shares are out of reach too: look among the larger ones
+        if self.calibration is not None:
+            small = quantize(small, self.calibration, self.scheme)
+        after = self._write(small, "after")
+        one = take(self.example_inputs, 1)
+        first, second = compare([self.before[0], after[0]], one, rounds=100)
+        speedup = first.latency_ms.median / second.latency_ms.median
+        size = self.before[1] / after[1]
+        self.tried[share] = f"{speedup:.1f}x faster, {size:.1f}x smaller"
+        wanted = self.target
+        return speedup >= MARGIN * (wanted.speedup or 0) and size >= (wanted.size or 0)
+
+    def _write(self, model: nn.Module, name: str) -> tuple[Path, int]:
+        saved = save(model, self.folder / f"{name}.safetensors")
+        onnx = export(model, self.folder / f"{name}.onnx", self.example_inputs)
+        return onnx, saved.stat().st_size

@@ -1,0 +1,163 @@
+"""ONNX files: small, integer, proven, atomic."""
+
+import copy
+import logging
+import warnings
+
+import onnx
+import pytest
+import torch
+import torchvision
+from torch import nn
+
+from quantized_networks import NETWORKS, build
+from rarefy.batches import call, take, tensors
+from rarefy.deployment import export as module
+from rarefy.deployment.export import export
+from rarefy.deployment.runtimes import OnnxSession, optimized_ops
+from rarefy.errors import ExportError, OutputError
+from rarefy.quantization.affine import sqnr
+from rarefy.quantization.quantize import quantize
+
+FLOAT_LAYERS = {"Conv", "FusedConv", "Gemm", "MatMul"}
+
+FUSED = {
+    "resnet": {"QLinearConv": 5, "QLinearAdd": 2, "QLinearGlobalAveragePool": 1, "QGemm": 1},
+    "lenet": {"QLinearConv": 2, "QGemm": 2, "NhwcMaxPool": 2},
+    "reused": {"QLinearConv": 3, "QLinearGlobalAveragePool": 1, "QGemm": 1},
+    "two inputs": {"QLinearConv": 1, "QLinearAdd": 1, "QGemm": 2},
+    "fire": {"QLinearConv": 4, "QLinearConcat": 1},
+    "inverted": {"QLinearConv": 5, "QLinearAdd": 1},
+    "signal": {"QLinearConv": 2, "ConvTranspose": 1},
+    "attention": {"QLinearConv": 1, "MatMulIntegerToFloat": 4, "QGemm": 1},
+    "mlp": {"QGemm": 3},
+}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_quantized_networks_run_in_integers_at_any_batch_size(name, tmp_path):
+    model, data = build(name)
+    net = quantize(model, data)
+    path = export(net, tmp_path / "net.onnx", take(data[0], 1))
+    ops = optimized_ops(path)
+    assert {op: ops[op] for op in FUSED[name]} == FUSED[name]
+    assert name == "attention" or not FLOAT_LAYERS & ops.keys()
+    with torch.no_grad():
+        for n in (1, 5):
+            given = take(data[1], n)
+            for a, b in zip(tensors(call(net, given)), OnnxSession(path)(given), strict=True):
+                assert sqnr(a, b) > 25
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.fixture(scope="module")
+def resnet18(tmp_path_factory):
+    torch.manual_seed(0)
+    model = torchvision.models.resnet18()
+    x = torch.randn(4, 3, 64, 64)
+    with torch.no_grad():
+        model.train()(x)
+    model.eval()
+    folder = tmp_path_factory.mktemp("resnet18")
+    net = quantize(model, [x])
+    return export(model, folder / "float.onnx", x), export(net, folder / "int8.onnx", x)
+
+
+def test_resnet18_is_fused_whole(resnet18):
+    ops = optimized_ops(resnet18[1])
+    assert ops["QLinearConv"] == 20
+    assert ops["QLinearAdd"] == 8
+    assert ops["QGemm"] == 1
+    assert not FLOAT_LAYERS & ops.keys()
+
+
+def test_resnet18_file_is_a_quarter_and_holds_no_float_weight(resnet18):
+    sizes = [path.stat().st_size for path in resnet18]
+    assert sizes[0] / sizes[1] > 3.9
+    model = onnx.load(resnet18[1])
+    large = [t for t in model.graph.initializer if len(t.dims) > 1]
+    assert {t.data_type for t in large} == {onnx.TensorProto.INT8}
+    biases = [n.input[2] for n in model.graph.node if n.op_type in ("Conv", "Gemm")]
+    assert len(biases) == 21
+    made = {n.output[0]: n.input[0] for n in model.graph.node if n.op_type == "DequantizeLinear"}
+    kinds = {t.name: t.data_type for t in model.graph.initializer}
+    assert {kinds[made[bias]] for bias in biases} == {onnx.TensorProto.INT32}
+    assert not any(n.metadata_props or n.doc_string for n in model.graph.node)
+    onnx.checker.check_model(model)
+
+
+def test_inputs_outputs_and_the_free_dimension_have_names(tmp_path):
+    model, data = build("reused")
+    path = export(model, tmp_path / "net.onnx", data[0])
+    graph = onnx.load(path).graph
+    assert [value.name for value in graph.input] == ["x"]
+    assert {value.name for value in graph.output} == {"logits", "features"}
+    assert graph.input[0].type.tensor_type.shape.dim[0].dim_param == "batch"
+
+
+def test_nothing_of_the_caller_changes(tmp_path, capfd):
+    model, data = build("lenet")
+    model.train()
+    before = copy.deepcopy(model.state_dict())
+    filters, level = list(warnings.filters), logging.getLogger("torch.onnx").level
+    export(model, tmp_path / "net.onnx", data[0])
+    assert model.training
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+    assert warnings.filters == filters
+    assert logging.getLogger("torch.onnx").level == level
+    assert capfd.readouterr() == ("", "")
+
+
+class Head(nn.Module):
+    def forward(self, x):
+        return torch.igamma(x.abs() + 1, x.abs() + 1)
+
+
+def test_operator_without_onnx_form_is_named_with_its_module(tmp_path):
+    model = nn.Sequential()
+    model.add_module("body", nn.Linear(4, 4))
+    model.add_module("odd", Head())
+    with pytest.raises(ExportError) as caught:
+        export(model, tmp_path / "net.onnx", torch.randn(2, 4))
+    assert "igamma" in str(caught.value)
+    assert "'odd'" in str(caught.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_difference_is_reported_and_leaves_the_older_file(tmp_path, monkeypatch):
+    path = tmp_path / "net.onnx"
+    path.write_bytes(b"older")
+    monkeypatch.setattr(OnnxSession, "run", lambda self, feed: [next(iter(feed.values())) * 1.01])
+    with pytest.raises(ExportError, match=r"differ in output 0 by 0\.0\d+ of its largest value"):
+        export(nn.Identity(), path, torch.randn(3, 4))
+    assert path.read_bytes() == b"older"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_network_that_is_random_in_eval_mode_is_refused(tmp_path):
+    class Noisy(nn.Module):
+        def forward(self, x):
+            return x + torch.rand_like(x)
+
+    with pytest.raises(ExportError, match="differ"):
+        export(Noisy(), tmp_path / "net.onnx", torch.randn(3, 4))
+
+
+def test_fixed_batch_is_exported_where_forward_needs_it(tmp_path):
+    class Fixed(nn.Module):
+        def forward(self, x):
+            return x.reshape(2, 3, 4).sum(1)
+
+    path = export(Fixed(), tmp_path / "net.onnx", torch.randn(6, 4))
+    assert OnnxSession(path)(torch.ones(6, 4))[0].shape == (2, 4)
+
+
+def test_place_that_cannot_be_written_is_refused(tmp_path):
+    for path in (tmp_path, tmp_path / "absent" / "net.onnx"):
+        with pytest.raises(OutputError):
+            export(nn.Identity(), path, torch.randn(2, 2))
+
+
+def test_errors_ignore_equal_infinities():
+    a = torch.tensor([1.0, float("inf"), float("nan")], dtype=torch.float64)
+    assert module._errors(a, a.clone()) == (0.0, 0.0)

@@ -1,0 +1,681 @@
+"""Training, distillation and evaluation: what they return, refuse and leave alone."""
+
+import copy
+import io
+import logging
+import os
+import random
+import subprocess
+import sys
+import warnings
+from dataclasses import FrozenInstanceError
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+
+from rarefy.distillation.losses import KD, MSE, CrossEntropy
+from rarefy.errors import DataError, InputError, TrainingError
+from rarefy.training import TrainOptions, distill, evaluate, fingerprint, train
+
+
+def seeded_net(make, seed=0):
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return make()
+
+
+def mlp(hidden=32, inputs=64, classes=10, seed=0):
+    return seeded_net(
+        lambda: nn.Sequential(nn.Linear(inputs, hidden), nn.ReLU(), nn.Linear(hidden, classes)),
+        seed,
+    )
+
+
+def conv(width=8, seed=0):
+    return seeded_net(
+        lambda: nn.Sequential(
+            nn.Unflatten(1, (1, 8, 8)),
+            nn.Conv2d(1, width, 3, padding=1, bias=False),
+            nn.BatchNorm2d(width),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+            nn.Flatten(),
+            nn.Dropout(0.1),
+            nn.Linear(width * 16, 10),
+        ),
+        seed,
+    )
+
+
+def random_batches(n=4, size=8, inputs=64, classes=10, seed=0):
+    made = torch.Generator().manual_seed(seed)
+    return [
+        (
+            torch.randn(size, inputs, generator=made),
+            torch.randint(0, classes, (size,), generator=made),
+        )
+        for _ in range(n)
+    ]
+
+
+def same(a, b):
+    return fingerprint(a) == fingerprint(b)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+QUICK = {"epochs": 2, "lr": 0.05, "progress": False}
+
+
+@pytest.fixture(scope="module")
+def digits():
+    from sklearn.datasets import load_digits
+
+    found = load_digits()
+    x = torch.tensor(found.data / 16.0, dtype=torch.float32)
+    y = torch.tensor(found.target)
+    return TensorDataset(x[:1200], y[:1200]), TensorDataset(x[1200:], y[1200:])
+
+
+@pytest.fixture(scope="module")
+def teacher(digits):
+    return train(
+        conv(16), DataLoader(digits[0], 64, shuffle=True), epochs=6, lr=0.1, progress=False
+    )
+
+
+class Unsized:
+    """Batches without a length that can be read any number of times."""
+
+    def __init__(self, batches):
+        self.batches = batches
+
+    def __iter__(self):
+        return (batch for batch in self.batches)
+
+
+# --- what it does --------------------------------------------------------------------------------
+
+
+def test_training_learns_the_digits(digits, teacher) -> None:
+    val = DataLoader(digits[1], 256)
+    assert evaluate(conv(16), val) < 0.3
+    assert evaluate(teacher, val) > 0.92
+    assert not any(module.training for module in teacher.modules())
+    assert all(p.grad is None for p in teacher.parameters())
+
+
+def test_a_student_learns_from_the_teacher_without_labels(digits, teacher) -> None:
+    images, _ = digits[0].tensors
+    val = DataLoader(digits[1], 256)
+    student = distill(teacher, mlp(24), list(images.split(64)), epochs=12, lr=0.1, progress=False)
+    assert evaluate(student, val) > 0.85
+    agree = (student(images).argmax(1) == teacher(images).argmax(1)).float().mean()
+    assert agree > 0.95
+
+
+def test_adamw_trains(digits) -> None:
+    loader = DataLoader(digits[0], 64, shuffle=True)
+    found = train(mlp(), loader, epochs=8, optimizer="adamw", lr=0.005, progress=False)
+    assert evaluate(found, DataLoader(digits[1], 256)) > 0.85
+
+
+def test_one_step_is_that_of_a_bare_loop() -> None:
+    data, model = random_batches(3), mlp()
+    wanted = copy.deepcopy(model)
+    optimizer = torch.optim.SGD(wanted.parameters(), lr=0.05, momentum=0.9)
+    for x, y in data * 2:
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(wanted(x), y).backward()
+        optimizer.step()
+    found = train(model, data, **QUICK, schedule="constant", warmup=0, weight_decay=0)
+    for a, b in zip(found.parameters(), wanted.parameters(), strict=True):
+        assert torch.allclose(a, b, atol=1e-6)
+
+
+@pytest.mark.parametrize("label_weight", [0.0, 0.25, 1.0])
+def test_labels_weigh_what_was_asked(label_weight) -> None:
+    (x, y), teacher, student = random_batches(1)[0], mlp(16, seed=1), mlp()
+    wanted = copy.deepcopy(student)
+    soft, hard = KD(2.0)(wanted(x), teacher(x).detach()), CrossEntropy()(wanted(x), y)
+    ((1 - label_weight) * soft + label_weight * hard).backward()
+    torch.optim.SGD(wanted.parameters(), lr=0.05).step()
+    options = {"epochs": 1, "lr": 0.05, "warmup": 0, "weight_decay": 0, "progress": False}
+    found = distill(teacher, student, [(x, y)], loss=KD(2.0), label_weight=label_weight, **options)
+    for a, b in zip(found.parameters(), wanted.parameters(), strict=True):
+        assert torch.allclose(a, b, atol=1e-6)
+
+
+def test_unlabelled_batches_take_the_whole_of_the_loss() -> None:
+    data = [x for x, _ in random_batches()]
+    options = {"label_weight": 0.0, **QUICK}
+    found = distill(mlp(16, seed=1), mlp(), data, **QUICK)
+    assert same(found, distill(mlp(16, seed=1), mlp(), data, **options))
+
+
+def test_decay_spares_vectors() -> None:
+    model = nn.Linear(4, 2)
+    quiet = train(
+        model,
+        [(torch.zeros(2, 4), torch.tensor([0, 1]))],
+        loss=lambda logits, labels: 0.0 * logits.sum(),
+        epochs=1,
+        lr=0.1,
+        warmup=0,
+        weight_decay=0.5,
+        progress=False,
+    )
+    assert torch.equal(quiet.bias, model.bias)
+    assert torch.allclose(quiet.weight, model.weight * 0.95)
+
+
+@pytest.mark.parametrize("sized", [True, False])
+def test_the_learning_rate_warms_up_and_falls(sized) -> None:
+    rates, data = [], random_batches(5)
+    weight = nn.Linear(64, 10)
+    before = [weight.weight.detach().clone()]
+
+    def watch(model):
+        rates.append((before[0] - model.weight).abs().max().item())
+        before[0] = model.weight.detach().clone()
+
+    train(
+        weight,
+        data if sized else Unsized(data),
+        loss=lambda logits, labels: logits.sum() + 0 * labels.sum(),
+        after_step=watch,
+        epochs=10,
+        lr=0.1,
+        momentum=0.0,
+        warmup=0.2,
+        clip_norm=1.0,
+        weight_decay=0,
+        progress=False,
+    )
+    assert len(rates) == 50
+    peak = max(rates)
+    assert 0 < rates[0] < 0.5 * peak
+    assert rates[-1] < 0.1 * peak
+
+
+def test_clipping_bounds_the_step() -> None:
+    model = mlp()
+    data = [(1e3 * x, y) for x, y in random_batches(1)]
+    options = {"epochs": 1, "lr": 0.1, "warmup": 0, "weight_decay": 0, "progress": False}
+    found = train(model, data, clip_norm=1.0, **options)
+    moved = [
+        (a - b).square().sum() for a, b in zip(found.parameters(), model.parameters(), strict=True)
+    ]
+    assert torch.stack(moved).sum().sqrt() <= 0.1001
+
+
+def test_a_hook_after_each_step_keeps_zeros() -> None:
+    model = mlp()
+    mask = torch.rand(32, 64, generator=torch.Generator().manual_seed(0)) < 0.5
+    with torch.no_grad():
+        model[0].weight.mul_(mask)
+    calls = []
+
+    def keep(net):
+        calls.append(net)
+        net[0].weight.mul_(mask)
+
+    for found in (
+        train(model, random_batches(), after_step=keep, **QUICK),
+        distill(mlp(seed=1), model, random_batches(), after_step=keep, **QUICK),
+    ):
+        assert (found[0].weight[~mask] == 0).all()
+        assert not same(found, model)
+    assert len(calls) == 16
+    assert all(type(net) is nn.Sequential for net in calls)
+
+
+def test_modules_and_functions_serve_as_losses() -> None:
+    loss = nn.CrossEntropyLoss()
+    assert same(
+        train(mlp(), random_batches(), loss=loss, **QUICK),
+        train(mlp(), random_batches(), loss=nn.functional.cross_entropy, **QUICK),
+    )
+    assert loss.training
+    distill(mlp(), mlp(), random_batches(), loss=nn.functional.mse_loss, **QUICK)
+    distill(mlp(), mlp(seed=1), random_batches(), loss=0.5 * KD() + 0.5 * MSE(), **QUICK)
+
+
+class Text(nn.Module):
+    """A mapping to an object with logits for every position."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.head = nn.Embedding(20, 8), nn.Linear(8, 6)
+
+    def forward(self, input_ids, attention_mask):
+        return {"logits": self.head(self.embedding(input_ids))}
+
+
+def test_padding_counts_for_nothing_in_mappings() -> None:
+    ids = torch.randint(1, 20, (4, 5), generator=torch.Generator().manual_seed(0))
+    mask = torch.tensor([[1, 1, 1, 0, 0]] * 4)
+    other = torch.where(mask.bool(), ids, 0)
+    found = [
+        distill(
+            seeded_net(Text, 1),
+            seeded_net(Text, 2),
+            [{"input_ids": i, "attention_mask": mask}],
+            **QUICK,
+        )
+        for i in (ids, other)
+    ]
+    assert torch.equal(found[0].head.weight, found[1].head.weight)
+    labelled = {"input_ids": ids, "attention_mask": mask, "labels": torch.where(mask > 0, 1, -100)}
+    tuned = train(seeded_net(Text), [labelled], epochs=30, lr=0.5, progress=False)
+    assert evaluate(tuned, [labelled]) == 1.0
+    distill(tuned, seeded_net(Text), [labelled], **QUICK)
+
+
+def test_tuples_of_arguments() -> None:
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 3)
+
+        def forward(self, a, b):
+            return self.layer(a + b)
+
+    data = [((torch.ones(2, 4), torch.ones(2, 4)), torch.tensor([0, 1]))]
+    assert 0 <= evaluate(train(Two(), data, **QUICK), data) <= 1
+
+
+def test_a_captured_network_trains() -> None:
+    from rarefy.graph.capture import capture, graph_model
+
+    model = conv()
+    net = graph_model(model, capture(model.eval(), torch.randn(2, 64)))
+    data = random_batches()
+    found = train(net, data, **QUICK)
+    assert not same(found, net)
+    buffers = dict(found.named_buffers())
+    assert any(not torch.equal(b, buffers[n]) for n, b in net.named_buffers())
+    student = distill(model.eval(), net, [*data, random_batches(1, size=1)[0]], **QUICK)
+    assert all(t.isfinite().all() for t in student.state_dict().values())
+
+
+# --- what it leaves alone ------------------------------------------------------------------------
+
+
+def loader(shuffled=True, generator=None):
+    x, y = (torch.cat(t) for t in zip(*random_batches(), strict=True))
+    return DataLoader(TensorDataset(x, y), 8, shuffle=shuffled, generator=generator)
+
+
+def test_runs_repeat_bit_for_bit_and_the_seed_matters() -> None:
+    runs = [train(conv(), loader(), seed=seed, **QUICK) for seed in (3, 3, 4)]
+    assert same(runs[0], runs[1])
+    assert not same(runs[0], runs[2])
+    runs = [distill(conv(), conv(4), loader(), seed=seed, **QUICK) for seed in (3, 3, 4)]
+    assert same(runs[0], runs[1])
+    assert not same(runs[0], runs[2])
+
+
+def test_runs_repeat_with_a_generator_of_the_loaders_own() -> None:
+    generator = torch.Generator().manual_seed(5)
+    before = generator.get_state()
+    data = loader(generator=generator)
+    runs = [train(mlp(), data, **QUICK) for _ in range(2)]
+    assert same(*runs)
+    assert torch.equal(generator.get_state(), before)
+
+
+def test_showing_accuracy_does_not_change_the_result(capsys) -> None:
+    shown = train(conv(), loader(), val=loader(), epochs=2, lr=0.05, progress=True)
+    assert same(shown, train(conv(), loader(), **QUICK))
+
+
+def test_the_callers_networks_are_untouched() -> None:
+    teacher, student = conv(), conv(4)
+    teacher[2].eval()
+    student[1].weight.requires_grad_(False)
+    student[1].weight.grad = torch.ones_like(student[1].weight)
+    flags = [m.training for n in (teacher, student) for m in n.modules()]
+    kept = [fingerprint(teacher), fingerprint(student)]
+    found = distill(teacher, student, random_batches(), **QUICK)
+    evaluate(teacher, random_batches())
+    assert [m.training for n in (teacher, student) for m in n.modules()] == flags
+    assert [fingerprint(teacher), fingerprint(student)] == kept
+    assert all(p.requires_grad and p.grad is None for p in teacher.parameters())
+    assert (student[1].weight.grad == 1).all()
+    assert torch.equal(found[1].weight, student[1].weight)
+    assert not found[1].weight.requires_grad
+    assert set(found.__dict__) == set(student.__dict__)
+
+
+def test_a_network_can_be_its_own_teacher() -> None:
+    net = mlp()
+    kept = fingerprint(net)
+    found = distill(net, net, random_batches(), **QUICK)
+    assert fingerprint(net) == kept
+    assert not same(found, net)
+
+
+def surroundings():
+    from accelerate.state import AcceleratorState, GradientState, PartialState
+
+    return (
+        torch.get_rng_state().tolist(),
+        random.getstate(),
+        np.random.get_state()[1].tolist(),  # noqa: NPY002
+        list(warnings.filters),
+        dict(os.environ),
+        torch.get_num_threads(),
+        torch.is_grad_enabled(),
+        torch.are_deterministic_algorithms_enabled(),
+        (logging.root.level, list(logging.root.handlers)),
+        [dict(s._shared_state) for s in (PartialState, AcceleratorState, GradientState)],
+        (sys.stdout, sys.stderr),
+    )
+
+
+def test_the_process_is_as_before() -> None:
+    data = loader()
+    before = surroundings()
+    train(mlp(), data, **QUICK)
+    distill(mlp(), mlp(seed=1), data, val=data, epochs=1)
+    evaluate(mlp(), data)
+    assert surroundings() == before
+
+
+def test_the_process_is_as_before_an_error() -> None:
+    before = surroundings()
+
+    def interrupt(model):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(mlp(), loader(), after_step=interrupt)
+    assert surroundings() == before
+    train(mlp(), loader(), **QUICK)
+
+
+def test_a_new_process_keeps_its_environment_and_filters() -> None:
+    code = (
+        "import os, sys, warnings, torch\n"
+        "import rarefy.training as r\n"
+        "assert not {'accelerate', 'rich', 'onnx'} & set(sys.modules)\n"
+        "old = dict(os.environ), list(warnings.filters), torch.get_num_threads()\n"
+        "data = [(torch.ones(2, 2), torch.tensor([0, 1]))]\n"
+        "r.train(torch.nn.Linear(2, 2), data, progress=False)\n"
+        "assert old == (dict(os.environ), list(warnings.filters), torch.get_num_threads())\n"
+        "from accelerate import Accelerator\n"
+        "assert Accelerator(mixed_precision='bf16').mixed_precision == 'bf16'\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert not done.stderr
+
+
+def test_an_accelerator_of_the_callers_stays_as_it_was() -> None:
+    code = (
+        "import torch, rarefy.training as r\n"
+        "from accelerate import Accelerator\n"
+        "own = Accelerator(gradient_accumulation_steps=4, mixed_precision='bf16')\n"
+        "net = torch.nn.Linear(2, 2)\n"
+        "out = r.train(net, [(torch.ones(2, 2), torch.tensor([0, 1]))], progress=False)\n"
+        "assert not torch.equal(out.weight, net.weight)\n"
+        "assert out.weight.dtype == out(torch.ones(2, 2)).dtype == torch.float32\n"
+        "assert set(out.__dict__) == set(net.__dict__)\n"
+        "assert own.gradient_accumulation_steps == 4 and own.mixed_precision == 'bf16'\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_training_works_where_gradients_are_off() -> None:
+    model, data = mlp(), random_batches()
+    wanted = train(model, data, **QUICK)
+    for context in (torch.no_grad(), torch.inference_mode()):
+        with context:
+            assert same(train(model, data, **QUICK), wanted)
+            assert not same(distill(mlp(seed=1), model, data, **QUICK), model)
+
+
+# --- what it shows -------------------------------------------------------------------------------
+
+
+def test_lines_for_every_epoch_where_there_is_no_terminal(capsys) -> None:
+    distill(mlp(), mlp(seed=1), random_batches(), val=random_batches(), epochs=3)
+    shown = capsys.readouterr()
+    assert not shown.out
+    lines = shown.err.splitlines()
+    assert len(lines) == 4
+    assert "teacher" in lines[0]
+    assert "before" in lines[0]
+    assert "epoch 3/3" in lines[3]
+    assert "val" in lines[3]
+    assert "\x1b" not in shown.err
+
+
+def test_a_bar_on_a_terminal(monkeypatch) -> None:
+    stream = io.StringIO()
+    stream.isatty = lambda: True
+    monkeypatch.setattr(sys, "stderr", stream)
+    monkeypatch.setenv("TERM", "xterm")
+    train(mlp(), random_batches(), val=random_batches(), epochs=2)
+    assert "epoch 2/2" in stream.getvalue()
+
+
+def test_silence(capsys) -> None:
+    train(conv(), [*random_batches(), random_batches(1, size=1)[0]], val=random_batches(), **QUICK)
+    assert capsys.readouterr() == ("", "")
+
+
+# --- what it refuses -----------------------------------------------------------------------------
+
+
+def test_a_loss_that_is_not_finite_stops_at_once() -> None:
+    model, data = mlp(), random_batches()
+    data[2] = (data[2][0] * float("nan"), data[2][1])
+    kept = fingerprint(model)
+    with pytest.raises(TrainingError, match=r"epoch 1, step 3: the loss is nan. Lower lr"):
+        train(model, data, **QUICK)
+    assert fingerprint(model) == kept
+    with pytest.raises(TrainingError, match=r"epoch \d, step \d"):
+        train(
+            mlp(),
+            random_batches(),
+            loss=nn.functional.cross_entropy,
+            epochs=9,
+            lr=1e30,
+            progress=False,
+        )
+
+
+def test_weights_that_break_in_the_last_step_are_found() -> None:
+    def spoil(model):
+        model[0].weight.fill_(float("inf"))
+
+    with pytest.raises(TrainingError, match=r"epoch 1: parameter '0.weight'"):
+        train(mlp(), random_batches(1), epochs=1, after_step=spoil, progress=False)
+
+
+def test_nan_in_a_network_is_named_before_training() -> None:
+    bad = mlp()
+    with torch.no_grad():
+        bad[2].bias[3] = float("nan")
+    with pytest.raises(InputError, match=r"'2.bias' holds NaN"):
+        train(bad, random_batches(), **QUICK)
+    with pytest.raises(InputError, match=r"distill\(teacher\).*'2.bias'"):
+        distill(bad, mlp(), random_batches(), **QUICK)
+    with pytest.raises(InputError, match=r"distill\(model\).*'2.bias'"):
+        distill(mlp(), bad, random_batches(), **QUICK)
+    with pytest.raises(InputError, match="NaN"):
+        evaluate(bad, random_batches())
+    bn = conv()
+    bn[2].running_var.fill_(float("nan"))
+    with pytest.raises(InputError, match=r"'2.running_var'"):
+        train(bn, random_batches(), **QUICK)
+
+
+def test_data_that_can_be_read_only_once() -> None:
+    once = (b for b in random_batches())
+    with pytest.raises(DataError, match=r"epoch 2: .*generator can be read only once"):
+        train(mlp(), once, **QUICK)
+    train(mlp(), (b for b in random_batches()), epochs=1, progress=False)
+
+
+@pytest.mark.parametrize(
+    "data", [[], [(torch.zeros(0, 64), torch.zeros(0).long())], 7, torch.ones(2)]
+)
+def test_data_without_examples(data) -> None:
+    for act in (
+        lambda: train(mlp(), data, **QUICK),
+        lambda: distill(mlp(), mlp(), data, **QUICK),
+        lambda: evaluate(mlp(), data),
+    ):
+        with pytest.raises(DataError):
+            act()
+
+
+def test_labels_that_are_missing_or_wrong() -> None:
+    bare = [x for x, _ in random_batches()]
+    with pytest.raises(DataError, match=r"unlabelled.*distill"):
+        train(mlp(), bare, **QUICK)
+    with pytest.raises(DataError, match="unlabelled"):
+        evaluate(mlp(), bare)
+    with pytest.raises(DataError, match="labels are a list"):
+        train(mlp(), [(bare[0], [1] * 8)], **QUICK)
+    with pytest.raises(DataError, match="none of the 10 classes"):
+        train(mlp(), [(bare[0], torch.full((8,), 10))], **QUICK)
+    with pytest.raises(DataError, match="do not fit"):
+        evaluate(mlp(), [(bare[0], torch.zeros(8, 1).long())])
+    with pytest.raises(DataError, match="no position"):
+        evaluate(mlp(), [(bare[0], torch.full((8,), -100))])
+
+
+def test_networks_with_nothing_to_train() -> None:
+    for model in (nn.ReLU(), mlp().requires_grad_(False)):
+        with pytest.raises(InputError, match="no parameter is trainable"):
+            train(model, random_batches(), **QUICK)
+    with pytest.raises(InputError, match="meta"):
+        train(mlp().to("meta"), random_batches(), **QUICK)
+
+
+def test_a_network_that_cannot_be_copied() -> None:
+    model = mlp()
+    model.cached = model[0].weight * 2
+    with pytest.raises(InputError, match="cannot be copied"):
+        train(model, random_batches(), **QUICK)
+
+
+def test_losses_that_cannot_be_minimized() -> None:
+    for loss in (lambda a, b: a, lambda a, b: a.sum().detach()):
+        with pytest.raises(InputError, match="no scalar that depends"):
+            train(mlp(), random_batches(), loss=loss, **QUICK)
+
+
+def test_networks_with_other_classes() -> None:
+    with pytest.raises(InputError, match="10 and 7 classes"):
+        distill(mlp(classes=7), mlp(), random_batches(), **QUICK)
+
+
+def test_a_loss_on_labels_is_not_one_on_teachers() -> None:
+    with pytest.raises(InputError, match="label_weight"):
+        distill(mlp(), mlp(), random_batches(), loss=CrossEntropy(), **QUICK)
+
+
+def test_a_teacher_that_changes_is_refused() -> None:
+    class Restless(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = conv()
+
+        def forward(self, x):
+            self.net[2].train()
+            return self.net(x)
+
+    teacher = Restless()
+    kept = fingerprint(teacher)
+    with pytest.raises(TrainingError, match="teacher's weights or buffers changed"):
+        distill(teacher, mlp(), random_batches(), **QUICK)
+    assert fingerprint(teacher) == kept
+
+
+def test_a_last_batch_of_one_example(capsys) -> None:
+    data = random_batches()
+    single = random_batches(1, size=1)[0]
+    flat = nn.Sequential(nn.Linear(64, 8), nn.BatchNorm1d(8), nn.Linear(8, 10))
+    options = {"epochs": 2, "lr": 0.05, "schedule": "constant", "warmup": 0}
+    found = train(flat, [*data, single], **options)
+    assert capsys.readouterr().err.count("BatchNorm needs two") == 1
+    assert same(found, train(flat, data, progress=False, **options))
+    with pytest.raises(DataError, match="single example"):
+        train(flat, [single], **QUICK)
+    train(mlp(), [single], **QUICK)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"epochs": 0},
+        {"epochs": 1.5},
+        {"lr": 0},
+        {"lr": float("nan")},
+        {"optimizer": "adam"},
+        {"momentum": 1.0},
+        {"weight_decay": -1},
+        {"schedule": "step"},
+        {"warmup": 1},
+        {"clip_norm": 0},
+    ],
+)
+def test_options_out_of_range(change) -> None:
+    with pytest.raises(InputError, match=next(iter(change))):
+        train(mlp(), random_batches(), **change)
+    with pytest.raises(InputError, match=next(iter(change))):
+        TrainOptions(**change)
+
+
+def test_options_are_values_that_keywords_change() -> None:
+    options = TrainOptions(epochs=2, lr=0.05)
+    with pytest.raises(FrozenInstanceError):
+        options.lr = 1
+    assert same(
+        train(mlp(), random_batches(), options=options, progress=False),
+        train(mlp(), random_batches(), options=TrainOptions(lr=0.05), epochs=2, progress=False),
+    )
+    with pytest.raises(InputError, match=r"train\(epoch=...\): no such option. Use epochs, lr"):
+        train(mlp(), random_batches(), epoch=3)
+    with pytest.raises(InputError, match="label_weight"):
+        distill(mlp(), mlp(), random_batches(), label_weight=1.1)
+
+
+def test_streams_without_a_length() -> None:
+    class Stream(IterableDataset):
+        def __iter__(self):
+            return iter(TensorDataset(torch.ones(6, 64), torch.arange(6)))
+
+    train(mlp(), DataLoader(Stream(), 3), **QUICK)
+
+
+def test_evaluate_counts_positions() -> None:
+    logits = torch.eye(3)[None].repeat(2, 1, 1)
+    labels = torch.tensor([[0, 1, -100], [0, 0, 2]])
+    assert evaluate(nn.Identity(), [(logits, labels)]) == pytest.approx(4 / 5)
+    maps = torch.randn(2, 5, 3, 4, generator=torch.Generator().manual_seed(0))
+    assert evaluate(nn.Identity(), [(maps, maps.argmax(1))]) == 1.0
+
+
+def test_fingerprints_tell_networks_apart() -> None:
+    model = conv()
+    prints = [fingerprint(model)]
+    model[2].running_mean[0] += 1
+    prints.append(fingerprint(model))
+    prints += [fingerprint(copy.deepcopy(model).to(t)) for t in (torch.bfloat16, torch.float64)]
+    assert len(set(prints)) == 4
