@@ -9,7 +9,7 @@ RarefyError
 ├── ProofError                       a structural change that is not equal to masking
 ├── TrainingError                    a loss or weight became NaN or infinite
 ├── FormatError                      a file that is damaged, hostile or of another kind
-├── ExportError                      the network cannot be exported, or the export differs from it
+├── ExportError                      the network cannot be exported, or its export differs
 ├── OutputError                      a place that cannot be written, or must not be overwritten
 └── MissingExtraError (also an ImportError)   an optional dependency is not installed
 """

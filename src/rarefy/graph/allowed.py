@@ -118,7 +118,7 @@ ALLOWED: frozenset[str] = frozenset(" ".join(_FAMILIES).split())
 """Base names of ATen operators; the in-place form ``name_`` of each is allowed with it."""
 
 _PLAIN_TYPES = frozenset(
-    "Tensor int float bool complex number str Device Generator List Optional".split()  # noqa: SIM905
+    "Tensor int float bool complex number str Device Generator List Optional".split()
 )
 """Types of arguments, as schemas print them, that are data."""
 

@@ -167,7 +167,8 @@ def find(op: str) -> Rule | None:
 
 
 _UNTAGGED = frozenset(
-    "hardswish hardsigmoid hardtanh log_sigmoid softplus mish relu6 selu celu silu elu rrelu threshold".split()
+    "hardswish hardsigmoid hardtanh log_sigmoid softplus mish relu6 selu celu silu elu rrelu "
+    "threshold".split()
 )
 """Pointwise operators that PyTorch does not tag as such."""
 

@@ -169,10 +169,9 @@ def _run(model: nn.Module, inputs: Inputs) -> list[Tensor]:
     with evaluating(model):
         outputs = call(model, map_tensors(torch.clone, inputs))
     leaves: list[Any] = pytree.tree_leaves(outputs)
-    if isinstance(outputs, Tensor) or (leaves and isinstance(leaves[0], Tensor)):
-        return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-    held = [v for v in vars(outputs).values() if isinstance(v, Tensor)]
-    return held
+    if not any(isinstance(leaf, Tensor) for leaf in leaves):
+        leaves = list(getattr(outputs, "__dict__", {}).values())
+    return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
 
 
 def _largest(first: list[Tensor], second: list[Tensor]) -> float:
