@@ -7,6 +7,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Annotated
 
+import click
 import typer
 from rich.console import Console
 
@@ -135,8 +136,11 @@ def main() -> None:
     """Entry point: errors without traceback unless ``--debug``; exit status 1, 2 or 130."""
     debug = "--debug" in sys.argv
     try:
-        app()
-    except KeyboardInterrupt:
+        sys.exit(app(standalone_mode=False))
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (KeyboardInterrupt, click.Abort):
         _say("interrupted: complete stages are on disk, continue with --resume")
         sys.exit(130)
     except RarefyError as error:
@@ -144,12 +148,10 @@ def main() -> None:
             raise
         _say(str(error))
         sys.exit(2 if isinstance(error, InputError) else 1)
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 - the last resort of a command
         if debug:
             raise
-        _say(
-            f"unexpected {type(error).__name__}: {error}\nRun again with --debug for the traceback"
-        )
+        _say(f"unexpected {type(error).__name__}: {error}. Run with --debug for the traceback.")
         sys.exit(1)
 
 

@@ -14,8 +14,8 @@ from rarefy.types import Target
 
 STAGES = Stages(
     train=TrainStage(epochs=12, lr=0.1),
-    prune=PruneStage(macs=0.5, round_to=4),
-    distill=DistillStage(epochs=12, lr=0.05),
+    prune=PruneStage(macs=0.4, round_to=8),
+    distill=DistillStage(epochs=8, lr=0.05),
     quantize=QuantizeStage(),
 )
 TARGET = Target(speedup=2, size=8, max_drop=0.01)
