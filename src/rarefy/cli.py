@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import resources
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
-import click
 import typer
 from rich.console import Console
 
@@ -47,10 +47,11 @@ def demo(
     Trains a ResNet-20, halves its computation, retrains it on the teacher's soft labels, quantizes
     it to int8, and writes report.html with what was measured.
     """
-    from rarefy.tasks.demo import run
+    with _guarded(debug):
+        from rarefy.tasks.demo import run
 
-    result = run(out or Path("rarefy-demo"), resume, overwrite, seed, progress=not quiet)
-    _show(result.report, result.folder)
+        result = run(out or Path("rarefy-demo"), resume, overwrite, seed, progress=not quiet)
+        _show(result.report, result.folder)
 
 
 @app.command()
@@ -67,27 +68,28 @@ def compress(
     A recipe names a Python file, the functions in it that return the network and the data, and
     the stages with their options. `rarefy recipe` prints one to start from.
     """
-    from rarefy.pipeline import compress as run
-    from rarefy.recipe import load_recipe, resolve
+    with _guarded(debug):
+        from rarefy.pipeline import compress as run
+        from rarefy.recipe import load_recipe, resolve
 
-    plan = load_recipe(recipe)
-    job = resolve(plan)
-    result = run(
-        job.model,
-        train=job.train,
-        val=job.val,
-        test=job.test,
-        example_inputs=job.example_inputs,
-        target=plan.target.target() if plan.target else None,
-        stages=plan.stages,
-        out=out or plan.output,
-        title=f"{type(job.model).__name__} ({recipe.name})",
-        seed=plan.seed,
-        resume=resume,
-        overwrite=overwrite,
-        progress=not quiet,
-    )
-    _show(result.report, result.folder)
+        plan = load_recipe(recipe)
+        job = resolve(plan)
+        result = run(
+            job.model,
+            train=job.train,
+            val=job.val,
+            test=job.test,
+            example_inputs=job.example_inputs,
+            target=plan.target.target() if plan.target else None,
+            stages=plan.stages,
+            out=out or plan.output,
+            title=f"{type(job.model).__name__} ({recipe.name})",
+            seed=plan.seed,
+            resume=resume,
+            overwrite=overwrite,
+            progress=not quiet,
+        )
+        _show(result.report, result.folder)
 
 
 @app.command()
@@ -102,9 +104,34 @@ def inspect(
     file: Annotated[Path, typer.Argument(help="A file written by rarefy.")], debug: Debug = False
 ) -> None:
     """Show what a saved network holds, tensor by tensor."""
-    from rarefy.storage.format import inspect as contents
+    with _guarded(debug):
+        from rarefy.storage.format import inspect as contents
 
-    typer.echo(str(contents(file)))
+        typer.echo(str(contents(file)))
+
+
+@contextmanager
+def _guarded(debug: bool) -> Iterator[None]:
+    """Errors as one sentence without traceback, unless asked for; exit status 1, 2 or 130."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        _fail("interrupted: complete stages are on disk, continue with --resume", 130)
+    except RarefyError as error:
+        if debug:
+            raise
+        _fail(str(error), 2 if isinstance(error, InputError) else 1)
+    except typer.Exit:
+        raise
+    except Exception as error:
+        if debug:
+            raise
+        _fail(f"unexpected {type(error).__name__}: {error}. Run with --debug for the traceback.", 1)
+
+
+def _fail(text: str, status: int) -> NoReturn:
+    Console(stderr=True).print(f"rarefy: {text}", style="red", markup=False, soft_wrap=True)
+    raise typer.Exit(status)
 
 
 def _show(report: object, folder: Path) -> None:
@@ -130,30 +157,3 @@ def _options(
     ] = False,
 ) -> None:
     pass
-
-
-def main() -> None:
-    """Entry point: errors without traceback unless ``--debug``; exit status 1, 2 or 130."""
-    debug = "--debug" in sys.argv
-    try:
-        sys.exit(app(standalone_mode=False))
-    except click.ClickException as error:
-        error.show()
-        sys.exit(error.exit_code)
-    except (KeyboardInterrupt, click.Abort):
-        _say("interrupted: complete stages are on disk, continue with --resume")
-        sys.exit(130)
-    except RarefyError as error:
-        if debug:
-            raise
-        _say(str(error))
-        sys.exit(2 if isinstance(error, InputError) else 1)
-    except Exception as error:  # noqa: BLE001 - the last resort of a command
-        if debug:
-            raise
-        _say(f"unexpected {type(error).__name__}: {error}. Run with --debug for the traceback.")
-        sys.exit(1)
-
-
-def _say(text: str) -> None:
-    Console(stderr=True).print(f"rarefy: {text}", style="red", markup=False, soft_wrap=True)
