@@ -1,43 +1,70 @@
 """Make a trained PyTorch network smaller and faster, and prove it.
 
 The names below are the whole public face. Functions return plain ``nn.Module`` objects or frozen
-values and never change what they are given.
+values and never change what they are given. A name is imported when it is first used, so that
+``import rarefy`` and ``rarefy --help`` take no time.
 """
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-from rarefy import errors
-from rarefy.deployment.export import export
-from rarefy.deployment.measure import measure
-from rarefy.distillation import losses
-from rarefy.graph.trace import trace
-from rarefy.pipeline import compress
-from rarefy.pruning.prune import prune
-from rarefy.pruning.repair import repair
-from rarefy.quantization.quantize import quantize
-from rarefy.recipe.options import Stages
-from rarefy.storage.format import inspect, load, save
-from rarefy.training import distill, evaluate, train
-from rarefy.types import Budget, Int8, Target
+if TYPE_CHECKING:
+    from rarefy import errors as errors
+    from rarefy.deployment.export import export as export
+    from rarefy.deployment.measure import measure as measure
+    from rarefy.distillation import losses as losses
+    from rarefy.graph.trace import trace as trace
+    from rarefy.pipeline import compress as compress
+    from rarefy.pruning.prune import prune as prune
+    from rarefy.pruning.repair import repair as repair
+    from rarefy.quantization.quantize import quantize as quantize
+    from rarefy.recipe.options import Stages as Stages
+    from rarefy.storage.format import inspect as inspect
+    from rarefy.storage.format import load as load
+    from rarefy.storage.format import save as save
+    from rarefy.training import distill as distill
+    from rarefy.training import evaluate as evaluate
+    from rarefy.training import train as train
+    from rarefy.types import Budget as Budget
+    from rarefy.types import Int8 as Int8
+    from rarefy.types import Target as Target
 
-__all__ = [
-    "Budget",
-    "Int8",
-    "Stages",
-    "Target",
-    "compress",
-    "distill",
-    "errors",
-    "evaluate",
-    "export",
-    "inspect",
-    "load",
-    "losses",
-    "measure",
-    "prune",
-    "quantize",
-    "repair",
-    "save",
-    "trace",
-    "train",
-]
+_HOME = {
+    "Budget": "rarefy.types",
+    "Int8": "rarefy.types",
+    "Stages": "rarefy.recipe.options",
+    "Target": "rarefy.types",
+    "compress": "rarefy.pipeline",
+    "distill": "rarefy.training",
+    "evaluate": "rarefy.training",
+    "export": "rarefy.deployment.export",
+    "inspect": "rarefy.storage.format",
+    "load": "rarefy.storage.format",
+    "measure": "rarefy.deployment.measure",
+    "prune": "rarefy.pruning.prune",
+    "quantize": "rarefy.quantization.quantize",
+    "repair": "rarefy.pruning.repair",
+    "save": "rarefy.storage.format",
+    "trace": "rarefy.graph.trace",
+    "train": "rarefy.training",
+}
+_MODULES = {"errors": "rarefy.errors", "losses": "rarefy.distillation.losses"}
+
+__all__ = sorted([*_HOME, *_MODULES])
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        value: Any = import_module(_MODULES[name])
+    elif name in _HOME:
+        value = getattr(import_module(_HOME[name]), name)
+    else:
+        raise AttributeError(f"module 'rarefy' has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -13,9 +13,9 @@ from rarefy.tasks.vision import digits, resnet20
 from rarefy.types import Target
 
 STAGES = Stages(
-    train=TrainStage(epochs=12, lr=0.1),
-    prune=PruneStage(macs=0.4, round_to=8),
-    distill=DistillStage(epochs=8, lr=0.05),
+    train=TrainStage(epochs=8, lr=0.1),
+    prune=PruneStage(macs=0.35, round_to=8),
+    distill=DistillStage(epochs=6, lr=0.05),
     quantize=QuantizeStage(),
 )
 TARGET = Target(speedup=2, size=8, max_drop=0.01)
@@ -39,7 +39,7 @@ def run(
     """
     splits = digits()
     with seeded(seed):
-        teacher = resnet20()
+        teacher = resnet20(width=24)
     return compress(
         teacher,
         train=splits.train,
