@@ -140,8 +140,10 @@ def batches(data: Data, where: str) -> Iterator[tuple[Inputs, Tensor | None]]:
         )
     empty = True
     for batch in data:
-        inputs, targets = split_batch(batch)
-        if batch_size(inputs):
+        with _located(where):
+            inputs, targets = split_batch(batch)
+            size = batch_size(inputs)
+        if size:
             empty = False
             yield inputs, targets
     if empty:
@@ -151,6 +153,15 @@ def batches(data: Data, where: str) -> Iterator[tuple[Inputs, Tensor | None]]:
             "Check the data function; a generator can be read only once, a DataLoader any number "
             "of times",
         )
+
+
+@contextmanager
+def _located(where: str) -> Iterator[None]:
+    """Errors about a batch name the data that it is of."""
+    try:
+        yield
+    except DataError as error:
+        raise DataError(where, error.what, error.remedy) from None
 
 
 @contextmanager

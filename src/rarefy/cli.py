@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import resources
@@ -13,6 +15,10 @@ from rich.console import Console
 
 from rarefy import __version__
 from rarefy.errors import InputError, RarefyError
+
+# Threads that wait by spinning take the cores from whoever else needs them: training beside other
+# work becomes several times slower. This must be said before torch is loaded.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 app = typer.Typer(
     name="rarefy",
@@ -39,7 +45,7 @@ def demo(
     resume: Resume = False,
     overwrite: Overwrite = False,
     quiet: Quiet = False,
-    seed: Annotated[int, typer.Option(help="Seed of everything random.", min=0)] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of everything random.", min=0, max=2**32 - 1)] = 0,
     debug: Debug = False,
 ) -> None:
     """Do the main job on real handwritten digits: about two minutes on two cores.
@@ -116,17 +122,16 @@ def _guarded(debug: bool) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        _fail("interrupted: complete stages are on disk, continue with --resume", 130)
-    except RarefyError as error:
-        if debug:
-            raise
-        _fail(str(error), 2 if isinstance(error, InputError) else 1)
+        _fail("interrupted; --resume continues after the last complete stage", 130)
     except typer.Exit:
         raise
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 - the last line before the user: all are told
         if debug:
-            raise
-        _fail(f"unexpected {type(error).__name__}: {error}. Run with --debug for the traceback.", 1)
+            traceback.print_exc()
+        if isinstance(error, RarefyError):
+            _fail(str(error), 2 if isinstance(error, InputError) else 1)
+        hint = "" if debug else ". Run with --debug for the traceback"
+        _fail(f"unexpected {type(error).__name__}: {error}{hint}", 1)
 
 
 def _fail(text: str, status: int) -> NoReturn:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from rich.console import Console
-from torch import nn
+from torch import Tensor, nn
 
 from rarefy.batches import batch_size, batches, seeded, take
 from rarefy.deployment.export import export
@@ -19,13 +19,16 @@ from rarefy.deployment.measure import accuracy, compare
 from rarefy.deployment.runtimes import OnnxSession, load_onnx, load_onnxruntime
 from rarefy.distillation.losses import KD
 from rarefy.environment import environment
+from rarefy.errors import ExportError, InputError
 from rarefy.graph.count import count
+from rarefy.preflight import check_data, check_inputs, check_model, check_options, first_inputs
+from rarefy.process import replayable
 from rarefy.pruning.prune import Pruned, check_finite, prune
 from rarefy.pruning.repair import repair
 from rarefy.quantization.quantize import quantize
 from rarefy.recipe.options import PruneStage, Stages
 from rarefy.reporting.files import write
-from rarefy.run_folder import RunFolder
+from rarefy.run_folder import PruningFacts, RunFolder, StageFacts
 from rarefy.search import reachable_budget
 from rarefy.storage.format import load, save
 from rarefy.training import distill, evaluate, fingerprint, train
@@ -33,6 +36,9 @@ from rarefy.types import Batch, Check, Data, Inputs, Report, Stage, Target, Widt
 
 CALIBRATION = 512
 """Training examples that quantization is calibrated on."""
+
+EXAMPLES = 8
+"""Examples of the first training batch that a network is captured with."""
 
 
 @dataclass(frozen=True)
@@ -83,13 +89,14 @@ def compress(
         stages: options of each stage; defaults where None.
         out: folder of the artifacts and of ``report.html`` and ``report.json``.
         title: of the report.
-        seed: of everything random: two runs on one machine are equal but for timings.
+        seed: of everything random: two runs on one machine are equal but for timings, and for a
+            budget that a speed-up asked for was found by timing.
         resume: continue the run in ``out`` after its last complete stage.
         overwrite: replace the run in ``out``.
         progress: show progress.
 
     Raises:
-        InputError, DataError: the network or the data cannot be used.
+        InputError, DataError: the network or the data cannot be used; nothing was written.
         OutputError: ``out`` cannot be written, or holds an earlier run.
         BudgetError, CaptureError, ProofError, TrainingError, ExportError: a stage failed; the
             stages before it are on disk.
@@ -100,40 +107,62 @@ def compress(
     """
     load_onnx()
     load_onnxruntime()
-    check_finite(model)
-    stages = stages or Stages()
-    job = _Job(
-        model,
-        train,
-        val,
-        val if test is None else test,
-        _first_inputs(train) if example_inputs is None else example_inputs,
-        target,
-        stages,
-        seed,
-        Console(stderr=True, quiet=not progress),
-    )
+    started = time.perf_counter()
+    stages = Stages() if stages is None else stages
+    check_options(stages, target, seed)
+    test = val if test is None else test
+    with _repeatable(seed, train, val, test):
+        example_inputs = _checked(model, train, val, test, example_inputs, stages)
+    console = Console(stderr=True, quiet=not progress, markup=False, highlight=False)
+    job = _Job(model, train, val, test, example_inputs, target, stages, seed, console)
     identity = _identity(model, stages, target, seed)
     folder = RunFolder.claim(out, identity, resume=resume, overwrite=overwrite)
-    started = time.perf_counter()
     run = _Run(job, folder)
+    for name, make in _stages(stages):
+        run.stage(name, make)
     with seeded(seed):
-        for name, make in _stages(stages):
-            run.stage(name, make)
         measured = run.stages()
-    pruning = run.facts["pruned"]["pruning"]
+    pruning = run.facts["pruned"].pruning
+    assert pruning is not None
     report = Report(
         title or f"{type(model).__name__}, compressed",
         measured,
-        tuple(Width(*width) for width in pruning["widths"]),
+        tuple(Width(*width) for width in pruning.widths),
         _checks(measured, target),
-        tuple(pruning["frozen"]),
+        pruning.frozen,
         seed,
         run.earlier_seconds + time.perf_counter() - started,
         environment(),
     )
     write(report, folder.path)
     return Compressed(run.networks[measured[-1].name], report, folder.path)
+
+
+@contextmanager
+def _repeatable(seed: int, *data: Data) -> Iterator[None]:
+    """What is random inside depends on the seed alone, and leaves no trace outside."""
+    with seeded(seed), replayable(*data):
+        yield
+
+
+def _checked(
+    model: nn.Module,
+    train: Data,
+    val: Data,
+    test: Data,
+    example_inputs: Inputs | None,
+    stages: Stages,
+) -> Inputs:
+    """The example inputs, once everything that was given is found usable."""
+    check_model(model)
+    check_finite(model)
+    check_data(model, train, "compress(train)", labelled=stages.train is not None, soft=True)
+    for name, data in (("val", val), ("test", test)):
+        check_data(model, data, f"compress({name})")
+    if example_inputs is None:
+        return first_inputs(train, "compress(train)", EXAMPLES)
+    check_inputs(model, example_inputs, "compress(example_inputs)")
+    return example_inputs
 
 
 @dataclass(frozen=True)
@@ -260,97 +289,122 @@ class _Run:
     def __init__(self, job: _Job, folder: RunFolder) -> None:
         self.job, self.folder = job, folder
         self.networks: dict[str, nn.Module] = {}
-        self.facts: dict[str, dict[str, Any]] = {}
+        self.facts: dict[str, StageFacts] = {}
         self.earlier_seconds = 0.0
 
     def stage(self, name: str, make: Maker) -> None:
         """Make a stage and put it on disk, or take it from there."""
-        done = self.folder.complete().get(name)
+        done = self.folder.complete(name)
         if done is not None:
-            self.earlier_seconds += float(done["seconds"])
+            self.earlier_seconds += done.seconds
             self._take(name, done)
-            self.job.console.print(f"{name}: complete in {self.folder.path}, taken from there")
+            self._say(f"{name}: complete in {self.folder.path}, taken from there")
             return
+        with _repeatable(self.job.seed, self.job.train, self.job.val, self.job.test):
+            facts = self._make(name, make)
+        self.folder.note(name, facts)
+        self._take(name, facts)
+        self._say(
+            f"{name}: accuracy {facts.accuracy:.2%}, {facts.params:,} parameters, "
+            f"{facts.macs:,} MACs, {facts.seconds:.1f} s"
+        )
+
+    def _make(self, name: str, make: Maker) -> StageFacts:
+        """Make a stage, write its artifacts and measure them."""
         started = time.perf_counter()
         network, notes = make(self.job, self.networks)
         save(network, self._file(name, "safetensors"))
         reloaded = load(self._file(name, "safetensors"), self.job.model)
         export(reloaded, self._file(name, "onnx"), self.job.example_inputs)
-        facts = self._facts(name, reloaded, notes)
-        if isinstance(getattr(network, "pruned", None), Pruned) and name == "pruned":
-            facts["pruning"] = _plain(network.pruned)  # type: ignore[arg-type]
-        facts["seconds"] = time.perf_counter() - started
-        self.folder.note(name, facts)
-        self._take(name, facts)
-        self.job.console.print(
-            f"{name}: accuracy {facts['accuracy']:.2%}, {facts['params']:,} parameters, "
-            f"{facts['macs']:,} MACs, {facts['seconds']:.1f} s"
+        self._check_batches(name)
+        cost = count(reloaded, self.job.example_inputs)
+        uncounted = (f"MACs of {op} ({n}x) are not counted" for op, n in cost.uncounted.items())
+        return StageFacts(
+            accuracy=self._accuracy(name, reloaded),
+            params=cost.params,
+            macs=cost.macs,
+            notes=(*notes, *uncounted),
+            seconds=time.perf_counter() - started,
+            pruning=_plain(network.pruned) if name == "pruned" else None,  # type: ignore[arg-type]
         )
+
+    def _say(self, text: str) -> None:
+        self.job.console.print(text, soft_wrap=True)
 
     def _file(self, stage: str, suffix: str) -> Path:
         return self.folder.file(f"{stage}.{suffix}")
 
-    def _facts(self, name: str, network: nn.Module, notes: tuple[str, ...]) -> dict[str, Any]:
-        """What is measured on a stage's files, but for latency."""
-        if name == "quantized":
-            reached = accuracy(OnnxSession(self._file(name, "onnx")), self.job.test)
-        else:
-            reached = evaluate(network, self.job.test)
-        cost = count(network, self.job.example_inputs)
-        uncounted = (f"MACs of {op} ({n}x) are not counted" for op, n in cost.uncounted.items())
-        return {
-            "accuracy": reached,
-            "params": cost.params,
-            "macs": cost.macs,
-            "notes": [*notes, *uncounted],
-        }
+    def _check_batches(self, name: str) -> None:
+        """Refuse an export that is bound to one number of examples: latency is that of one."""
+        session = OnnxSession(self._file(name, "onnx"))
+        try:
+            session(take(self.job.example_inputs, 1))
+        except InputError as error:
+            raise ExportError(
+                f"{name}.onnx",
+                f"the exported network does not take one example alone: {error.what}",
+                "Write its forward for any number of examples, without fixed batch sizes in view() "
+                "and the like",
+            ) from error
 
-    def _take(self, name: str, facts: dict[str, Any]) -> None:
+    def _accuracy(self, name: str, network: nn.Module) -> float:
+        """That of the reloaded file; of the ONNX file where the network is quantized."""
+        if name != "quantized":
+            return evaluate(network, self.job.test)
+        session = OnnxSession(self._file(name, "onnx"))
+        position = session.outputs.index("logits") if "logits" in session.outputs else 0
+
+        def predict(inputs: Inputs) -> Tensor:
+            return session(inputs)[position]
+
+        return accuracy(predict, self.job.test)
+
+    def _take(self, name: str, facts: StageFacts) -> None:
         """Reload a complete stage."""
         network = load(self._file(name, "safetensors"), self.job.model)
-        if "pruning" in facts:
-            network.pruned = _record(facts["pruning"])  # type: ignore[assignment]
+        if facts.pruning is not None:
+            network.pruned = _record(facts.pruning)  # type: ignore[assignment]
         self.networks[name], self.facts[name] = network, facts
 
     def stages(self) -> tuple[Stage, ...]:
         """All stages with their latencies, measured side by side at batch 1."""
         names = list(self.facts)
         files = [self._file(name, "onnx") for name in names]
-        self.job.console.print("measuring latency side by side ...")
+        self._say("measuring latency side by side ...")
         measured = compare(files, take(self.job.example_inputs, 1), threads=1)
         return tuple(
             Stage(
                 name,
-                facts["accuracy"],
-                facts["params"],
-                facts["macs"],
+                facts.accuracy,
+                facts.params,
+                facts.macs,
                 self._file(name, "safetensors").stat().st_size,
                 measurement.bytes,
                 measurement.latency_ms,
-                facts["seconds"],
-                tuple(facts["notes"]),
+                facts.seconds,
+                facts.notes,
             )
             for (name, facts), measurement in zip(self.facts.items(), measured, strict=True)
         )
 
 
-def _plain(record: Pruned) -> dict[str, Any]:
-    """A record of pruning as JSON."""
-    return {
-        "kind": record.kind,
-        "reason": record.reason,
-        "error": record.error,
-        "widths": [[w.layer, w.before, w.after] for w in record.widths],
-        "frozen": [str(f) for f in record.frozen],
-        "kept": [[path, dim, kept.tolist()] for (path, dim), kept in record.kept.items()],
-    }
+def _plain(record: Pruned) -> PruningFacts:
+    """A record of pruning with plain entries."""
+    return PruningFacts(
+        kind=record.kind,  # type: ignore[arg-type]
+        reason=record.reason,
+        error=record.error,
+        widths=tuple((w.layer, w.before, w.after) for w in record.widths),
+        frozen=tuple(map(str, record.frozen)),
+        kept=tuple((path, dim, tuple(k.tolist())) for (path, dim), k in record.kept.items()),
+    )
 
 
-def _record(plain: Mapping[str, Any]) -> Pruned:
-    """A record of pruning from JSON; what was frozen stays text, in the report."""
-    kept = {(path, dim): np.array(entries, np.int64) for path, dim, entries in plain["kept"]}
-    widths = tuple(Width(*width) for width in plain["widths"])
-    return Pruned(plain["kind"], plain["reason"], widths, kept, (), plain["error"])
+def _record(plain: PruningFacts) -> Pruned:
+    """A record of pruning from plain entries; what was frozen stays text, in the report."""
+    kept = {(path, dim): np.array(entries, np.int64) for path, dim, entries in plain.kept}
+    widths = tuple(Width(*width) for width in plain.widths)
+    return Pruned(plain.kind, plain.reason, widths, kept, (), plain.error)
 
 
 def _checks(stages: tuple[Stage, ...], target: Target | None) -> tuple[Check, ...]:
@@ -379,12 +433,6 @@ def _checks(stages: tuple[Stage, ...], target: Target | None) -> tuple[Check, ..
 def _identity(model: nn.Module, stages: Stages, target: Target | None, seed: int) -> str:
     text = f"{type(model).__name__} {fingerprint(model)} {stages!r} {target!r} {seed}"
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _first_inputs(data: Data) -> Inputs:
-    """A few examples of the first batch."""
-    inputs, _ = next(batches(data, "compress(train)"))
-    return take(inputs, 8)
 
 
 def _limited(data: Data, examples: int) -> list[Batch]:

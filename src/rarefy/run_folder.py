@@ -1,22 +1,73 @@
 """The folder of one run: its artifacts, and a manifest of the stages that are complete.
 
-A stage is complete when its artifact is on disk and the manifest says so; both are written to a
+A stage is complete when its artifacts are on disk and the manifest says so; both are written to a
 temporary name and moved into place. A run that was interrupted continues after its last complete
-stage. Nothing of an earlier run is overwritten unasked.
+stage, once its artifacts are found to be what the manifest says. Nothing of an earlier run is
+overwritten unasked.
 """
 
 from __future__ import annotations
 
-import json
+import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
-from rarefy.errors import OutputError
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from rarefy.errors import InputError, OutputError
 
 MANIFEST = "run.json"
+
+SUFFIXES = ("safetensors", "onnx")
+"""Of the artifacts of every stage."""
+
+OWN = (
+    MANIFEST,
+    "report.html",
+    "report.json",
+    *(
+        f"{stage}.{suffix}"
+        for stage in ("teacher", "pruned", "repaired", "distilled", "quantized")
+        for suffix in SUFFIXES
+    ),
+)
+"""Names of all files that a run may write."""
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class PruningFacts(_Record):
+    """What a pruning did, as :class:`~rarefy.pruning.prune.Pruned` with plain entries."""
+
+    kind: Literal["module", "graph"]
+    reason: str
+    error: float
+    widths: tuple[tuple[str, int, int], ...]
+    frozen: tuple[str, ...]
+    kept: tuple[tuple[str, int, tuple[int, ...]], ...]
+
+
+class StageFacts(_Record):
+    """What was measured on a stage when it was made, and the SHA-256 of each of its artifacts."""
+
+    accuracy: float
+    params: int
+    macs: int
+    notes: tuple[str, ...]
+    seconds: float
+    pruning: PruningFacts | None = None
+    files: dict[str, str] = {}
+
+
+class _Manifest(_Record):
+    identity: str
+    stages: dict[str, StageFacts]
 
 
 @dataclass(frozen=True)
@@ -37,13 +88,17 @@ class RunFolder:
         """Make the folder, or take one that may be written.
 
         Raises:
-            OutputError: it cannot be written, holds other files or an earlier run, or a run with
-                other options is to be continued.
+            InputError: the run is to be continued and replaced at once.
+            OutputError: the folder cannot be written, holds other files or an earlier run, or a
+                run with other options is to be continued.
         """
+        if resume and overwrite:
+            what = "a run can be continued or replaced, not both"
+            raise InputError("resume, overwrite", what, "Give one of the two")
         folder = cls(Path(path), identity)
         try:
             folder.path.mkdir(parents=True, exist_ok=True)
-            probe = folder.path / f".probe-{os.getpid()}"
+            probe = folder.path / f".{MANIFEST}.probe-{os.getpid()}"
             probe.write_bytes(b"")
             probe.unlink()
         except OSError as error:
@@ -52,72 +107,122 @@ class RunFolder:
                 f"the output folder cannot be written ({error.strerror or error})",
                 "Choose another folder with --out (out= in Python)",
             ) from error
-        folder._check(resume=resume, overwrite=overwrite)
+        folder._prepare(resume=resume, overwrite=overwrite)
         return folder
 
-    def _check(self, *, resume: bool, overwrite: bool) -> None:
-        manifest = self._read()
-        if manifest is None:
-            if any(self.path.iterdir()) and not overwrite:
-                raise OutputError(
-                    str(self.path),
-                    "the folder is not empty and holds no run of rarefy",
-                    "Choose an empty or new folder, or pass --overwrite (overwrite=True)",
-                )
-        elif resume:
-            if manifest.get("identity") != self.identity:
-                raise OutputError(
-                    str(self.path),
-                    "the run in it was made with another network, other options or another seed",
-                    "Continue it with what it was started with, or choose another folder",
-                )
-            return
-        elif not overwrite:
+    def _prepare(self, *, resume: bool, overwrite: bool) -> None:
+        """Continue, replace or begin a run, whichever is allowed."""
+        drafts = list(self._drafts())
+        if overwrite:
+            self._replace()
+        elif self.file(MANIFEST).exists():
+            self._continue(resume)
+        elif set(self.path.iterdir()) - set(drafts):
+            raise OutputError(
+                str(self.path),
+                "the folder is not empty and holds no run of rarefy",
+                "Choose an empty or new folder, or pass --overwrite (overwrite=True)",
+            )
+        else:
+            self._write({})
+        for draft in drafts:
+            with suppress(OSError):
+                draft.unlink(missing_ok=True)
+
+    def _continue(self, resume: bool) -> None:
+        if not resume:
             raise OutputError(
                 str(self.path),
                 "it holds an earlier run",
                 "Continue it with --resume, replace it with --overwrite, or choose another folder "
                 "with --out",
             )
-        self._write({"identity": self.identity, "stages": {}})
+        if self._read().identity != self.identity:
+            raise OutputError(
+                str(self.path),
+                "the run in it was made with another network, other options or another seed",
+                "Continue it with what it was started with, or choose another folder",
+            )
+
+    def _replace(self) -> None:
+        """Begin anew; the files of an earlier run go, all others stay."""
+        earlier = self.file(MANIFEST).exists()
+        self._write({})
+        try:
+            for name in OWN if earlier else ():
+                if name != MANIFEST:
+                    self.file(name).unlink(missing_ok=True)
+        except OSError as error:
+            what = f"the earlier run cannot be removed ({error})"
+            raise OutputError(str(self.path), what, "Choose another folder with --out") from error
+
+    def _drafts(self) -> Iterator[Path]:
+        """What a run that was killed left half written."""
+        return (path for name in OWN for path in self.path.glob(f".{name}.*"))
 
     def file(self, name: str) -> Path:
         """Path of an artifact."""
         return self.path / name
 
-    def complete(self) -> dict[str, dict[str, Any]]:
-        """Stages that are complete, in order, with what was noted about them."""
-        stages: dict[str, dict[str, Any]] = (self._read() or {}).get("stages", {})
-        return stages
+    def artifacts(self, stage: str) -> tuple[Path, ...]:
+        """Paths of a stage's artifacts."""
+        return tuple(self.file(f"{stage}.{suffix}") for suffix in SUFFIXES)
 
-    def note(self, stage: str, facts: Mapping[str, Any]) -> None:
-        """Mark a stage as complete; its artifact must be on disk already."""
-        stages = self.complete() | {stage: dict(facts)}
-        self._write({"identity": self.identity, "stages": stages})
+    def complete(self, stage: str) -> StageFacts | None:
+        """What was noted about a stage, or None where it is not complete.
 
-    def _read(self) -> dict[str, Any] | None:
-        path = self.file(MANIFEST)
-        if not path.exists():
+        Raises:
+            OutputError: an artifact is missing or is not what it was.
+        """
+        facts = self._read().stages.get(stage)
+        if facts is None:
             return None
-        try:
-            manifest = json.loads(path.read_text(encoding="utf-8"))
-            if isinstance(manifest, dict) and isinstance(manifest.get("stages"), dict):
-                return manifest
-        except (OSError, ValueError):
-            pass
-        raise OutputError(
-            str(path),
-            "the manifest of the earlier run cannot be read",
-            "Remove the folder, or choose another one",
-        )
+        for path in self.artifacts(stage):
+            state = "is missing" if not path.is_file() else "is not what the run wrote"
+            if not path.is_file() or _digest(path) != facts.files.get(path.name):
+                raise OutputError(
+                    str(path),
+                    f"this file of the complete stage {stage!r} {state}",
+                    "Put it back, or start again with --overwrite (overwrite=True)",
+                )
+        return facts
 
-    def _write(self, manifest: Mapping[str, Any]) -> None:
+    def note(self, stage: str, facts: StageFacts) -> None:
+        """Mark a stage as complete; its artifacts must be on disk already."""
+        files = {path.name: _digest(path) for path in self.artifacts(stage)}
+        self._write({**self._read().stages, stage: facts.model_copy(update={"files": files})})
+
+    def _read(self) -> _Manifest:
+        path = self.file(MANIFEST)
+        try:
+            return _Manifest.model_validate_json(path.read_bytes())
+        except (OSError, ValidationError) as error:
+            raise OutputError(
+                str(path),
+                "the manifest of the run is damaged or missing, or of another version of rarefy",
+                "Start again with --overwrite (overwrite=True), or choose another folder",
+            ) from error
+
+    def _write(self, stages: dict[str, StageFacts]) -> None:
+        manifest = _Manifest(identity=self.identity, stages=stages)
         draft = self.file(f".{MANIFEST}.{os.getpid()}")
         try:
-            draft.write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+            with draft.open("w", encoding="utf-8") as file:
+                file.write(manifest.model_dump_json() + "\n")
+                file.flush()
+                os.fsync(file.fileno())
             draft.replace(self.file(MANIFEST))
         except OSError as error:
-            draft.unlink(missing_ok=True)
+            with suppress(OSError):
+                draft.unlink(missing_ok=True)
             raise OutputError(
                 str(self.path), f"the run cannot be noted ({error})", "Free space or change --out"
             ) from error
+
+
+def _digest(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise OutputError(str(path), f"it cannot be read ({error})", "Check its rights") from error

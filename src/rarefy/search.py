@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 from torch import nn
@@ -48,15 +49,24 @@ def reachable_budget(
     """
     with tempfile.TemporaryDirectory(prefix="rarefy-") as folder:
         trial = _Trial(model, example_inputs, target, calibration, scheme, Path(folder))
-        low, high = 0, len(SHARES) - 1
-        while low < high:
-            middle = (low + high) // 2
-            if trial.reaches(SHARES[middle]):
-                high = middle
-            else:
-                low = middle + 1
+        found = _first(trial.reaches)
+    reached = found < trial.possible
+    share = SHARES[max(min(found, trial.possible - 1), 0)]
     tried = ", ".join(f"{share:g}: {text}" for share, text in trial.tried.items())
-    return SHARES[low], f"budget of {SHARES[low]:g} of the MACs found by measuring ({tried})"
+    outcome = "found by measuring" if reached else "is the smallest tried; none reaches the target"
+    return share, f"budget of {share:g} of the MACs {outcome} ({tried})"
+
+
+def _first(reaches: Callable[[int], bool]) -> int:
+    """Position of the largest share that reaches the target, by bisection; their number if none."""
+    low, high = 0, len(SHARES)
+    while low < high:
+        middle = (low + high) // 2
+        if reaches(middle):
+            high = middle
+        else:
+            low = middle + 1
+    return low
 
 
 class _Trial:
@@ -74,14 +84,17 @@ class _Trial:
         self.model, self.example_inputs, self.target = model, example_inputs, target
         self.calibration, self.scheme, self.folder = calibration, scheme, folder
         self.tried: dict[float, str] = {}
+        self.possible = len(SHARES)  # shares from this position on cannot be reached
         self.before = self._write(model, "before")
 
-    def reaches(self, share: float) -> bool:
+    def reaches(self, position: int) -> bool:
+        share = SHARES[position]
         try:
             small = prune(self.model, self.example_inputs, Budget(macs=share))
         except BudgetError:
-            self.tried[share] = "out of reach"
-            return True  # smaller shares are out of reach too: look among the larger ones
+            self.tried[share] = "not possible"
+            self.possible = min(self.possible, position)
+            return True  # nor is any smaller share: look among the larger ones
         if self.calibration is not None:
             small = quantize(small, self.calibration, self.scheme)
         after = self._write(small, "after")

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from rarefy.errors import BudgetError, InputError
 
-Inputs: TypeAlias = "Tensor | tuple[Any, ...] | Mapping[str, Any]"
+Inputs: TypeAlias = Tensor | tuple[Any, ...] | Mapping[str, Any]
 """What a network is called with: a tensor ``model(x)``, a tuple ``model(*x)``, a mapping
 ``model(**x)``."""
 

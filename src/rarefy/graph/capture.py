@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import linecache
 import re
 import warnings
@@ -16,7 +17,19 @@ from torch.utils import _pytree as pytree
 
 from rarefy.batches import evaluating, map_tensors
 from rarefy.errors import CaptureError
-from rarefy.graph.program import SCALAR_OPS, Graph, GraphModel, Node, Ref, Spec, Value
+from rarefy.graph.program import (
+    SCALAR_OPS,
+    Graph,
+    GraphModel,
+    Node,
+    Ref,
+    Spec,
+    Value,
+    schema,
+    shares_memory,
+    substitute,
+    writes,
+)
 from rarefy.types import Inputs
 
 
@@ -59,7 +72,8 @@ def capture(model: nn.Module, example_inputs: Inputs) -> Capture:
     for name, buffer in model.named_buffers():
         if buffer.shape == buffers[name].shape:
             buffer.data.copy_(buffers[name])
-    return Capture(_convert(program), dict(_constants(program)), dynamic)
+    graph = _read_once(_convert(program), model)
+    return Capture(graph, dict(_constants(program)), dynamic)
 
 
 def graph_model(model: nn.Module, captured: Capture) -> GraphModel:
@@ -92,16 +106,10 @@ def _arguments(inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
 def _export(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[ExportedProgram, bool]:
-    def batch(leaf: Any) -> Any:
-        return {0: Dim.AUTO} if isinstance(leaf, Tensor) and leaf.ndim else None
-
-    shapes = (pytree.tree_map(batch, args), pytree.tree_map(batch, kwargs))
     errors: list[BaseException] = []
     for dynamic in (True, False):
-        spec: Any = None
-        if dynamic:
-            spec = dict(shapes[1]) if kwargs else shapes[0]
         try:
+            spec = _free_batch(model, args, kwargs) if dynamic else None
             program = torch.export.export(model, args, kwargs, dynamic_shapes=spec, strict=False)
         except Exception as error:  # noqa: BLE001 - export runs the user's code: anything may arise
             errors.append(error)
@@ -116,6 +124,16 @@ def _export(
         "Check that the model runs on the example inputs; replace Python decisions on tensor "
         "values by torch.where, or move them out of forward",
     ) from last
+
+
+def _free_batch(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """For every argument of forward, by name, that the first dimension of its tensors is free."""
+
+    def batch(leaf: Any) -> Any:
+        return {0: Dim.AUTO} if isinstance(leaf, Tensor) and leaf.ndim else None
+
+    bound = inspect.signature(model.forward).bind(*args, **kwargs).arguments
+    return {name: pytree.tree_map(batch, value) for name, value in bound.items()}
 
 
 def _is_dynamic(value: Tensor) -> bool:
@@ -177,8 +195,8 @@ def _convert(program: ExportedProgram) -> Graph:
             raise CaptureError(
                 f"node {fx_node.name}",
                 f"the captured graph holds a nested graph ({fx_node.target})",
-                "Replace control-flow operators (torch.cond, torch.map) and checkpointing in "
-                "forward by plain code",
+                "Replace control-flow operators (torch.cond, torch.map), autocast and "
+                "enable_grad blocks in forward by plain code",
             )
     spec = program.call_spec
     graph = Graph(
@@ -261,15 +279,6 @@ def _size(size: int | torch.SymInt) -> int:
 
 # --- clean-up ----------------------------------------------------------------------------------
 
-_VIEWS = {
-    f"aten.{name}"
-    for name in (
-        "view reshape flatten permute transpose t slice select expand expand_as unsqueeze squeeze "
-        "split split_with_sizes chunk unbind narrow unfold diagonal alias detach contiguous "
-        "unflatten view_as reshape_as movedim swapaxes numpy_T to dropout identity"
-    ).split()
-}
-
 
 def _out_of_place(graph: Graph) -> Graph:
     """``relu_`` and its like as ``relu``, later readers of the input reading the result instead.
@@ -283,41 +292,58 @@ def _out_of_place(graph: Graph) -> Graph:
     viewed: set[str] = set()
 
     def current(arg: Any) -> Any:
-        if isinstance(arg, Ref):
-            return renamed.get(arg.name, arg)
-        if isinstance(arg, list):
-            return [current(a) for a in arg]
-        if isinstance(arg, tuple):
-            return tuple(current(a) for a in arg)
-        if isinstance(arg, Mapping):
-            return {k: current(v) for k, v in arg.items()}
-        return arg
+        return substitute(arg, lambda ref: renamed.get(ref.name, ref))
 
     for node in graph.nodes:
         node = replace(node, args=current(node.args), kwargs=current(node.options))
-        name, _, overload = node.op.removeprefix("aten.").partition(".")
         target = node.args[0] if node.args else None
-        if (
-            name.endswith("_")
-            and not name.startswith("_")
-            and isinstance(target, Ref)
-            and target.name in fresh - viewed
-            and _exists(f"{name[:-1]}", overload)
-        ):
-            node = replace(node, op=f"aten.{name[:-1]}.{overload}")
+        pure = _pure(node.op)
+        if pure and isinstance(target, Ref) and target.name in fresh - viewed:
+            node = replace(node, op=pure)
             before = {old for old, new in renamed.items() if new == target} | {target.name}
             renamed.update({old: Ref(node.name) for old in before})
-        if node.op.rpartition(".")[0] in _VIEWS:
-            viewed.update(node.inputs)
-        elif node.op not in ("input", "tensor"):
-            fresh.add(node.name)
+        if node.op not in ("input", "tensor", "output"):
+            if shares_memory(node.op):
+                viewed.update(node.inputs)
+            else:
+                fresh.add(node.name)
         nodes.append(node)
     return graph.with_nodes(nodes)
 
 
-def _exists(name: str, overload: str) -> bool:
-    packet = getattr(torch.ops.aten, name, None)
-    return hasattr(packet, overload)
+def _pure(op: str) -> str:
+    """``aten.relu_.default`` -> ``aten.relu.default``; empty where there is no such pair."""
+    family, _, overload = op.rpartition(".")
+    pure = f"{family.removesuffix('_')}.{overload}"
+    return pure if writes(op) and pure != op and schema(pure) is not None else ""
+
+
+def _read_once(graph: Graph, model: nn.Module) -> Graph:
+    """Each tensor read by one node only, under the first of the paths that share it."""
+    named = [
+        *model.named_parameters(remove_duplicate=False),
+        *model.named_buffers(remove_duplicate=False),
+    ]
+    first: dict[int, str] = {}
+    owner = {path: first.setdefault(id(tensor), path) for path, tensor in named}
+    nodes: list[Node] = []
+    reader: dict[str, Ref] = {}
+    renamed: dict[str, Ref] = {}
+    for node in graph.nodes:
+        if node.op == "tensor":
+            path = owner.get(node.path, node.path)
+            renamed[node.name] = reader.setdefault(path, Ref(node.name))
+            node = replace(node, args=(path,))
+            if renamed[node.name].name != node.name:
+                continue
+        else:
+            node = replace(
+                node,
+                args=substitute(node.args, lambda ref: renamed.get(ref.name, ref)),
+                kwargs=substitute(node.options, lambda ref: renamed.get(ref.name, ref)),
+            )
+        nodes.append(node)
+    return graph.with_nodes(nodes)
 
 
 def _without_dead_code(graph: Graph) -> Graph:
@@ -325,8 +351,7 @@ def _without_dead_code(graph: Graph) -> Graph:
     live = set(graph.output.inputs)
     kept: list[Node] = []
     for node in reversed(graph.nodes):
-        mutates = node.op.partition(".")[2].partition(".")[0].endswith("_")
-        if node.op in ("input", "output") or node.name in live or mutates:
+        if node.op in ("input", "output") or node.name in live or writes(node.op):
             live.update(node.inputs)
             kept.append(node)
     return graph.with_nodes(kept[::-1])

@@ -15,7 +15,17 @@ import numpy as np
 import torch
 
 from rarefy.graph.labels import FIXED, Atoms, Labels, Ledger
-from rarefy.graph.program import Graph, Node, Ref, Spec, Value, resolve
+from rarefy.graph.program import (
+    Graph,
+    Node,
+    Ref,
+    Spec,
+    Value,
+    resolve,
+    schema,
+    shares_memory,
+    writes,
+)
 
 EXTENT = "is the extent of a kernel"
 """Reason that is not worth telling: nobody expects a 3x3 kernel to become 3x2."""
@@ -34,6 +44,7 @@ class Flow:
         ledger: atoms, ties, relations.
         labels: per node, the labels of its value.
         vanishing: nodes whose value is zero wherever a unit is masked.
+        memory: node -> the first node of those whose values may share its memory.
         counts: (node, argument) -> atoms whose surviving number that argument states.
         unknown: operators without a rule, with how often they were met.
     """
@@ -42,6 +53,7 @@ class Flow:
     ledger: Ledger = field(default_factory=Ledger)
     labels: dict[str, Any] = field(default_factory=dict)
     vanishing: set[str] = field(default_factory=set)
+    memory: dict[str, str] = field(default_factory=dict)
     counts: dict[tuple[str, str], Atoms] = field(default_factory=dict)
     unknown: dict[str, int] = field(default_factory=dict)
 
@@ -108,8 +120,7 @@ def walk(graph: Graph, parameters: Mapping[str, int]) -> Flow:
             _freeze_all(flow, node, "is an output of the network")
         else:
             flow.labels[node.name] = _call(flow, node)
-            if vanishes(flow, node):
-                flow.vanishing.add(node.name)
+            _note_zeros(flow, node)
     return flow
 
 
@@ -131,25 +142,31 @@ def _tensor(
 
 def _call(flow: Flow, node: Node) -> Carried:
     rule = find(node.op)
-    if rule is None:
-        flow.unknown[node.op] = flow.unknown.get(node.op, 0) + 1
-        _freeze_all(flow, node, "is read by an operator that rarefy does not know")
-        return _none(node.value)
-    carried = rule(flow, node)
-    return _fit(node.value, carried)
+    return _fit(flow, node, node.value, rule(flow, node))
 
 
-def _fit(value: Value, carried: Carried) -> Carried:
-    """Drop labels of dimensions of size 1: they broadcast."""
+def _unknown(flow: Flow, node: Node) -> Carried:
+    flow.unknown[node.op] = flow.unknown.get(node.op, 0) + 1
+    _freeze_all(flow, node, "is read by an operator that rarefy does not know")
+    return _none(node.value)
+
+
+def _fit(flow: Flow, node: Node, value: Value, carried: Carried) -> Carried:
+    """Drop labels of dimensions of size 1, which broadcast: their one entry must stay."""
+    if isinstance(value, tuple) and isinstance(carried, tuple):
+        pairs = zip(value, carried, strict=True)
+        return tuple(_fit(flow, node, part, labels) for part, labels in pairs)
     if not isinstance(value, Spec) or carried is None:
         return carried
     assert len(carried) == len(value.shape)
-    pairs = zip(carried, value.shape, strict=True)
-    return tuple(None if n == 1 else label for label, n in pairs)
+    alone = [d for d, size in enumerate(value.shape) if size == 1]
+    return flow.freeze_dims(node, carried, alone, "is alone in its dimension")
 
 
-def find(op: str) -> Rule | None:
+def find(op: str) -> Rule:
     """The rule of an operator: its own row, that of all its overloads, or pointwise by tag.
+
+    Whatever has none freezes all labels that it reads.
 
     An operator that writes in place (``dropout_``) carries labels like the one that does not.
     """
@@ -163,7 +180,7 @@ def find(op: str) -> Rule | None:
         return _pointwise
     if op.startswith("aten.") and torch.Tag.pointwise in getattr(resolve(op), "tags", ()):
         return _pointwise
-    return None
+    return _unknown
 
 
 _UNTAGGED = frozenset(
@@ -195,42 +212,146 @@ def _every(carried: Any) -> list[Atoms]:
     return []
 
 
+def argument(node: Node, name: str) -> Any:
+    """An argument by its name in the operator's declaration, or its default; else None."""
+    declared = schema(node.op)
+    if name in node.options or declared is None:
+        return node.options.get(name)
+    for position, formal in enumerate(declared.arguments):
+        if formal.name == name:
+            given = position < len(node.args)
+            return node.args[position] if given else formal.default_value
+    return None
+
+
 # --- zeros: where masked units give zero -------------------------------------------------------
 
-_KEEPS_ZERO = frozenset(
-    "relu relu6 gelu silu tanh hardswish hardtanh leaky_relu elu selu celu mish softshrink "
-    "hardshrink sin asin tan atan sinh sign neg abs sqrt square dropout alpha_dropout "
-    "feature_dropout clone contiguous alias detach to _to_copy view reshape flatten unflatten "
-    "permute transpose t movedim unsqueeze squeeze expand expand_as repeat slice select split "
-    "split_with_sizes chunk unbind narrow roll flip prelu getitem stack max_pool1d max_pool2d "
-    "max_pool3d avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d "
-    "adaptive_avg_pool3d adaptive_max_pool2d mean sum pixel_shuffle pixel_unshuffle pad "
-    "constant_pad_nd upsample_nearest2d upsample_bilinear2d upsample_nearest1d trunc round "
-    "fake_quantize_per_tensor_affine fake_quantize_per_channel_affine".split()
-)
-_CONTRACTS = frozenset(
-    "conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d linear addmm matmul "
-    "mm bmm einsum embedding".split()
-)
+
+def _note_zeros(flow: Flow, node: Node) -> None:
+    """Note whether the node's value vanishes; a write that does not spoils all that share it."""
+    if shares_memory(node.op) and node.inputs:
+        flow.memory[node.name] = flow.memory.get(node.inputs[0], node.inputs[0])
+    if vanishes(flow, node):
+        flow.vanishing.add(node.name)
+    elif writes(node.op):
+        owner = flow.memory[node.name]
+        flow.vanishing -= {n for n in flow.vanishing if flow.memory.get(n, n) == owner}
 
 
 def vanishes(flow: Flow, node: Node) -> bool:
-    """Whether the value is zero at masked units, given that its inputs are where they are."""
-    name = node.op.split(".")[1]
-    operands = [a for a in node.args if isinstance(a, Ref | int | float)]
-    if name in _CONTRACTS:
-        return True
-    if name in ("batch_norm", "instance_norm"):
-        return isinstance(node.args[1], Ref) and isinstance(node.args[2], Ref)
-    if name in ("mul",):
-        return any(flow.zero(a) for a in operands[:2])
-    if name in ("add", "sub"):
-        return all(flow.zero(a) for a in operands[:2])
-    if name == "div":
-        return flow.zero(operands[0])
-    if name in ("cat", "stack"):
-        return all(flow.zero(a) for a in node.args[0])
-    return name in _KEEPS_ZERO and flow.zero(node.args[0])
+    """Whether the value is zero at masked units, given where its inputs are."""
+    rule = ZEROS.get(node.op.split(".")[1].removesuffix("_"))
+    return rule is not None and rule(flow, node)
+
+
+def _always(flow: Flow, node: Node) -> bool:
+    return True
+
+
+def _first(flow: Flow, node: Node) -> bool:
+    return flow.zero(node.args[0])
+
+
+def _second(flow: Flow, node: Node) -> bool:
+    return flow.zero(node.args[1])
+
+
+def _either(flow: Flow, node: Node) -> bool:
+    return any(flow.zero(a) for a in node.args[:2])
+
+
+def _both_zero(flow: Flow, node: Node) -> bool:
+    return all(flow.zero(a) for a in node.args[:2])
+
+
+def _parts_zero(flow: Flow, node: Node) -> bool:
+    return all(flow.zero(a) for a in node.args[0])
+
+
+def _layer_zero(flow: Flow, node: Node) -> bool:
+    """Rows of the weight and bias give zero outputs; so do other masked entries without a bias."""
+    weight, bias = node.args[1], argument(node, "bias")
+    rows = flow.zero(weight) and (bias is None or flow.zero(bias))
+    others = any(label is not None for label in flow.of(node.args[0])[:-1])
+    if node.op.startswith("aten.linear") and others:
+        return rows and bias is None and flow.zero(node.args[0])
+    return rows
+
+
+def _affine_zero(flow: Flow, node: Node) -> bool:
+    scale, shift = node.args[1:3]
+    return all(isinstance(a, Ref) and flow.zero(a) for a in (scale, shift))
+
+
+def _padded_zero(flow: Flow, node: Node) -> bool:
+    return flow.zero(node.args[0]) and not argument(node, "value")
+
+
+_Zero: TypeAlias = "Callable[[Flow, Node], bool]"
+
+
+def _zeros(rule: _Zero, names: str) -> dict[str, _Zero]:
+    return dict.fromkeys(names.split(), rule)
+
+
+ZEROS: Mapping[str, _Zero] = {
+    **_zeros(_always, "zeros zeros_like new_zeros zero"),
+    **_zeros(
+        _first,
+        "relu relu6 gelu silu tanh hardswish hardtanh leaky_relu elu selu celu mish softshrink "
+        "hardshrink sin asin tan atan sinh sign neg abs sqrt square dropout alpha_dropout "
+        "feature_dropout clone contiguous alias detach to type_as _to_copy view reshape flatten "
+        "unflatten permute transpose t movedim mT swapaxes unsqueeze squeeze expand expand_as "
+        "broadcast_to repeat slice select split split_with_sizes chunk unbind narrow roll flip "
+        "prelu getitem max_pool1d max_pool2d max_pool3d avg_pool1d avg_pool2d avg_pool3d "
+        "adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool2d mean sum "
+        "amax amin prod var std norm linalg_vector_norm pixel_shuffle pixel_unshuffle glu "
+        "upsample_nearest1d upsample_nearest2d upsample_bilinear2d trunc round div "
+        "fake_quantize_per_tensor_affine fake_quantize_per_channel_affine embedding",
+    ),
+    **_zeros(_second, "copy"),
+    **_zeros(_either, "mul"),
+    **_zeros(_both_zero, "add sub maximum minimum matmul mm bmm"),
+    **_zeros(_parts_zero, "cat stack"),
+    **_zeros(
+        _layer_zero,
+        "linear conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d",
+    ),
+    **_zeros(_affine_zero, "batch_norm instance_norm"),
+    **_zeros(_padded_zero, "pad constant_pad_nd"),
+}
+"""Operator, of all overloads and in place or not -> whether its value is zero at masked units."""
+
+
+def _divisor(node: Node) -> Any:
+    return node.args[1]
+
+
+def _base(node: Node) -> Any:
+    return node.args[0]
+
+
+def _base_of_root(node: Node) -> Any:
+    """The base of a power that is, or may be, negative."""
+    exponent = node.args[1]
+    return node.args[0] if isinstance(exponent, Ref) or exponent < 0 else None
+
+
+POLES: Mapping[str, Callable[[Node], Any]] = {
+    **dict.fromkeys("div divide true_divide floor_divide remainder fmod".split(), _divisor),
+    **dict.fromkeys("reciprocal rsqrt log log2 log10 logit".split(), _base),
+    "pow": _base_of_root,
+}
+"""Pointwise operator -> the operand at whose zeros it has no finite value."""
+
+
+def _refuse_poles(flow: Flow, node: Node) -> None:
+    """Masked units must not become infinite: ``inf * 0`` is not 0."""
+    pole = POLES.get(node.op.split(".")[1].removesuffix("_"))
+    operand = pole(node) if pole else None
+    if isinstance(operand, Ref) and flow.zero(operand):
+        for atoms in flow.of(operand):
+            flow.freeze(node, atoms, "is infinite where masked units give zero")
 
 
 # --- rules -------------------------------------------------------------------------------------
@@ -250,6 +371,7 @@ def _free(flow: Flow, node: Node) -> Carried:
 
 
 def _pointwise(flow: Flow, node: Node) -> Carried:
+    _refuse_poles(flow, node)
     out = node.shape
     operands = [a for a in (*node.args, *node.options.values()) if isinstance(a, Ref)]
     found: list[Atoms | None] = []
@@ -270,7 +392,7 @@ def _convolution(flow: Flow, node: Node) -> Carried:
     channel = len(labels) - len(kernel) + 1
     n = flow.shape(weight)[0]
     if groups == 1:
-        flow.tie(node, *_both(labels[channel], kernel[1], flow.shape(weight)[1]))
+        _contract(flow, node, (x, channel), (weight, 1))
         out = kernel[0]
     elif flow.shape(weight)[1] == 1:
         out = _depthwise(flow, node, labels[channel], kernel[0], n)
@@ -284,10 +406,9 @@ def _conv_transpose(flow: Flow, node: Node) -> Carried:
     x, weight, bias, groups = _conv_args(flow, node)
     labels, kernel = flow.of(x), flow.of(weight)
     channel = len(labels) - len(kernel) + 1
-    shape = flow.shape(weight)
     out: Atoms | None
     if groups == 1:
-        flow.tie(node, *_both(labels[channel], kernel[0], shape[0]))
+        _contract(flow, node, (x, channel), (weight, 0))
         out = kernel[1]
     else:
         for atoms in (labels[channel], kernel[0], kernel[1]):
@@ -308,6 +429,15 @@ def _both(
 ) -> tuple[()] | tuple[Atoms | None, Atoms | None]:
     """The two sides of a contraction, or nothing where its dimension has size 1."""
     return () if size == 1 else (first, second)
+
+
+def _contract(flow: Flow, node: Node, first: tuple[Any, int], second: tuple[Any, int]) -> None:
+    """Both sides of a sum of products go together, if masked units add nothing to it."""
+    sides = [flow.of(arg)[dim] for arg, dim in (first, second)]
+    if not (flow.zero(first[0]) or flow.zero(second[0])):
+        for atoms in sides:
+            flow.freeze(node, atoms, "is summed over, and masked units do not give zero")
+    flow.tie(node, *_both(sides[0], sides[1], flow.shape(first[0])[first[1]]))
 
 
 def _with_bias(flow: Flow, node: Node, out: Atoms | None, bias: Any) -> Atoms | None:
@@ -367,7 +497,7 @@ def _conv_result(
 def _linear(flow: Flow, node: Node) -> Carried:
     x, weight, *rest = node.args
     labels, kernel = flow.of(x), flow.of(weight)
-    flow.tie(node, *_both(labels[-1], kernel[-1], flow.shape(x)[-1]))
+    _contract(flow, node, (x, -1), (weight, -1))
     if len(kernel) == 1:
         return labels[:-1]
     bias = rest[0] if rest else node.options.get("bias")
@@ -377,7 +507,7 @@ def _linear(flow: Flow, node: Node) -> Carried:
 def _addmm(flow: Flow, node: Node) -> Carried:
     bias, x, weight = node.args[:3]
     rows, columns = flow.of(x), flow.of(weight)
-    flow.tie(node, *_both(rows[1], columns[0], flow.shape(x)[1]))
+    _contract(flow, node, (x, 1), (weight, 0))
     return (rows[0], _with_bias(flow, node, columns[1], bias))
 
 
@@ -386,11 +516,7 @@ def _matmul(flow: Flow, node: Node) -> Carried:
     a, b = flow.of(first), flow.of(second)
     shapes = flow.shape(first), flow.shape(second)
     rows = len(b) - 2 if len(b) > 1 else 0
-    inner = _both(a[-1], b[rows], shapes[0][-1])
-    if not (flow.zero(first) or flow.zero(second)):
-        for atoms in (a[-1], b[rows]):
-            flow.freeze(node, atoms, "is summed over, and masked units do not give zero")
-    flow.tie(node, *inner)
+    _contract(flow, node, (first, -1), (second, rows))
     head_a, head_b = a[:-2], b[:-2]
     lead = []
     depth = max(len(head_a), len(head_b))
@@ -443,7 +569,10 @@ def _batch_norm(flow: Flow, node: Node) -> Carried:
     sides = [labels[1]] + [flow.of(a)[0] for a in node.args[1:5] if isinstance(a, Ref)]
     if flow.shape(node.args[0])[1] == 1:
         return labels
-    return (labels[0], flow.tie(node, *sides), *labels[2:])
+    tied = flow.tie(node, *sides)
+    if tied is not None:
+        flow.counts[node.name, "num_features"] = tied
+    return (labels[0], tied, *labels[2:])
 
 
 def _pool(flow: Flow, node: Node) -> Carried:
@@ -479,6 +608,35 @@ def _transpose(flow: Flow, node: Node) -> Carried:
         first, second = node.args[1:3] if len(node.args) > 2 else (0, 1)
         labels[first], labels[second] = labels[second], labels[first]
     return tuple(labels)
+
+
+def _movedim(flow: Flow, node: Node) -> Carried:
+    labels = flow.of(node.args[0])
+    source, target = (
+        [d % len(labels) for d in ([dims] if isinstance(dims, int) else dims)]
+        for dims in node.args[1:3]
+    )
+    moved = dict(zip(target, source, strict=True))
+    rest = (d for d in range(len(labels)) if d not in source)
+    return tuple(labels[moved[d] if d in moved else next(rest)] for d in range(len(labels)))
+
+
+def _last_two(flow: Flow, node: Node) -> Carried:
+    labels = flow.of(node.args[0])
+    return (*labels[:-2], labels[-1], labels[-2])
+
+
+def _glu(flow: Flow, node: Node) -> Carried:
+    """The halves of one dimension go together: the first times the sigmoid of the second."""
+    labels = flow.of(node.args[0])
+    dim = argument(node, "dim") % len(labels)
+    half = node.shape[dim]
+    if labels[dim] is None:
+        return labels
+    value = _cut(labels, dim, slice(None, half))
+    gate = _cut(labels, dim, slice(half, None))
+    flow.tie(node, value[dim], gate[dim])
+    return value
 
 
 def _prelu(flow: Flow, node: Node) -> Carried:
@@ -518,7 +676,7 @@ def _repeat(flow: Flow, node: Node) -> Carried:
 
 def _cat(flow: Flow, node: Node) -> Carried:
     parts = [a for a in node.args[0] if flow.shape(a) != (0,)]
-    dim = (node.args[1] if len(node.args) > 1 else node.options.get("dim", 0)) % len(node.shape)
+    dim = argument(node, "dim") % len(node.shape)
     found: list[Atoms | None] = []
     for d in range(len(node.shape)):
         sides = [flow.of(a)[d] for a in parts]
@@ -539,9 +697,8 @@ def _cat(flow: Flow, node: Node) -> Carried:
 
 
 def _stack(flow: Flow, node: Node) -> Carried:
-    dim = node.args[1] if len(node.args) > 1 else node.options.get("dim", 0)
     ndim = len(node.shape)
-    dim %= ndim
+    dim = argument(node, "dim") % ndim
     parts = [flow.of(a) for a in node.args[0]]
     shape = flow.shape(node.args[0][0])
     tied = [
@@ -553,8 +710,7 @@ def _stack(flow: Flow, node: Node) -> Carried:
 
 def _split(flow: Flow, node: Node) -> Carried:
     labels = flow.of(node.args[0])
-    dim = node.args[2] if len(node.args) > 2 else node.options.get("dim", 0)
-    dim %= len(labels)
+    dim = argument(node, "dim") % len(labels)
     assert isinstance(node.value, tuple)
     found: list[Labels] = []
     start = 0
@@ -573,7 +729,7 @@ def _cut(labels: Labels, dim: int, part: slice) -> Labels:
 
 def _unbind(flow: Flow, node: Node) -> Carried:
     labels = flow.of(node.args[0])
-    dim = (node.args[1] if len(node.args) > 1 else 0) % len(labels)
+    dim = argument(node, "dim") % len(labels)
     flow.freeze(node, labels[dim], "is taken apart one by one")
     assert isinstance(node.value, tuple)
     rest = (*labels[:dim], *labels[dim + 1 :])
@@ -640,7 +796,7 @@ def _reduce(flow: Flow, node: Node) -> Carried:
     if not isinstance(node.value, Spec):
         _freeze_all(flow, node, "is reduced over")
         return _none(node.value)
-    dims = node.args[1] if len(node.args) > 1 else None
+    dims = argument(node, "dim")
     dims = [dims] if isinstance(dims, int) else dims
     dims = list(range(len(labels))) if not dims else [d % len(labels) for d in dims]
     if not (node.op.startswith("aten.sum") and flow.zero(node.args[0])):
@@ -672,13 +828,14 @@ def _group_norm(flow: Flow, node: Node) -> Carried:
 def _along_dim(flow: Flow, node: Node) -> Carried:
     """Softmax, cumulative sums: entries along one dimension meet."""
     labels = flow.of(node.args[0])
-    return flow.freeze_dims(node, labels, [flow.number(node.args[1])], "entries along it meet")
+    return flow.freeze_dims(node, labels, [argument(node, "dim")], "entries along it meet")
 
 
 def _moved(flow: Flow, node: Node) -> Carried:
     """Roll and flip along dimensions that carry no label; others are frozen."""
-    dims = node.args[-1] if isinstance(node.args[-1], list | tuple) else [node.args[-1]]
-    return flow.freeze_dims(node, flow.of(node.args[0]), list(dims), "is moved along")
+    labels = flow.of(node.args[0])
+    dims = argument(node, "dims") or range(len(labels))
+    return flow.freeze_dims(node, labels, list(dims), "is moved along")
 
 
 def _upsample(flow: Flow, node: Node) -> Carried:
@@ -739,9 +896,13 @@ RULES: Mapping[str, Rule] = {
         "adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d "
         "adaptive_max_pool3d max_pool2d_with_indices",
     ),
+    "aten.view.dtype": _unknown,
     **_rows(_reshape, "view reshape flatten unflatten _unsafe_view view_as reshape_as"),
     **_rows(_permute, "permute"),
-    **_rows(_transpose, "transpose t swapaxes"),
+    **_rows(_transpose, "transpose t swapaxes swapdims"),
+    **_rows(_movedim, "movedim moveaxis"),
+    **_rows(_last_two, "mT"),
+    **_rows(_glu, "glu"),
     **_rows(_squeeze, "unsqueeze squeeze"),
     **_rows(_expand, "expand expand_as broadcast_to"),
     **_rows(_repeat, "repeat"),
@@ -766,13 +927,14 @@ RULES: Mapping[str, Rule] = {
     **_rows(_fake_quantize, "fake_quantize_per_tensor_affine fake_quantize_per_channel_affine"),
     **_rows(
         _same,
-        "dropout alpha_dropout feature_dropout clone contiguous alias detach detach_ to _to_copy "
-        "identity",
+        "dropout alpha_dropout feature_dropout feature_alpha_dropout clone contiguous alias detach "
+        "to type_as _to_copy identity zeros_like ones_like full_like rand_like randn_like "
+        "empty_like",
     ),
     **_rows(
         _free,
-        "sym_size zeros ones full empty arange rand randn zeros_like ones_like full_like new_zeros "
-        "new_ones new_full scalar_tensor eye linspace",
+        "sym_size zeros ones full empty arange rand randn new_zeros new_ones new_full "
+        "new_empty scalar_tensor eye linspace",
     ),
 }
 """Operator (of one overload or all) -> rule. Pointwise operators need no row."""

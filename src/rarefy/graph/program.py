@@ -200,6 +200,36 @@ def resolve(op: str) -> Callable[..., Any]:
     )
 
 
+def schema(op: str) -> torch.FunctionSchema | None:
+    """The declaration of an ATen operator; None for all others."""
+    try:
+        found = resolve(op)
+    except FormatError:
+        return None
+    return found._schema if isinstance(found, torch._ops.OpOverload) else None
+
+
+_MAY_RETURN_INPUT = frozenset(
+    "dropout alpha_dropout feature_dropout feature_alpha_dropout type_as broadcast_tensors "
+    "meshgrid atleast_1d atleast_2d atleast_3d einsum".split()
+)
+"""Operators that may return (a view of) an argument though their declaration does not say so."""
+
+
+def shares_memory(op: str) -> bool:
+    """Whether the result may be, or may be a view of, an argument of the operator."""
+    declared = schema(op)
+    if declared is None or op.split(".")[1] in _MAY_RETURN_INPUT:
+        return True
+    return any(value.alias_info is not None for value in declared.returns)
+
+
+def writes(op: str) -> bool:
+    """Whether the operator writes into its first argument."""
+    declared = schema(op)
+    return declared is not None and declared.is_mutable
+
+
 class _Container(nn.Module):
     """A nameless place for parameters under a dotted path."""
 
@@ -220,7 +250,11 @@ def assign(root: nn.Module, path: str, tensor: Tensor, *, buffer: bool = False) 
         module.register_parameter(leaf, nn.Parameter(tensor))
 
 
-TRAINING_FLAG = {"aten.batch_norm.default": 5, "aten.dropout.default": 2}
+TRAINING_FLAG = {"aten.batch_norm.default": 5} | {
+    f"aten.{name}.default": 2
+    for kind in ("dropout", "alpha_dropout", "feature_dropout", "feature_alpha_dropout")
+    for name in (kind, f"{kind}_")
+}
 """Operators that act differently in training, and which argument says so."""
 
 

@@ -39,7 +39,7 @@ def _linear(module: Any) -> dict[str, Any]:
 def _norm(module: Any) -> dict[str, Any]:
     held = [module.weight, module.bias, getattr(module, "running_mean", None)]
     sizes = [t.shape[0] for t in held if t is not None]
-    return {"num_features": sizes[0]} if sizes else {}
+    return {"num_features": sizes[0] if sizes else module.num_features}
 
 
 def _layer_norm(module: Any) -> dict[str, Any]:

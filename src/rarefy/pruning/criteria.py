@@ -1,8 +1,8 @@
 """How important a unit is: pure functions from a group's tensors to scores of shape (units,).
 
 A criterion receives a :class:`~rarefy.graph.groups.Group` and the network's tensors by path, and
-returns one score per unit; the smallest go first. Scores of different groups are made comparable
-by :func:`relative`, not by the criteria.
+returns one score per unit; the smallest go first. Scores should be comparable between groups,
+since a global budget ranks them together.
 """
 
 from __future__ import annotations
@@ -11,7 +11,9 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import TypeAlias
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from rarefy.errors import InputError
@@ -68,13 +70,33 @@ def named(criterion: str | Criterion) -> Criterion:
     return CRITERIA[criterion]
 
 
+def scored(
+    group: Group, tensors: Mapping[str, Tensor], criterion: Criterion
+) -> NDArray[np.float64]:
+    """The scores of a group, held against what a criterion promises.
+
+    Raises:
+        InputError: they are not one finite number for each unit.
+    """
+    scores = torch.as_tensor(criterion(group, tensors)).detach().to("cpu", torch.float64)
+    if tuple(scores.shape) != (len(group),) or not bool(torch.isfinite(scores).all()):
+        raise InputError(
+            f"criterion {getattr(criterion, '__name__', criterion)!r}",
+            f"for group {group.name} it returned shape {tuple(scores.shape)} with "
+            f"{int((~torch.isfinite(scores)).sum())} values that are not finite",
+            f"Return one finite score for each of the {len(group)} units",
+        )
+    found: NDArray[np.float64] = scores.numpy()
+    return found
+
+
 def _shares(
     group: Group, tensors: Mapping[str, Tensor], measure: Callable[[Tensor], Tensor]
 ) -> Tensor:
     scores = torch.zeros(len(group), dtype=torch.float64)
     for member, weight in weights(group, tensors):
         values = measure(weight.detach().to("cpu", torch.float64))
-        per_index = values.sum([d for d in range(values.ndim) if d != member.dim])
+        per_index = values.movedim(member.dim, 0).reshape(values.shape[member.dim], -1).sum(1)
         total = per_index.sum().clamp_min(torch.finfo(torch.float64).tiny)
         scores += per_index[torch.from_numpy(member.indices)].sum(1) / total
     return scores

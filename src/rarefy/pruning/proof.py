@@ -1,23 +1,27 @@
 """The proof of a structural change: the smaller network equals the original with units masked.
 
 Both are run in float64 where the network allows it, in eval mode, on the example inputs and on a
-second set of inputs, with the *same* random disturbance added to every parameter and BatchNorm
-statistic: a BatchNorm that is still at its initial value, or a layer scale of zero, would hide a
-wrong index. The largest difference must be far below the outputs' own sensitivity to the inputs,
-since two networks that return constants are equal for nothing.
+second set of inputs, with the *same* random disturbance added to every parameter: a layer scale of
+zero would hide a wrong index. BatchNorm statistics are taken from the inputs and disturbed, so that
+the signal neither dies out nor explodes on its way. The largest difference must be far below the
+outputs' own sensitivity to the inputs, since two networks that return constants are equal for
+nothing.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from contextlib import suppress
+from math import inf, isfinite, isnan
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from rarefy.batches import call, evaluating, map_tensors, seeded
+from rarefy.batches import batch_size, call, evaluating, map_tensors, seeded, take
 from rarefy.errors import InputError, ProofError
 from rarefy.graph.groups import Mask
 from rarefy.graph.trace import Network
@@ -27,6 +31,12 @@ from rarefy.types import Inputs
 
 TOLERANCE = {torch.float64: 1e-7, torch.float32: 1e-3}
 """Largest difference allowed, relative to how far the outputs move with the inputs."""
+
+LEAST = {torch.float64: 1e-6, torch.float32: 1e-2}
+"""Sensitivity that is still told from rounding, relative to the outputs' magnitude."""
+
+EXAMPLES = 2
+"""How many of the example inputs are run, where the network takes so few."""
 
 Build = Callable[[nn.Module, Plan], nn.Module]
 """(model, plan) -> the model with the plan's units gone."""
@@ -59,13 +69,9 @@ def prove(
         InputError: the network's outputs are not deterministic in eval mode.
         ProofError: the difference is above :data:`TOLERANCE`; the message names the group.
     """
-    try:
-        error, dtype = _difference(model, example_inputs, network, plan, build)
-        if error <= TOLERANCE[dtype]:
-            return error
-        what = f"the smaller network differs from masking by {error:.1e} of the outputs' range"
-    except (RuntimeError, IndexError, TypeError) as failure:
-        what = f"the smaller network does not run: {first_line(failure)}"
+    what = _fault(model, example_inputs, network, plan, build)
+    if isinstance(what, float):
+        return what
     raise ProofError(
         "prune(model)",
         f"{what}{_culprit(model, example_inputs, network, plan, build)}; nothing was returned",
@@ -86,62 +92,96 @@ def _culprit(
     for group in network.groups:
         alone: Mask = plan.removed & False
         alone[group.units] = plan.removed[group.units]
-        if not alone.any():
-            continue
-        try:
+        if alone.any():
             part = Plan.of(network, alone)
-            error, dtype = _difference(model, example_inputs, network, part, build)
-        except (RuntimeError, IndexError, TypeError) as failure:
-            return f" (group {group.name}: {first_line(failure)})"
-        if error > TOLERANCE[dtype]:
-            return f" (group {group.name})"
+            if isinstance(_fault(model, example_inputs, network, part, build), str):
+                return f" (group {group.name})"
     return ""
 
 
-def _difference(
+def _fault(
     model: nn.Module, example_inputs: Inputs, network: Network, plan: Plan, build: Build
-) -> tuple[float, torch.dtype]:
-    disturbed, dtype = _disturbed(model, example_inputs)
-    inputs = _cast(example_inputs, dtype)
+) -> float | str:
+    """The relative difference from masking where that is small, else what is wrong."""
+    inputs, dtype = _precise(model, example_inputs)
     other = _other(inputs)
+    disturbed = _disturbed(model, inputs, dtype)
     reference = masked(disturbed, network, plan)
-    small = build(disturbed, plan)
     expected, moved = _run(reference, inputs), _run(reference, other)
-    if not _equal(expected, _run(reference, inputs)):
+    if _largest(expected, _run(reference, inputs)) > 0:
         raise InputError(
             "prune(model)",
             "two equal calls in eval mode give different outputs, so nothing can be proven",
             "Make forward deterministic in eval mode",
         )
-    differences = [
-        _largest(expected, _run(small, inputs)),
-        _largest(moved, _run(small, other)),
-    ]
-    scale = _largest(expected, moved) or _magnitude(expected) or 1.0
-    return max(differences) / scale, dtype
-
-
-def _disturbed(model: nn.Module, example_inputs: Inputs) -> tuple[nn.Module, torch.dtype]:
-    """A copy with a little noise on every parameter, in float64 where the network allows it."""
-    dtype = torch.float64
-    candidate = copy.deepcopy(model).double()
     try:
-        _run(candidate, _cast(example_inputs, dtype))
-    except (RuntimeError, TypeError, ValueError):
-        candidate, dtype = copy.deepcopy(model).float(), torch.float32
+        small = build(disturbed, plan)
+        found = _run(small, inputs), _run(small, other)
+    except Exception as failure:  # noqa: BLE001 - the user's forward may raise anything
+        return f"the smaller network does not run: {first_line(failure)}"
+    difference = max(_largest(expected, found[0]), _largest(moved, found[1]))
+    error = difference / _scale(expected, moved, dtype)
+    if error <= TOLERANCE[dtype]:
+        return error
+    return f"the smaller network differs from masking by {error:.1e} of the outputs' range"
+
+
+def _scale(first: list[Tensor], second: list[Tensor], dtype: torch.dtype) -> float:
+    """How far the outputs move with the inputs; 1 where all are zero."""
+    moved = _largest(first, second)
+    magnitude = max((float(_finite(t).abs().max()) for t in first if t.numel()), default=0.0)
+    sensitivity = moved if isfinite(moved) else 0.0
+    return max(sensitivity, magnitude * LEAST[dtype]) or 1.0
+
+
+def _precise(model: nn.Module, example_inputs: Inputs) -> tuple[Inputs, torch.dtype]:
+    """Few of the inputs in float64, or more, or in float32: the first that the network takes."""
+    few = take(example_inputs, EXAMPLES)
+    for dtype in (torch.float64, torch.float32):
+        candidate = copy.deepcopy(model).to(dtype)
+        for given in (few, example_inputs) if batch_size(few) == EXAMPLES else (example_inputs,):
+            inputs = _cast(given, dtype)
+            with suppress(Exception):  # the network's forward may raise anything
+                _run(candidate, inputs)
+                return inputs, dtype
+    return _cast(example_inputs, torch.float32), torch.float32
+
+
+def _disturbed(model: nn.Module, inputs: Inputs, dtype: torch.dtype) -> nn.Module:
+    """A copy with a little noise on every parameter and BatchNorm statistic."""
+    candidate = copy.deepcopy(model).to(dtype)
     with torch.no_grad(), seeded(0):
         for parameter in candidate.parameters():
             if parameter.is_floating_point():
                 spread = float(parameter.std(correction=0)) if parameter.numel() else 0.0
-                noise = torch.randn(parameter.shape, dtype=dtype).to(parameter.device)
-                parameter.add_(noise, alpha=0.1 * spread + 0.05)
+                parameter.add_(_noise(parameter), alpha=0.1 * spread + 0.05)
+        with _Calibration():  # type: ignore[no-untyped-call]
+            _run(candidate, inputs)
         for name, buffer in candidate.named_buffers():
-            noise = torch.randn(buffer.shape, dtype=dtype).to(buffer.device)
             if name.endswith("running_mean"):
-                buffer += 0.1 * noise
+                buffer += 0.1 * _noise(buffer)
             elif name.endswith("running_var"):
-                buffer *= torch.exp(0.1 * noise)
-    return candidate, dtype
+                buffer *= torch.exp(0.1 * _noise(buffer))
+    return candidate
+
+
+def _noise(like: Tensor) -> Tensor:
+    return torch.randn(like.shape, dtype=torch.float64).to(like.device, like.dtype)
+
+
+class _Calibration(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Sets the statistics of every BatchNorm to those of its input before it runs."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if "batch_norm" in func._schema.name:
+            x, _, _, mean, variance = args[:5]
+            values = x.numel() // max(x.shape[1], 1)
+            if isinstance(mean, Tensor) and values > 1:
+                dims = [d for d in range(x.ndim) if d != 1]
+                found = torch.var_mean(x, dims, correction=0)
+                mean.copy_(found[1])
+                variance.copy_(torch.where(found[0] > 0, found[0], variance))
+        return func(*args, **(kwargs or {}))
 
 
 def _cast(inputs: Inputs, dtype: torch.dtype) -> Inputs:
@@ -150,15 +190,16 @@ def _cast(inputs: Inputs, dtype: torch.dtype) -> Inputs:
 
 
 def _other(inputs: Inputs) -> Inputs:
-    """Different inputs of the same form: disturbed numbers, reversed indices."""
+    """Different inputs of the same form: disturbed numbers, indices drawn from those given."""
 
     def change(tensor: Tensor) -> Tensor:
         if tensor.is_floating_point():
             noise = torch.randn(tensor.shape, dtype=tensor.dtype).to(tensor.device)
             return tensor * 0.9 + noise * (0.3 * tensor.abs().mean() + 0.1)
-        if tensor.dtype == torch.bool or tensor.ndim == 0:
+        if tensor.dtype == torch.bool or tensor.ndim == 0 or not tensor.numel():
             return tensor
-        return tensor.flip(-1)
+        drawn = torch.randint(tensor.numel(), tensor.shape).to(tensor.device)
+        return tensor.flatten()[drawn]
 
     with seeded(1):
         changed: Inputs = map_tensors(change, inputs)
@@ -175,21 +216,21 @@ def _run(model: nn.Module, inputs: Inputs) -> list[Tensor]:
 
 
 def _largest(first: list[Tensor], second: list[Tensor]) -> float:
-    """Largest absolute difference; infinite where shapes differ or a value is not finite."""
+    """Largest absolute difference; infinite where shapes differ or a value is no number."""
+    if [t.shape for t in first] != [t.shape for t in second]:
+        return inf
     worst = 0.0
-    if len(first) != len(second):
-        return float("inf")
-    for a, b in zip(first, second, strict=True):
-        if a.shape != b.shape:
-            return float("inf")
-        if a.numel():
-            worst = max(worst, float((a.double() - b.double()).abs().max()))
-    return worst if worst == worst else float("inf")
+    for a, b in zip(map(_real, first), map(_real, second), strict=True):
+        differences = (a - b).abs()[a != b]  # equal infinities differ by nothing
+        if differences.numel():
+            largest = float(differences.max())
+            worst = max(worst, inf if isnan(largest) else largest)
+    return worst
 
 
-def _equal(first: list[Tensor], second: list[Tensor]) -> bool:
-    return all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+def _real(tensor: Tensor) -> Tensor:
+    return (torch.view_as_real(tensor) if tensor.is_complex() else tensor).double()
 
 
-def _magnitude(outputs: list[Tensor]) -> float:
-    return max((float(t.double().abs().max()) for t in outputs if t.numel()), default=0.0)
+def _finite(tensor: Tensor) -> Tensor:
+    return torch.nan_to_num(_real(tensor), 0.0, 0.0, 0.0)

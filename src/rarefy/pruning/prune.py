@@ -9,11 +9,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from rarefy.errors import InputError, ProofError
 from rarefy.graph.program import GraphModel
 from rarefy.graph.trace import Frozen, Network, trace
-from rarefy.pruning.criteria import Criterion, named
+from rarefy.pruning.criteria import Criterion, named, scored
 from rarefy.pruning.masks import sparsify
 from rarefy.pruning.proof import Build, prove
 from rarefy.pruning.repair import repair
@@ -100,8 +101,7 @@ def prune(
         )
     network = trace(model, example_inputs)
     tensors = dict(model.named_parameters(remove_duplicate=False))
-    score = named(criterion)
-    scores = [score(group, tensors).double().cpu().numpy() for group in network.groups]
+    scores = [scored(group, tensors, named(criterion)) for group in network.groups]
     plan = select(network, model, scores, budget, exclude)
     small = operate(model, example_inputs, network, plan, keep_class=keep_class)
     return small if data is None else repair(model, small, data)
@@ -147,12 +147,18 @@ def operate(
 
 
 def check_finite(model: nn.Module) -> None:
-    """Refuse weights that are NaN or infinite.
+    """Refuse weights that are NaN or infinite, or that hold no values at all.
 
     Raises:
         InputError: names the first such parameter.
     """
     for path, parameter in model.named_parameters():
+        if is_lazy(parameter) or parameter.is_meta:
+            raise InputError(
+                f"parameter {path}",
+                "it holds no values",
+                "Load a checkpoint into the model, or run it once, before pruning",
+            )
         if parameter.is_floating_point() and not bool(torch.isfinite(parameter).all()):
             raise InputError(
                 f"parameter {path}",

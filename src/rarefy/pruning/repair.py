@@ -121,8 +121,16 @@ def _collect(data: Data, samples: int) -> Inputs:
     return result
 
 
+_REWRITTEN = dict.fromkeys(("split", "chunk"), "split_with_sizes")
+"""Operators that surgery on a graph replaces, by what it replaces them with."""
+
+
 def _check_same(first: GraphModel, second: GraphModel) -> None:
-    if [n.op for n in first.graph.calls] != [n.op for n in second.graph.calls]:
+    kinds = [
+        [_REWRITTEN.get(kind, kind) for kind in (n.op.split(".")[1] for n in model.graph.calls)]
+        for model in (first, second)
+    ]
+    if kinds[0] != kinds[1]:
         raise InputError(
             "repair(original, pruned)",
             "the two networks do not run the same operators",
@@ -199,7 +207,7 @@ class _Lockstep:
     ) -> None:
         old, new = a[left.args[0].name], b[right.args[0].name]
         mean, variance = right.args[3:5]
-        if not isinstance(mean, Ref) or old is new:
+        if not isinstance(mean, Ref) or len(self.second.graph.users[mean.name]) > 1:
             return
         survivors = self._survivors(self.first.graph.by_name[left.args[3].name].path, 0, old)
         dims = [d for d in range(old.ndim) if d != 1]
@@ -242,6 +250,10 @@ class _Lockstep:
         bias = node.args[2] if len(node.args) > 2 else None
         if isinstance(bias, Ref) and self.second.graph.by_name[bias.name].op != "tensor":
             return "its bias is computed in the graph"
+        if isinstance(bias, Ref) and len(self.second.graph.users[bias.name]) > 1:
+            return "its bias is used several times"
+        if node.op.startswith("aten.conv") and len(node.shape) != len(weight.shape):
+            return "its inputs have no batch dimension"
         return ""
 
 

@@ -71,10 +71,12 @@ def select(
     """
     open_groups = _open(network, model, exclude)
     if not open_groups:
+        reasons = "; ".join(str(f) for f in network.frozen[:4])
         raise InputError(
             "prune(model)",
-            "no unit of this network can be removed",
-            "print(rarefy.trace(model, example_inputs)) says why for every tensor",
+            f"no unit of this network can be removed{' (' + reasons + ')' if reasons else ''}",
+            "Exclude less, or change what holds the units; rarefy.trace(model, example_inputs) "
+            "lists every tensor with its reason",
         )
     accountant = _Accountant(network, model)
     floors = [_floor(network.groups[g], budget) for g in open_groups]

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from rarefy.graph.capture import graph_model
 from rarefy.graph.groups import Mask
-from rarefy.graph.ops import slice_bounds
+from rarefy.graph.ops import argument, slice_bounds
 from rarefy.graph.program import GraphModel, Node, Ref, Spec, Value
 from rarefy.graph.trace import Network, storages
 from rarefy.pruning import attributes
@@ -101,10 +101,10 @@ def _replace(model: nn.Module, path: str, tensor: Tensor) -> None:
 
 def _set_counts(small: nn.Module, network: Network, plan: Plan) -> None:
     """Attributes that state a number of units which no shape states: ``groups``."""
-    for (name, argument), atoms in network.flow.counts.items():
+    for (name, attribute), atoms in network.flow.counts.items():
         module = small.get_submodule(network.captured.graph.by_name[name].scope)
-        if isinstance(getattr(module, argument, None), int):
-            setattr(module, argument, int((~plan.gone[atoms]).sum()))
+        if isinstance(getattr(module, attribute, None), int):
+            setattr(module, attribute, int((~plan.gone[atoms]).sum()))
 
 
 # --- the rewritten graph -----------------------------------------------------------------------
@@ -118,8 +118,12 @@ def rewrite(model: nn.Module, network: Network, plan: Plan) -> GraphModel:
     kept = kept_entries(network, plan)
     whole = graph_model(model, network.captured)
 
+    made: dict[int, Tensor] = {}
+
     def small(path: str, tensor: Tensor) -> Tensor:
-        return sliced(tensor, {d: i for (p, d), i in kept.items() if p == path})
+        if id(tensor) not in made:
+            made[id(tensor)] = sliced(tensor, {d: i for (p, d), i in kept.items() if p == path})
+        return made[id(tensor)]
 
     parameters = {p: small(p, t) for p, t in whole.named_parameters(remove_duplicate=False)}
     buffers = {p: small(p, t) for p, t in whole.named_buffers(remove_duplicate=False)}
@@ -181,7 +185,7 @@ def _unflatten(editor: _Editor, node: Node) -> Node:
 
 def _parts(editor: _Editor, node: Node) -> Node:
     """split, chunk: parts of the sizes that remain."""
-    dim = node.args[2] if len(node.args) > 2 else node.options.get("dim", 0)
+    dim = argument(node, "dim")
     if editor.gone(node, 0, dim) is None:
         return node
     assert isinstance(node.value, tuple)
@@ -219,7 +223,7 @@ def _groups(editor: _Editor, node: Node) -> Node:
 
 
 EDITS: Mapping[str, Callable[[_Editor, Node], Node]] = {
-    **dict.fromkeys(("view", "reshape", "_unsafe_view", "expand"), _sizes),
+    **dict.fromkeys(("view", "reshape", "_unsafe_view", "expand", "broadcast_to"), _sizes),
     **dict.fromkeys(("split", "split_with_sizes", "chunk"), _parts),
     **dict.fromkeys(("conv1d", "conv2d", "conv3d"), _groups),
     "unflatten": _unflatten,

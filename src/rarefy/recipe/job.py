@@ -16,12 +16,15 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from rarefy.batches import batches, seeded
+from rarefy.batches import batches, seeded, take
 from rarefy.errors import DataError, RarefyError, RecipeError
 from rarefy.recipe.options import Recipe, is_file
 from rarefy.types import Data, Inputs
 
 _SPLITS = ("train", "val", "test")
+
+_EXAMPLES = 8
+"""Examples of the first training batch that stand for all inputs."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +34,7 @@ class Job:
     Attributes:
         model: the network.
         train, val, test: batches, each iterable more than once.
-        example_inputs: what the network is called with.
+        example_inputs: what the network is called with: a few examples.
     """
 
     model: nn.Module
@@ -64,8 +67,10 @@ def resolve(recipe: Recipe) -> Job:
         for name in _SPLITS if recipe.stages.train else ("val", "test"):
             if first[name][1] is None:
                 what = f"the batches of {name!r} have no targets"
-                raise DataError(make_data.place, what, "Yield (inputs, targets)")
-        inputs = first["train"][0] if make_inputs is None else make_inputs()
+                raise DataError(
+                    make_data.place, what, "Make it a list or DataLoader of (inputs, targets)"
+                )
+        inputs = take(first["train"][0], _EXAMPLES) if make_inputs is None else make_inputs()
         if make_inputs is not None and not isinstance(inputs, Tensor | tuple | Mapping):
             raise make_inputs.returned(inputs, "Return a tensor, a tuple or a mapping")
     return Job(model, splits["train"], splits["val"], splits["test"], inputs)

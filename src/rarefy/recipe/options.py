@@ -27,6 +27,10 @@ Share = Annotated[float, Field(ge=0, le=1)]
 Text = Annotated[str, Field(min_length=1)]
 
 
+IN_A_FILE = "file"
+"""Context of a validation: the options are written in a file, not in Python."""
+
+
 def _allowed(make: Callable[..., object], **fields: Any) -> None:
     """Let an option's own rules speak: its error becomes one that pydantic collects."""
     try:
@@ -159,8 +163,8 @@ class Stages(_Options):
     @field_validator("train", "repair", "distill", "quantize", mode="before")
     @classmethod
     def _switch(cls, value: Any, info: ValidationInfo) -> Any:
-        """False leaves a stage out, true takes its defaults, nothing at all is ambiguous."""
-        if value is None and info.field_name != "train":
+        """False leaves a stage out, true takes its defaults; in a file, nothing is ambiguous."""
+        if value is None and info.context == IN_A_FILE and info.field_name != "train":
             raise ValueError("is empty; write false to leave the stage out, {} for its defaults")
         return {} if value is True else None if value is False else value
 

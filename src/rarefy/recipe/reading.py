@@ -12,7 +12,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from rarefy.errors import RecipeError
-from rarefy.recipe.options import Recipe
+from rarefy.recipe.options import IN_A_FILE, Recipe
 
 _MAX_BYTES = 64 * 1024
 _MAX_DEPTH = 8
@@ -87,7 +87,7 @@ def load_recipe(path: str | Path) -> Recipe:
     values = _parse(text, problems)
     problems.raise_any()
     try:
-        recipe = Recipe.model_validate(values)
+        recipe = Recipe.model_validate(values, context=IN_A_FILE)
     except ValidationError as error:
         for detail in error.errors():
             problems.add(tuple(detail["loc"]), _explain(detail))

@@ -135,7 +135,8 @@ def terminal(report: Report) -> RenderableType:
     parts += [Text(f"! {text}", style="yellow") for text in concerns(report)]
     met = sum(check.met for check in report.checks)
     if report.checks and met == len(report.checks):
-        parts.append(Text(f"All {met} targets met", style="green"))
+        text = "Target met" if met == 1 else f"All {met} targets met"
+        parts.append(Text(text, style="green"))
     parts.append(table(report))
     parts += [Text(f"{s.name}: {note}", style="dim") for s in report.stages for note in s.notes]
     return Group(*parts)

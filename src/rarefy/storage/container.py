@@ -39,7 +39,9 @@ def write(path: Path, entries: Mapping[str, Tensor], metadata: Mapping[str, str]
     temporary = target.with_name(f".{target.name[:200]}.{secrets.token_hex(4)}.tmp")
     try:
         temporary.touch(exist_ok=False)
+        mode = temporary.stat().st_mode
         save_file(dict(entries), temporary, dict(metadata))
+        temporary.chmod(mode)  # as the umask says: save_file() lets nobody else read its files
         _sync(temporary)
         os.replace(temporary, target)  # noqa: PTH105 - the name of the system call it must be
         _sync(target.parent)

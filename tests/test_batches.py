@@ -1,0 +1,123 @@
+"""The data convention."""
+
+import random
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from rarefy.batches import (
+    batch_size,
+    batches,
+    call,
+    evaluating,
+    logits,
+    map_tensors,
+    seeded,
+    split_batch,
+    take,
+    tensors,
+)
+from rarefy.errors import DataError, InputError
+
+X, Y = torch.zeros(3, 2), torch.ones(3)
+
+
+@pytest.mark.parametrize(
+    ("batch", "inputs", "targets"),
+    [
+        (X, X, None),
+        ((X, Y), X, Y),
+        ([X, Y], X, Y),
+        ((X,), X, None),
+        (((X, X), Y), (X, X), Y),
+        (([X, X], Y), (X, X), Y),
+        ({"x": X}, {"x": X}, None),
+        ({"x": X, "labels": Y}, {"x": X}, Y),
+        (({"x": X}, Y), {"x": X}, Y),
+    ],
+)
+def test_every_form_of_batch_is_split(batch, inputs, targets) -> None:
+    found, labels = split_batch(batch)
+    assert type(found) is type(inputs)
+    assert all(a is b for a, b in zip(tensors(found), tensors(inputs), strict=True))
+    assert labels is targets
+
+
+@pytest.mark.parametrize("batch", [(X, Y, Y), (), 3, "text", ("text", Y), (3, Y)])
+def test_other_batches_are_refused(batch) -> None:
+    with pytest.raises(DataError, match="data"):
+        split_batch(batch)
+
+
+def test_a_network_is_called_with_each_form() -> None:
+    def model(a, b=0):
+        return a, b
+
+    assert call(model, X) == (X, 0)
+    assert call(model, (X, Y)) == (X, Y)
+    assert call(model, {"a": X, "b": Y}) == (X, Y)
+
+
+def test_logits_are_found() -> None:
+    assert logits(X) is X
+    assert logits({"logits": X}) is X
+    assert logits(SimpleNamespace(logits=X)) is X
+    for wrong in ((X,), {"loss": X}, None):
+        with pytest.raises(InputError, match="logits"):
+            logits(wrong)
+
+
+def test_tensors_are_mapped_counted_and_taken() -> None:
+    nested = (X, {"a": [Y, 3]}, "text")
+    doubled = map_tensors(lambda t: t + 2, nested)
+    assert [t.mean().item() for t in tensors(doubled)] == [2, 3]
+    assert doubled[2] == "text"
+    assert batch_size((torch.tensor(1), X)) == 3
+    assert take({"x": X, "k": torch.tensor(1)}, 2)["x"].shape == (2, 2)
+    with pytest.raises(DataError):
+        batch_size((torch.tensor(1),))
+
+
+@pytest.mark.parametrize("data", [[], [X[:0]], iter([]), X, {"x": X}, 3])
+def test_data_without_an_example_are_refused(data) -> None:
+    with pytest.raises(DataError, match="prune"):
+        list(batches(data, "prune(data)"))
+
+
+def test_empty_batches_are_skipped() -> None:
+    assert len(list(batches([X[:0], X], "data"))) == 1
+
+
+def test_evaluating_restores_every_flag_also_after_an_error() -> None:
+    net = nn.Sequential(nn.Linear(2, 2), nn.Dropout()).train()
+    net[0].eval()
+
+    def fail() -> None:
+        assert not net.training
+        assert not torch.is_grad_enabled()
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError), evaluating(net):
+        fail()
+    assert [m.training for m in net.modules()] == [True, False, True]
+    assert torch.is_grad_enabled()
+
+
+def draws() -> tuple:
+    return random.random(), np.random.rand(), torch.rand(1).item()  # noqa: NPY002
+
+
+def test_seeded_restores_all_generators() -> None:
+    with seeded(0):
+        state = draws()
+        with seeded(3):
+            first = draws()
+        after = draws()
+    with seeded(0):
+        assert draws() == state
+        assert draws() == after
+    with seeded(3):
+        assert draws() == first

@@ -1,0 +1,95 @@
+"""The one-way flow of data: a stage imports only stages above it."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import rarefy
+
+ROOT = Path(rarefy.__file__).parent
+
+STAGES = [
+    {"errors"},
+    {"types", "schedules", "environment", "progress", "process"},
+    {"batches"},
+    {"graph"},
+    {"pruning"},
+    {"distillation"},
+    {"training"},
+    {"quantization"},
+    {"storage"},
+    {"deployment"},
+    {"reporting", "run_folder", "recipe", "preflight", "search"},
+    {"pipeline"},
+    {"integrations", "tasks"},
+    {"cli"},
+]
+"""Rooms of the house from top to bottom; a room imports from itself and from rooms above it."""
+
+RANK = {room: rank for rank, rooms in enumerate(STAGES) for room in rooms}
+FILES = sorted(p for p in ROOT.rglob("*.py") if p != ROOT / "__init__.py")
+OPTIONAL = "onnx onnxruntime onnxscript sklearn transformers timm accelerate torchvision".split()
+GRAPH = "program allowed serialize labels ops groups capture trace count".split()
+PRUNING = "criteria attributes select surgery masks proof repair prune".split()
+
+
+def imports(file: Path) -> set[str]:
+    """Names of rarefy's modules that a file imports anywhere, also inside of functions."""
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "rarefy":
+            assert node.level == 0
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names if alias.name.startswith("rarefy")}
+    return {name.removeprefix("rarefy.") for name in found} - {"__version__"}
+
+
+def room(file: Path) -> str:
+    return file.relative_to(ROOT).parts[0].removesuffix(".py")
+
+
+def test_every_room_has_its_place() -> None:
+    assert {room(file) for file in FILES} <= set(RANK)
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda f: str(f.relative_to(ROOT)))
+def test_a_stage_imports_only_stages_above_it(file) -> None:
+    own = room(file)
+    rooms = {name.split(".")[0] for name in imports(file)} - {own}
+    lower = {name for name in rooms if RANK[name] > RANK[own]}
+    beside = {name for name in rooms if RANK[name] == RANK[own] and name != "types"}
+    assert not lower
+    if own not in ("recipe", "reporting", "run_folder", "search", "preflight"):
+        assert not beside
+
+
+@pytest.mark.parametrize("package", ["graph", "pruning"])
+def test_files_of_a_stage_form_no_circle(package) -> None:
+    order = {"graph": GRAPH, "pruning": PRUNING}[package]
+    for file in (ROOT / package).glob("*.py"):
+        if file.stem == "__init__":
+            continue
+        for name in imports(file):
+            parts = name.split(".")
+            if parts[0] == package and parts[1] in order:
+                assert order.index(parts[1]) < order.index(file.stem), (file.name, name)
+
+
+def test_only_the_command_line_knows_the_tasks() -> None:
+    users = {
+        room(f) for f in FILES if any(n.startswith(("tasks", "integrations")) for n in imports(f))
+    }
+    assert users <= {"cli", "tasks", "integrations"}
+
+
+def test_importing_loads_nothing_optional() -> None:
+    code = f"import sys, rarefy; print([m for m in {OPTIONAL} if m in sys.modules])"
+    found = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120
+    )
+    assert found.stdout.strip() == "[]"
+    assert not found.stderr

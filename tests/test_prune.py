@@ -1,0 +1,241 @@
+"""``prune`` from end to end: what it returns, refuses and leaves alone."""
+
+import copy
+import warnings
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from torch import nn
+
+import rarefy as rf
+from rarefy.batches import call, logits, map_tensors
+from rarefy.errors import BudgetError, InputError, ProofError
+from rarefy.graph.program import GraphModel
+from rarefy.types import Width
+
+torch.set_num_threads(1)
+X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+HALF = rf.Budget(sparsity=0.5, scope="local")
+
+
+class Net(nn.Module):
+    def __init__(self, function=None) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.a, self.norm = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8)
+            self.b, self.o = nn.Conv2d(8, 6, 3), nn.Linear(6, 2)
+        self.function = function or (lambda net, *x, **k: net.body(*x, **k))
+
+    def body(self, x: torch.Tensor) -> torch.Tensor:
+        return self.o(self.b(torch.relu(self.norm(self.a(x)))).mean((2, 3)))
+
+    def forward(self, *args, **kwargs):
+        return self.function(self, *args, **kwargs)
+
+
+def test_the_record_says_what_was_done() -> None:
+    small = rf.prune(Net(), X, HALF)
+    record = small.pruned
+    assert type(small) is Net
+    assert (record.kind, record.reason) == ("module", "")
+    assert record.widths == (Width("a", 8, 4), Width("b", 6, 3), Width("o", 2, 2))
+    assert record.error < 1e-10
+    assert len(record.kept["a.weight", 0]) == 4
+    assert np.array_equal(record.kept["a.weight", 0], record.kept["b.weight", 1])
+    assert any(f.path == "o.weight" for f in record.frozen)
+    assert not small.training
+
+
+def test_the_caller_s_model_and_world_are_left_alone() -> None:
+    net = Net().train()
+    net.norm.eval()
+    calls = []
+    net.a.register_forward_hook(lambda *_: calls.append(1))
+    before = copy.deepcopy(net.state_dict())
+    flags = [m.training for m in net.modules()]
+    random, filters = torch.get_rng_state(), list(warnings.filters)
+    rf.prune(net, X, HALF, data=[X])
+    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
+    assert [m.training for m in net.modules()] == flags
+    assert torch.equal(torch.get_rng_state(), random)
+    assert warnings.filters == filters
+    assert all(p.grad is None for p in net.parameters())
+    assert len(net.a._forward_hooks) == 1
+
+
+@pytest.mark.parametrize("criterion", ["magnitude", "l1", "random", lambda g, t: range(len(g))])
+def test_criteria(criterion) -> None:
+    small = rf.prune(Net(), X, HALF, criterion=criterion)
+    if callable(criterion):
+        assert small.pruned.kept["a.weight", 0].tolist() == [4, 5, 6, 7]
+
+
+def test_a_forward_with_literal_sizes_becomes_a_graph_or_an_error() -> None:
+    net = Net(lambda n, x: n.b(n.a(x).view(-1, 8, 8, 8)).mean((2, 3)))
+    small = rf.prune(net, X, HALF)
+    assert isinstance(small, GraphModel)
+    assert small.pruned.kind == "graph"
+    assert "does not run" in small.pruned.reason
+    with pytest.raises(ProofError, match="keep_class"):
+        rf.prune(net, X, HALF, keep_class=True)
+    again = rf.prune(small, X, rf.Budget(sparsity=0.25, scope="local"))
+    assert again.get_parameter("a.weight").shape[0] == 3
+
+
+def test_an_assertion_about_widths_in_forward_becomes_a_graph() -> None:
+    def body(net, x):
+        y = net.a(x)
+        assert y.shape[1] == 8
+        return net.b(y).mean((2, 3))
+
+    assert rf.prune(Net(body), X, HALF).pruned.kind == "graph"
+
+
+FORMS = {
+    "tensor": (None, X),
+    "one example": (None, X[:1]),
+    "as many examples as channels": (None, X.repeat(4, 1, 1, 1)),
+    "tuple": (lambda n, x, y: n.body(x + y), (X, X)),
+    "mapping": (lambda n, x, y=None: n.body(x + y), {"y": X, "x": X}),
+    "number": (lambda n, x, k: n.body(x * k), (X, 2.0)),
+    "list": (lambda n, xs: n.body(xs[0]) + n.body(xs[1]), ([X, X],)),
+    "several outputs": (lambda n, x: (n.body(x), {"more": [n.a(x).sum()]}, 3), X),
+    "complex outputs": (lambda n, x: torch.fft.fft(n.body(x)), X),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_inputs_and_outputs_of_every_form(form) -> None:
+    function, inputs = FORMS[form]
+    small = rf.prune(Net(function), inputs, HALF)
+    assert small.pruned.kind == "module"
+    call(small, inputs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_other_precisions(dtype) -> None:
+    small = rf.prune(Net().to(dtype), X.to(dtype), HALF)
+    assert small.pruned.error < 1e-10
+    assert {p.dtype for p in small.parameters()} == {dtype}
+
+
+def test_frozen_parameters_are_pruned_and_stay_frozen() -> None:
+    small = rf.prune(Net().requires_grad_(False), X, HALF)
+    assert small.a.out_channels == 4
+    assert not any(p.requires_grad for p in small.parameters())
+
+
+HOSTILE = {
+    "channel mean": lambda n, x: n.a(x).mean(1),
+    "channel maximum": lambda n, x: n.a(x).max(1)[0],
+    "cumulative sum": lambda n, x: n.a(x).cumsum(1).mean((2, 3)),
+    "softmax": lambda n, x: n.b(n.a(x).softmax(1)).mean((2, 3)),
+    "normalize": lambda n, x: n.b(nn.functional.normalize(n.a(x))).mean((2, 3)),
+    "ratio": lambda n, x: n.b(1 / n.a(x)).mean((2, 3)),
+    "logarithm": lambda n, x: n.b(n.a(x).square().log()).mean((2, 3)),
+    "negative power": lambda n, x: n.b(n.a(x) ** -2).mean((2, 3)),
+    "sum of sigmoids": lambda n, x: n.a(x).sigmoid().sum(1),
+    "sum after a write": lambda n, x: written(n.a(x)).sum(1),
+    "sum after padding": lambda n, x: nn.functional.pad(n.a(x), (1, 1), value=1.0).sum(1),
+    "computed weight": lambda n, x: nn.functional.conv2d(
+        n.a(x).sigmoid(), n.b.weight.sigmoid()
+    ).mean((2, 3)),
+    "variance of all": lambda n, x: n.b(n.a(x) / (n.a(x).var(unbiased=False) + 1)).mean((2, 3)),
+    "roll": lambda n, x: n.b(n.a(x).roll(1)).mean((2, 3)),
+    "complex": lambda n, x: n.b(torch.fft.ifft2(torch.fft.fft2(n.a(x))).real).mean((2, 3)),
+}
+
+
+def written(y: torch.Tensor) -> torch.Tensor:
+    y[:, 1:] += 1
+    return y
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_what_cannot_be_pruned_exactly_is_left_as_it_is(name) -> None:
+    """At most the other layer is pruned, and the proof holds."""
+    net = Net(HOSTILE[name])
+    if not rf.trace(net, X).groups:
+        with pytest.raises(InputError, match="no unit"):
+            rf.prune(net, X, HALF)
+        return
+    small = rf.prune(net, X, HALF)
+    kept = small.pruned.kept.get(("a.weight", 0), range(8))
+    assert len(kept) == 8 or (name == "sum after a write" and len(kept) > 4)
+
+
+def test_several_attentions_and_a_transformer() -> None:
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    net = nn.Sequential(nn.Linear(5, 8), layer, nn.Linear(8, 2)).eval()
+    small = rf.prune(net, torch.randn(2, 7, 5), rf.Budget(sparsity=0.3, scope="local"))
+    assert small.get_parameter("1.linear1.weight").shape == (12, 8)
+
+
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        (nn.Sequential(nn.LazyLinear(4), nn.Linear(4, 2)), "holds no values"),
+        (nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)).to("meta"), "holds no values"),
+        (nn.ReLU(), "no parameter"),
+        (nn.Linear(3, 2), "no unit"),
+        (nn.Sequential(nn.Linear(3, 8), nn.LayerNorm(8), nn.Linear(8, 2)), "no unit"),
+    ],
+    ids=["lazy", "meta", "no parameter", "no unit", "norm"],
+)
+def test_models_that_cannot_be_pruned_are_refused(model, words) -> None:
+    with pytest.raises(InputError, match=words):
+        rf.prune(model, torch.zeros(2, 3), HALF)
+
+
+def test_weights_that_are_not_finite_are_named() -> None:
+    net = Net()
+    with torch.no_grad():
+        net.b.weight[0, 0, 0, 0] = torch.inf
+    with pytest.raises(InputError, match=r"b\.weight"):
+        rf.prune(net, X, HALF)
+
+
+def test_wrong_options_are_refused() -> None:
+    for options in ({"structure": "block"}, {"criterion": "best"}, {"exclude": ["c"]}):
+        with pytest.raises(InputError, match="prune"):
+            rf.prune(Net(), X, HALF, **options)
+    with pytest.raises(BudgetError):
+        rf.prune(Net(), X, rf.Budget(macs=0.001))
+
+
+def test_single_weights() -> None:
+    sparse = rf.prune(Net(), X, rf.Budget(sparsity=0.9), structure="weight")
+    assert (sparse.b.weight == 0).float().mean() > 0.7
+
+
+def test_repair_follows_where_data_are_given() -> None:
+    small = rf.prune(Net(), X, HALF, data=[X.repeat(4, 1, 1, 1)])
+    assert small.repaired.samples == 8
+    assert small.pruned.kind == "module"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("resnet18", "module"),
+        ("mobilenet_v3_small", "module"),
+        ("efficientnet_b0", "module"),
+        ("shufflenet_v2_x0_5", "graph"),
+        ("squeezenet1_1", "module"),
+        ("regnet_y_400mf", "module"),
+        ("densenet121", "module"),
+        ("googlenet", "module"),
+    ],
+)
+def test_torchvision_networks(name, kind) -> None:
+    options = {"init_weights": False} if name == "googlenet" else {}
+    net = torchvision.models.get_model(name, weights=None, **options).eval()
+    x = torch.randn(1, 3, 64, 64)
+    small = rf.prune(net, x, rf.Budget(macs=0.6), criterion="random")
+    assert small.pruned.kind == kind
+    assert small.pruned.error < 1e-9
+    assert logits(map_tensors(torch.detach, small(x))).shape == (1, 1000)

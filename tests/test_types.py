@@ -1,0 +1,57 @@
+"""Options refuse values that mean nothing."""
+
+from dataclasses import FrozenInstanceError
+
+import pytest
+
+from rarefy.errors import BudgetError, InputError
+from rarefy.types import Budget, Int8, Target
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {},
+        {"macs": 0.5, "params": 0.5},
+        {"macs": 0},
+        {"macs": 1.01},
+        {"macs": float("nan")},
+        {"params": -1},
+        {"sparsity": 1},
+        {"sparsity": -0.1},
+        {"macs": 0.5, "scope": "layer"},
+        {"macs": 0.5, "min_keep": 0},
+        {"macs": 0.5, "round_to": 0},
+        {"macs": 0.5, "max_drop": 0},
+        {"macs": 0.5, "max_drop": 1.5},
+    ],
+)
+def test_a_budget_out_of_range_is_refused(wrong: dict) -> None:
+    with pytest.raises(BudgetError, match="Budget"):
+        Budget(**wrong)
+
+
+def test_the_ends_of_the_ranges_are_allowed() -> None:
+    assert Budget(macs=1, max_drop=1).macs == 1
+    assert Budget(sparsity=0).sparsity == 0
+    assert Target(speedup=1, size=1, max_drop=0).size == 1
+    assert Int8(observer="percentile", percentile=1).percentile == 1
+
+
+def test_options_are_frozen() -> None:
+    with pytest.raises(FrozenInstanceError):
+        Budget(macs=0.5).macs = 0.4
+
+
+@pytest.mark.parametrize("wrong", [{"observer": "max"}, {"percentile": 0.5}, {"percentile": 2}])
+def test_an_int8_option_out_of_range_is_refused(wrong: dict) -> None:
+    with pytest.raises(InputError, match="Int8"):
+        Int8(**wrong)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"speedup": 0.5}, {"size": 0}, {"max_drop": -1}, {"max_drop": 2}]
+)
+def test_a_target_out_of_range_is_refused(wrong: dict) -> None:
+    with pytest.raises(InputError, match="Target"):
+        Target(**wrong)
