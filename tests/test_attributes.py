@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from rarefy.pruning.attributes import RULES, derive, read, refresh
+from rarefy.pruning.attributes import KEY, RULES, derive, read, refresh, remember
 
 LAYERS = [
     nn.Conv1d(4, 6, 3),
@@ -56,3 +56,10 @@ def test_attributes_follow_the_parameters() -> None:
     net[1].weight = nn.Parameter(torch.zeros(5))
     refresh(net)
     assert (net[0].in_channels, net[0].out_channels, net[1].num_features) == (3, 5, 5)
+
+
+def test_only_what_no_rule_derives_is_remembered() -> None:
+    net = nn.ModuleDict({"conv": nn.Conv2d(4, 4, 1), "own": nn.Identity()})
+    remember(net, {"conv": {"groups": 2}, "own": {"groups": 2}})
+    remember(net, {"own": {"heads": 3}})
+    assert net.__dict__[KEY] == {"own": {"groups": 2, "heads": 3}}

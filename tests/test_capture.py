@@ -100,9 +100,7 @@ def test_inputs_of_every_form(inputs) -> None:
 def test_the_batch_is_free_where_the_network_allows_it() -> None:
     net = Net(FUNCTIONS["plain"])
     captured = capture(net, X[:1])
-    assert captured.dynamic_batch
     torch.testing.assert_close(graph_model(net, captured)(X.repeat(3, 1, 1, 1))[:2], net(X))
-
 
 
 def test_the_model_is_left_alone() -> None:

@@ -225,3 +225,15 @@ def test_a_network_that_takes_one_batch_size_only_is_proven_with_that() -> None:
     network = trace(net, x)
     plan = Plan.of(network, np.arange(network.coupling.units) == 1)
     assert prove(net, x, network, plan, lambda m, p: cut(m, network, p)) < 1e-10
+
+
+def test_outputs_that_are_no_numbers_are_refused() -> None:
+    class Root(Net):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return (super().forward(x) - 1e9).sqrt()
+
+    net = Root(False).eval()
+    network = trace(net, X)
+    plan = Plan.of(network, np.arange(network.coupling.units) == 1)
+    with pytest.raises(InputError, match="no numbers"):
+        prove(net, X, network, plan, lambda m, p: cut(m, network, p))

@@ -15,6 +15,12 @@ RarefyError
 """
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an exception's message, with its type."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"[:300]
+
+
 class RarefyError(Exception):
     """Base of all errors that rarefy raises on purpose.
 

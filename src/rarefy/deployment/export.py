@@ -22,7 +22,7 @@ from torch.utils import _pytree as pytree
 from rarefy.batches import call, evaluating, map_tensors, tensors
 from rarefy.deployment.rewrite import rewrite
 from rarefy.deployment.runtimes import OnnxSession, load_onnx, load_onnxruntime
-from rarefy.errors import ExportError, MissingExtraError, OutputError, RarefyError
+from rarefy.errors import ExportError, MissingExtraError, OutputError, RarefyError, first_line
 from rarefy.graph.program import GraphModel
 from rarefy.quantization.quantize import QuantizationSummary
 from rarefy.types import Inputs
@@ -139,7 +139,7 @@ def _trace(model: nn.Module, inputs: Inputs) -> Traced:
         return Traced(program, free, _input_names(model, inputs, [n.name for n in nodes]))
     raise ExportError(
         f"export of {type(model).__name__}",
-        f"torch.export cannot follow its forward: {_first_line(errors[-1])}",
+        f"torch.export cannot follow its forward: {first_line(errors[-1])}",
         "Check that the model runs on the example inputs; replace Python decisions on tensor "
         "values by torch.where",
     ) from errors[-1]
@@ -219,7 +219,7 @@ def _translate(model: nn.Module, traced: Traced) -> Any:
         raise ExportError(
             f"export of {type(model).__name__}{where}",
             f"the operator {operator or '(unknown)'} cannot be written as ONNX: "
-            f"{_first_line(_root(error))}",
+            f"{first_line(_root(error))}",
             "Replace it by operators that ONNX has, or keep it outside of the exported network",
         ) from error
 
@@ -228,11 +228,6 @@ def _root(error: BaseException) -> BaseException:
     while error.__cause__ is not None:
         error = error.__cause__
     return error
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0] if lines else ''}"[:300]
 
 
 _OPERATOR = re.compile(r"torch\.ops\.([\w.]+)|<OpOverload\(op='([\w.]+)', overload='(\w+)'\)>")
@@ -327,7 +322,7 @@ def _save(model: Any, path: Path) -> None:
     except Exception as error:
         raise ExportError(
             f"export({path.name!r})",
-            f"the network cannot be written as one file: {_first_line(error)}",
+            f"the network cannot be written as one file: {first_line(error)}",
             "Files above 2 GB are not supported; compress the network further",
         ) from error
     path.write_bytes(content)

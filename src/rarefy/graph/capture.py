@@ -16,7 +16,7 @@ from torch.export import Dim, ExportedProgram
 from torch.utils import _pytree as pytree
 
 from rarefy.batches import evaluating, map_tensors
-from rarefy.errors import CaptureError
+from rarefy.errors import CaptureError, first_line
 from rarefy.graph.program import (
     SCALAR_OPS,
     Graph,
@@ -40,12 +40,10 @@ class Capture:
     Attributes:
         graph: the computation in eval mode, with a dynamic batch where the network allows it.
         constants: tensors made inside ``forward`` (``torch.tensor([...])``), by path.
-        dynamic_batch: whether the first dimension of the inputs may change.
     """
 
     graph: Graph
     constants: Mapping[str, Tensor]
-    dynamic_batch: bool
 
 
 def capture(model: nn.Module, example_inputs: Inputs) -> Capture:
@@ -62,18 +60,18 @@ def capture(model: nn.Module, example_inputs: Inputs) -> Capture:
         CaptureError: ``torch.export`` cannot follow the network; the message names the line.
     """
     if isinstance(model, GraphModel):
-        return Capture(model.graph, {}, dynamic_batch=True)
+        return Capture(model.graph, {})
     inputs = _widen(example_inputs)
     args, kwargs = _arguments(inputs)
     buffers = {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
     with evaluating(model), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        program, dynamic = _export(model, args, kwargs)
+        program = _export(model, args, kwargs)
     for name, buffer in model.named_buffers():
         if buffer.shape == buffers[name].shape:
             buffer.data.copy_(buffers[name])
     graph = _read_once(_convert(program), model)
-    return Capture(graph, dict(_constants(program)), dynamic)
+    return Capture(graph, dict(_constants(program)))
 
 
 def graph_model(model: nn.Module, captured: Capture) -> GraphModel:
@@ -103,24 +101,18 @@ def _arguments(inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return tuple(inputs), {}
 
 
-def _export(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[ExportedProgram, bool]:
+def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ExportedProgram:
     errors: list[BaseException] = []
     for dynamic in (True, False):
         try:
             spec = _free_batch(model, args, kwargs) if dynamic else None
-            program = torch.export.export(model, args, kwargs, dynamic_shapes=spec, strict=False)
+            return torch.export.export(model, args, kwargs, dynamic_shapes=spec, strict=False)
         except Exception as error:  # noqa: BLE001 - export runs the user's code: anything may arise
             errors.append(error)
-            continue
-        leaves = [n.meta["val"] for n in program.graph.nodes if n.op == "placeholder"]
-        symbolic = any(isinstance(v, Tensor) and _is_dynamic(v) for v in leaves)
-        return program, symbolic
     last = errors[-1]
     raise CaptureError(
         f"capture of {type(model).__name__}",
-        f"torch.export cannot follow its forward: {_first_line(last)}{_user_line(last)}",
+        f"torch.export cannot follow its forward: {first_line(last)}{_user_line(last)}",
         "Check that the model runs on the example inputs; replace Python decisions on tensor "
         "values by torch.where, or move them out of forward",
     ) from last
@@ -134,15 +126,6 @@ def _free_batch(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
 
     bound = inspect.signature(model.forward).bind(*args, **kwargs).arguments
     return {name: pytree.tree_map(batch, value) for name, value in bound.items()}
-
-
-def _is_dynamic(value: Tensor) -> bool:
-    return value.ndim > 0 and not isinstance(value.shape[0], int)
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0] if lines else ''}"[:300]
 
 
 def _user_line(error: BaseException) -> str:

@@ -928,7 +928,7 @@ RULES: Mapping[str, Rule] = {
     **_rows(
         _same,
         "dropout alpha_dropout feature_dropout feature_alpha_dropout clone contiguous alias detach "
-        "to type_as _to_copy identity zeros_like ones_like full_like rand_like randn_like "
+        "to type_as _to_copy zeros_like ones_like full_like rand_like randn_like "
         "empty_like",
     ),
     **_rows(

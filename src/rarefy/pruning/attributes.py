@@ -60,6 +60,9 @@ def _embedding(module: Any) -> dict[str, Any]:
 _CONV = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _CONV_TRANSPOSE = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
+KEY = "_rarefy_attributes"
+"""Where a module keeps the attributes that surgery adapted and that no shape implies."""
+
 RULES: Mapping[type[nn.Module], Callable[[Any], dict[str, Any]]] = {
     **dict.fromkeys(_CONV, _conv),
     **dict.fromkeys(_CONV_TRANSPOSE, _conv_transpose),
@@ -87,6 +90,16 @@ def read(model: nn.Module) -> dict[str, dict[str, int | tuple[int, ...]]]:
     """Derived attributes of every module of ``model``, by path."""
     found = {path: derive(module) for path, module in model.named_modules()}
     return {path: attributes for path, attributes in found.items() if attributes}
+
+
+def remember(model: nn.Module, changed: Attributes) -> None:
+    """Note attributes that no rule derives, so that a saved file carries them."""
+    held: dict[str, dict[str, Any]] = dict(model.__dict__.get(KEY, {}))
+    for path, values in changed.items():
+        if not derive(model.get_submodule(path)):
+            held[path] = {**held.get(path, {}), **values}
+    if held:
+        model.__dict__[KEY] = held
 
 
 def refresh(model: nn.Module) -> None:

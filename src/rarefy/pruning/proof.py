@@ -22,7 +22,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rarefy.batches import batch_size, call, evaluating, map_tensors, seeded, take
-from rarefy.errors import InputError, ProofError
+from rarefy.errors import InputError, ProofError, first_line
 from rarefy.graph.groups import Mask
 from rarefy.graph.trace import Network
 from rarefy.pruning.select import Plan
@@ -30,7 +30,8 @@ from rarefy.pruning.surgery import kept_entries
 from rarefy.types import Inputs
 
 TOLERANCE = {torch.float64: 1e-7, torch.float32: 1e-3}
-"""Largest difference allowed, relative to how far the outputs move with the inputs."""
+"""Precisions to try, in this order, and the largest difference that each allows, relative to how
+far the outputs move with the inputs."""
 
 LEAST = {torch.float64: 1e-6, torch.float32: 1e-2}
 """Sensitivity that is still told from rounding, relative to the outputs' magnitude."""
@@ -69,23 +70,17 @@ def prove(
         InputError: the network's outputs are not deterministic in eval mode.
         ProofError: the difference is above :data:`TOLERANCE`; the message names the group.
     """
-    what = _fault(model, example_inputs, network, plan, build)
-    if isinstance(what, float):
-        return what
+    found = difference(model, example_inputs, network, plan, build)
+    if isinstance(found, float):
+        return found
     raise ProofError(
         "prune(model)",
-        f"{what}{_culprit(model, example_inputs, network, plan, build)}; nothing was returned",
+        f"{found}{culprit(model, example_inputs, network, plan, build)}; nothing was returned",
         "Exclude that layer with exclude=[...], and report the network: this is a defect of rarefy",
     )
 
 
-def first_line(failure: BaseException) -> str:
-    """The first line of an exception's message, with its type."""
-    lines = [line.strip() for line in str(failure).splitlines() if line.strip()]
-    return f"{type(failure).__name__}: {lines[0] if lines else ''}"[:300]
-
-
-def _culprit(
+def culprit(
     model: nn.Module, example_inputs: Inputs, network: Network, plan: Plan, build: Build
 ) -> str:
     """The first group whose units alone, removed as planned, make the difference."""
@@ -94,36 +89,56 @@ def _culprit(
         alone[group.units] = plan.removed[group.units]
         if alone.any():
             part = Plan.of(network, alone)
-            if isinstance(_fault(model, example_inputs, network, part, build), str):
+            if isinstance(difference(model, example_inputs, network, part, build), str):
                 return f" (group {group.name})"
     return ""
 
 
-def _fault(
+def difference(
     model: nn.Module, example_inputs: Inputs, network: Network, plan: Plan, build: Build
 ) -> float | str:
-    """The relative difference from masking where that is small, else what is wrong."""
-    inputs, dtype = _precise(model, example_inputs)
-    other = _other(inputs)
-    disturbed = _disturbed(model, inputs, dtype)
-    reference = masked(disturbed, network, plan)
-    expected, moved = _run(reference, inputs), _run(reference, other)
-    if _largest(expected, _run(reference, inputs)) > 0:
+    """The relative difference from masking where that is small, else what is wrong.
+
+    A smaller network that does not run in float64, since its graph holds a cast to float32, is
+    tried in float32.
+    """
+    fault = "the network does not run on the example inputs in eval mode"
+    for dtype in TOLERANCE:
+        inputs = _accepted(model, example_inputs, dtype)
+        if inputs is None:
+            continue
+        other = _other(inputs)
+        disturbed = _disturbed(model, inputs, dtype)
+        reference = masked(disturbed, network, plan)
+        expected, moved = _run(reference, inputs), _run(reference, other)
+        _check_repeats(expected, _run(reference, inputs))
+        try:
+            small = build(disturbed, plan)
+            found = _run(small, inputs), _run(small, other)
+        except Exception as failure:  # noqa: BLE001 - the user's forward may raise anything
+            fault = f"the smaller network does not run: {first_line(failure)}"
+            continue
+        difference = max(_largest(expected, found[0]), _largest(moved, found[1]))
+        error = difference / _scale(expected, moved, dtype)
+        if error <= TOLERANCE[dtype]:
+            return error
+        return f"the smaller network differs from masking by {error:.1e} of the outputs' range"
+    return fault
+
+
+def _check_repeats(first: list[Tensor], second: list[Tensor]) -> None:
+    if any(bool(torch.isnan(tensor).any()) for tensor in first):
+        raise InputError(
+            "prune(model)",
+            "its outputs on the example inputs are no numbers, so nothing can be proven",
+            "Give example inputs like those that the network was trained on",
+        )
+    if _largest(first, second) > 0:
         raise InputError(
             "prune(model)",
             "two equal calls in eval mode give different outputs, so nothing can be proven",
             "Make forward deterministic in eval mode",
         )
-    try:
-        small = build(disturbed, plan)
-        found = _run(small, inputs), _run(small, other)
-    except Exception as failure:  # noqa: BLE001 - the user's forward may raise anything
-        return f"the smaller network does not run: {first_line(failure)}"
-    difference = max(_largest(expected, found[0]), _largest(moved, found[1]))
-    error = difference / _scale(expected, moved, dtype)
-    if error <= TOLERANCE[dtype]:
-        return error
-    return f"the smaller network differs from masking by {error:.1e} of the outputs' range"
 
 
 def _scale(first: list[Tensor], second: list[Tensor], dtype: torch.dtype) -> float:
@@ -134,22 +149,27 @@ def _scale(first: list[Tensor], second: list[Tensor], dtype: torch.dtype) -> flo
     return max(sensitivity, magnitude * LEAST[dtype]) or 1.0
 
 
-def _precise(model: nn.Module, example_inputs: Inputs) -> tuple[Inputs, torch.dtype]:
-    """Few of the inputs in float64, or more, or in float32: the first that the network takes."""
+def _accepted(model: nn.Module, example_inputs: Inputs, dtype: torch.dtype) -> Inputs | None:
+    """Few of the inputs, or all, in this precision; None where the network takes neither."""
+    candidate = _converted(model, dtype)
     few = take(example_inputs, EXAMPLES)
-    for dtype in (torch.float64, torch.float32):
-        candidate = copy.deepcopy(model).to(dtype)
-        for given in (few, example_inputs) if batch_size(few) == EXAMPLES else (example_inputs,):
-            inputs = _cast(given, dtype)
-            with suppress(Exception):  # the network's forward may raise anything
-                _run(candidate, inputs)
-                return inputs, dtype
-    return _cast(example_inputs, torch.float32), torch.float32
+    for given in (few, example_inputs) if batch_size(few) == EXAMPLES else (example_inputs,):
+        inputs = _cast(given, dtype)
+        with suppress(Exception):  # the network's forward may raise anything
+            _run(candidate, inputs)
+            return inputs
+    return None
+
+
+def _converted(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """A copy whose real numbers have this precision."""
+    candidate = copy.deepcopy(model)
+    return candidate.double() if dtype is torch.float64 else candidate.float()
 
 
 def _disturbed(model: nn.Module, inputs: Inputs, dtype: torch.dtype) -> nn.Module:
     """A copy with a little noise on every parameter and BatchNorm statistic."""
-    candidate = copy.deepcopy(model).to(dtype)
+    candidate = _converted(model, dtype)
     with torch.no_grad(), seeded(0):
         for parameter in candidate.parameters():
             if parameter.is_floating_point():

@@ -16,7 +16,7 @@ from rarefy.graph.program import GraphModel
 from rarefy.graph.trace import Frozen, Network, trace
 from rarefy.pruning.criteria import Criterion, named, scored
 from rarefy.pruning.masks import sparsify
-from rarefy.pruning.proof import Build, prove
+from rarefy.pruning.proof import Build, culprit, difference, prove
 from rarefy.pruning.repair import repair
 from rarefy.pruning.select import Plan, select
 from rarefy.pruning.surgery import cut, kept_entries, rewrite
@@ -122,19 +122,19 @@ def operate(
     """
     kind, reason = "module", ""
     build: Build = lambda m, p: cut(m, network, p)  # noqa: E731 - two ways behind one name
-    try:
-        if isinstance(model, GraphModel):
-            raise ProofError("prune", "it is a graph already", "Nothing")
-        error = prove(model, example_inputs, network, plan, build)
-    except ProofError as failure:
-        kind, reason = "graph", failure.what.removesuffix("; nothing was returned")
+    error: float | str = "it is a graph already"
+    if not isinstance(model, GraphModel):
+        error = difference(model, example_inputs, network, plan, build)
+    if isinstance(error, str):
         if keep_class:
+            group = culprit(model, example_inputs, network, plan, build)
             raise ProofError(
                 f"prune({type(model).__name__}, keep_class=True)",
-                f"its forward does not work with other widths: {reason}",
+                f"its forward does not work with other widths: {error}{group}",
                 "Write sizes in forward as x.shape[...] or module attributes, exclude that layer, "
                 "or accept a rewritten graph (keep_class=False)",
-            ) from failure
+            )
+        kind, reason = "graph", error
         build = lambda m, p: rewrite(m, network, p)  # noqa: E731
         error = prove(model, example_inputs, network, plan, build)
     small = build(model, plan)

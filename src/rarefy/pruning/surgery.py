@@ -101,10 +101,14 @@ def _replace(model: nn.Module, path: str, tensor: Tensor) -> None:
 
 def _set_counts(small: nn.Module, network: Network, plan: Plan) -> None:
     """Attributes that state a number of units which no shape states: ``groups``."""
+    changed: dict[str, dict[str, int]] = {}
     for (name, attribute), atoms in network.flow.counts.items():
-        module = small.get_submodule(network.captured.graph.by_name[name].scope)
+        path = network.captured.graph.by_name[name].scope
+        module = small.get_submodule(path)
         if isinstance(getattr(module, attribute, None), int):
-            setattr(module, attribute, int((~plan.gone[atoms]).sum()))
+            changed.setdefault(path, {})[attribute] = int((~plan.gone[atoms]).sum())
+            setattr(module, attribute, changed[path][attribute])
+    attributes.remember(small, changed)
 
 
 # --- the rewritten graph -----------------------------------------------------------------------

@@ -20,9 +20,6 @@ from rarefy.storage.pack import NAMES
 Settings = dict[str, dict[str, int | list[int]]]
 """Module path -> attribute -> value, as JSON has it."""
 
-CUSTOM = "_rarefy_attributes"
-"""Where a module keeps the attributes that surgery adapted and that no shape implies."""
-
 
 @dataclass(frozen=True)
 class Held:
@@ -138,7 +135,7 @@ def custom(model: nn.Module) -> Settings:
     Raises:
         InputError: one of them could not be restored.
     """
-    given = vars(model).get(CUSTOM, {})
+    given = vars(model).get(attributes.KEY, {})
     found = {path: {n: _plain(v) for n, v in values.items()} for path, values in given.items()}
     try:
         _changes(model, found)

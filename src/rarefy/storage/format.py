@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from rarefy.errors import FormatError, InputError, RarefyError
 from rarefy.graph.program import Graph, GraphModel
 from rarefy.graph.serialize import from_json, to_json
+from rarefy.pruning import attributes
 from rarefy.storage import adapt
 from rarefy.storage.adapt import Held
 from rarefy.storage.container import Reader, write
@@ -163,7 +164,7 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
     adapt.apply(copy, index.attributes, index.custom)
     adapt.fill(copy, loaded)
     if index.custom:
-        vars(copy)[adapt.CUSTOM] = {
+        vars(copy)[attributes.KEY] = {
             name: {n: tuple(v) if isinstance(v, list) else v for n, v in values.items()}
             for name, values in index.custom.items()
         }
