@@ -107,7 +107,7 @@ class DistillStage(_Options):
     """Training of the pruned network on the teacher's soft labels."""
 
     epochs: Count = 15
-    lr: Positive = 0.05
+    lr: Positive = 0.02
     temperature: Positive = 4.0
     label_weight: Share = 0.1
 

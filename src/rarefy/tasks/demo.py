@@ -15,7 +15,7 @@ from rarefy.types import Target
 STAGES = Stages(
     train=TrainStage(epochs=8, lr=0.1),
     prune=PruneStage(macs=0.35, round_to=8),
-    distill=DistillStage(epochs=6, lr=0.05),
+    distill=DistillStage(epochs=4, lr=0.02),
     quantize=QuantizeStage(),
 )
 TARGET = Target(speedup=2, size=8, max_drop=0.01)
