@@ -6,9 +6,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from rarefy.graph.ops import POLES, RULES, ZEROS, argument, find
+from rarefy.graph.flow import argument
+from rarefy.graph.ops import RULES, find
 from rarefy.graph.program import Node, Ref, schema
+from rarefy.graph.rules.elementwise import POLES
 from rarefy.graph.trace import trace
+from rarefy.graph.zeros import ZEROS
 from rarefy.pruning.proof import prove
 from rarefy.pruning.select import Plan
 from rarefy.pruning.surgery import rewrite

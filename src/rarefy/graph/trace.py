@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from rarefy.errors import InputError
 from rarefy.graph.capture import Capture, capture
+from rarefy.graph.flow import EXTENT, Flow
 from rarefy.graph.groups import Coupling, Group, group, resolve
 from rarefy.graph.labels import Atoms
-from rarefy.graph.ops import EXTENT, Flow, walk
+from rarefy.graph.ops import walk
 from rarefy.types import Inputs
 
 

@@ -19,9 +19,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from rarefy.graph.capture import graph_model
+from rarefy.graph.flow import argument
 from rarefy.graph.groups import Mask
-from rarefy.graph.ops import argument, slice_bounds
 from rarefy.graph.program import GraphModel, Node, Ref, Spec, Value
+from rarefy.graph.rules.views import slice_bounds
 from rarefy.graph.trace import Network, storages
 from rarefy.pruning import attributes
 from rarefy.pruning.select import Plan

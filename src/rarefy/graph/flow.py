@@ -1,0 +1,123 @@
+"""State of one walk over a graph, and what all rules share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from rarefy.graph.labels import FIXED, Atoms, Labels, Ledger
+from rarefy.graph.program import Graph, Node, Ref, Spec, Value, schema
+
+EXTENT = "is the extent of a kernel"
+"""Reason that is not worth telling: nobody expects a 3x3 kernel to become 3x2."""
+
+Carried: TypeAlias = Any
+"""Labels of a tensor, a tuple of these for several results, None for numbers."""
+
+Rule: TypeAlias = "Callable[[Flow, Node], Carried]"
+
+
+@dataclass
+class Flow:
+    """State of one walk over a graph.
+
+    Attributes:
+        graph: what is walked.
+        ledger: atoms, ties, relations.
+        labels: per node, the labels of its value.
+        vanishing: nodes whose value is zero wherever a unit is masked.
+        memory: node -> the first node of those whose values may share its memory.
+        counts: (node, argument) -> atoms whose surviving number that argument states.
+        unknown: operators without a rule, with how often they were met.
+    """
+
+    graph: Graph
+    ledger: Ledger = field(default_factory=Ledger)
+    labels: dict[str, Any] = field(default_factory=dict)
+    vanishing: set[str] = field(default_factory=set)
+    memory: dict[str, str] = field(default_factory=dict)
+    counts: dict[tuple[str, str], Atoms] = field(default_factory=dict)
+    unknown: dict[str, int] = field(default_factory=dict)
+
+    def of(self, arg: Any) -> Labels:
+        """Labels of a tensor argument; none for numbers."""
+        return self.labels.get(arg.name) or () if isinstance(arg, Ref) else ()
+
+    def shape(self, arg: Any) -> tuple[int, ...]:
+        """Shape of a tensor argument; ``()`` for numbers."""
+        value = self.graph.by_name[arg.name].value if isinstance(arg, Ref) else None
+        return value.shape if isinstance(value, Spec) else ()
+
+    def number(self, arg: Any) -> int:
+        """A whole number, given or computed in the graph."""
+        value = self.graph.by_name[arg.name].value if isinstance(arg, Ref) else arg
+        assert isinstance(value, int)
+        return value
+
+    def zero(self, arg: Any) -> bool:
+        """Whether the argument is zero wherever a unit is masked (numbers: whether it is 0)."""
+        return arg.name in self.vanishing if isinstance(arg, Ref) else arg == 0
+
+    def tie(self, node: Node, *sides: Atoms | None) -> Atoms | None:
+        """Sides of one dimension go together; one that cannot change fixes the others."""
+        known = [side for side in sides if side is not None]
+        if len(known) < len(sides):
+            for side in known:
+                self.freeze(node, side, "meets a dimension whose size cannot change")
+            return None
+        for side in known[1:]:
+            self.ledger.tie(known[0], side)
+        return known[0] if known else None
+
+    def freeze(self, node: Node, atoms: Atoms | None, reason: str) -> None:
+        """These atoms cannot go, because of what ``node`` does."""
+        if atoms is not None and not (len(atoms) and bool((atoms == FIXED).all())):
+            self.ledger.fix(atoms, node.name, reason)
+
+    def freeze_dims(self, node: Node, labels: Labels, dims: Sequence[int], reason: str) -> Labels:
+        """Freeze these dimensions and return the labels of the others."""
+        wrapped = {d % max(len(labels), 1) for d in dims}
+        for d in wrapped & set(range(len(labels))):
+            self.freeze(node, labels[d], reason)
+        return tuple(None if d in wrapped else label for d, label in enumerate(labels))
+
+
+def unlabeled(value: Value) -> Carried:
+    if isinstance(value, Spec):
+        return (None,) * len(value.shape)
+    if isinstance(value, tuple):
+        return tuple(unlabeled(v) for v in value)
+    return None
+
+
+def freeze_all(flow: Flow, node: Node, reason: str) -> None:
+    for name in dict.fromkeys(node.inputs):
+        for atoms in every(flow.labels.get(name)):
+            flow.freeze(node, atoms, reason)
+
+
+def every(carried: Any) -> list[Atoms]:
+    if isinstance(carried, np.ndarray):
+        return [carried]
+    if isinstance(carried, tuple):
+        return [atoms for part in carried for atoms in every(part)]
+    return []
+
+
+def argument(node: Node, name: str) -> Any:
+    """An argument by its name in the operator's declaration, or its default; else None."""
+    declared = schema(node.op)
+    if name in node.options or declared is None:
+        return node.options.get(name)
+    for position, formal in enumerate(declared.arguments):
+        if formal.name == name:
+            given = position < len(node.args)
+            return node.args[position] if given else formal.default_value
+    return None
+
+
+def rows(rule: Rule, names: str) -> dict[str, Rule]:
+    return {f"aten.{name}": rule for name in names.split()}

@@ -1,0 +1,1 @@
+"""How operators carry labels: small pure functions, and a table of each kind."""
