@@ -7,8 +7,8 @@ OUT ?= rarefy-demo
 
 .PHONY: demo test fast lint format clean
 
-demo: $(VENV)/.installed-demo  ## the main job on real data; replaces what the last one wrote to OUT
-	$(BIN)/rarefy demo --out $(OUT) --overwrite
+demo: $(VENV)/.installed-demo  ## the main job on real data; replaces what the last one wrote
+	$(BIN)/rarefy demo --out $(OUT) $(if $(filter rarefy-demo,$(OUT)),--overwrite)
 
 test: lint  ## lint, types and the whole test suite
 	$(BIN)/python -m pytest

@@ -137,8 +137,12 @@ def test_the_group_at_fault_is_named() -> None:
 def test_a_network_that_raises_is_a_failed_proof(error) -> None:
     net, network, plan = prepared(False)
 
+    class Failing(nn.Module):
+        def forward(self, x):
+            raise error("some reason")
+
     def build(model: nn.Module, plan: Plan) -> nn.Module:
-        raise error("some reason")
+        return Failing()
 
     with pytest.raises(ProofError, match=f"{error.__name__}: some reason"):
         prove(net, X, network, plan, build)

@@ -13,6 +13,7 @@ import rarefy as rf
 from rarefy.batches import call, logits, map_tensors
 from rarefy.errors import BudgetError, InputError, ProofError
 from rarefy.graph.program import GraphModel
+from rarefy.pruning.criteria import named
 from rarefy.types import Width
 
 torch.set_num_threads(1)
@@ -68,9 +69,30 @@ def test_the_caller_s_model_and_world_are_left_alone() -> None:
 
 @pytest.mark.parametrize("criterion", ["magnitude", "l1", "random", lambda g, t: range(len(g))])
 def test_criteria(criterion) -> None:
-    small = rf.prune(Net(), X, HALF, criterion=criterion)
-    if callable(criterion):
-        assert small.pruned.kept["a.weight", 0].tolist() == [4, 5, 6, 7]
+    net = Net()
+    small = rf.prune(net, X, HALF, criterion=criterion)
+    group = rf.trace(net, X).groups[0]
+    scores = torch.as_tensor(named(criterion)(group, dict(net.named_parameters())))
+    best = scores.argsort(stable=True)[len(group) // 2 :].sort().values
+    assert small.pruned.kept["a.weight", 0].tolist() == best.tolist()
+
+
+def test_options_that_do_not_concern_single_weights_are_refused() -> None:
+    share = rf.Budget(sparsity=0.5)
+    for options in ({"data": [X]}, {"criterion": "random"}):
+        with pytest.raises(InputError, match="Leave criterion and data out"):
+            rf.prune(Net(), X, share, structure="weight", **options)
+    with pytest.raises(BudgetError, match="round_to"):
+        rf.prune(Net(), X, rf.Budget(sparsity=0.5, round_to=8), structure="weight")
+
+
+def test_a_defect_of_the_surgery_is_not_taken_for_a_forward_that_fails(monkeypatch) -> None:
+    def broken(*_):
+        raise KeyError("bug")
+
+    monkeypatch.setattr("rarefy.pruning.prune.cut", broken)
+    with pytest.raises(KeyError, match="bug"):
+        rf.prune(Net(), X, HALF)
 
 
 def test_a_forward_with_literal_sizes_becomes_a_graph_or_an_error() -> None:

@@ -25,6 +25,7 @@ from rarefy.graph.program import (
     Ref,
     Spec,
     Value,
+    is_known,
     schema,
     shares_memory,
     substitute,
@@ -75,7 +76,19 @@ def capture(model: nn.Module, example_inputs: Inputs) -> Capture:
 
 
 def graph_model(model: nn.Module, captured: Capture) -> GraphModel:
-    """The captured network as a module that shares its tensors with ``model``."""
+    """The captured network as a module that shares its tensors with ``model``.
+
+    Raises:
+        CaptureError: the graph holds an operator that is not ATen's, which only eager PyTorch runs.
+    """
+    for node in captured.graph.calls:
+        if not is_known(node.op):
+            raise CaptureError(
+                f"graph of {type(model).__name__}",
+                f"it calls {node.op}, which is not an ATen operator"
+                + (f" (at {node.source})" if node.source else ""),
+                "Take that call out of the network, or compress the parts around it",
+            )
     paths = captured.graph.tensor_paths
     parameters = dict(model.named_parameters(remove_duplicate=False))
     buffers = dict(model.named_buffers(remove_duplicate=False)) | dict(captured.constants)

@@ -178,6 +178,15 @@ SCALAR_OPS: Mapping[str, Callable[..., Any]] = {
 """Operators on the numbers of a dynamic shape; all others are ATen's."""
 
 
+def is_known(op: str) -> bool:
+    """Whether :func:`resolve` finds the operator."""
+    try:
+        resolve(op)
+    except FormatError:
+        return False
+    return True
+
+
 def resolve(op: str) -> Callable[..., Any]:
     """The function behind an operator's name; only ATen's and :data:`SCALAR_OPS` are known.
 

@@ -35,6 +35,13 @@ def sparsify(model: nn.Module, budget: Budget, *, exclude: Sequence[str] = ()) -
             "zeros save neither MACs nor parameters",
             "Give Budget(sparsity=0.9), the share of weights to set to zero",
         )
+    for name in ("min_keep", "max_drop", "round_to"):
+        if getattr(budget, name) != Budget.__dataclass_fields__[name].default:
+            raise BudgetError(
+                f"Budget({name}={getattr(budget, name)!r})",
+                "it concerns units, and single weights are to be removed",
+                f"Leave {name} out",
+            )
     sparse = copy.deepcopy(model)
     weights = prunable(sparse, exclude)
     groups = [weights] if budget.scope == "global" else [[w] for w in weights]

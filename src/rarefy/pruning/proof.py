@@ -13,6 +13,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from math import inf, isfinite, isnan
 from typing import Any
 
@@ -58,6 +59,19 @@ def masked(model: nn.Module, network: Network, plan: Plan) -> nn.Module:
     return reference
 
 
+@dataclass(frozen=True)
+class Comparison:
+    """A smaller network held against masking.
+
+    Attributes:
+        error: the largest difference, relative to the outputs' sensitivity to the inputs.
+        fault: what is wrong, or empty where the two are equal within :data:`TOLERANCE`.
+    """
+
+    error: float
+    fault: str = ""
+
+
 def prove(
     model: nn.Module, example_inputs: Inputs, network: Network, plan: Plan, build: Build
 ) -> float:
@@ -70,12 +84,13 @@ def prove(
         InputError: the network's outputs are not deterministic in eval mode.
         ProofError: the difference is above :data:`TOLERANCE`; the message names the group.
     """
-    found = difference(model, example_inputs, network, plan, build)
-    if isinstance(found, float):
-        return found
+    found = compare(model, example_inputs, network, plan, build)
+    if not found.fault:
+        return found.error
+    group = culprit(model, example_inputs, network, plan, build)
     raise ProofError(
         "prune(model)",
-        f"{found}{culprit(model, example_inputs, network, plan, build)}; nothing was returned",
+        f"{found.fault}{group}; nothing was returned",
         "Exclude that layer with exclude=[...], and report the network: this is a defect of rarefy",
     )
 
@@ -89,20 +104,20 @@ def culprit(
         alone[group.units] = plan.removed[group.units]
         if alone.any():
             part = Plan.of(network, alone)
-            if isinstance(difference(model, example_inputs, network, part, build), str):
+            if compare(model, example_inputs, network, part, build).fault:
                 return f" (group {group.name})"
     return ""
 
 
-def difference(
+def compare(
     model: nn.Module, example_inputs: Inputs, network: Network, plan: Plan, build: Build
-) -> float | str:
-    """The relative difference from masking where that is small, else what is wrong.
+) -> Comparison:
+    """Run the smaller network and the masked original side by side.
 
     A smaller network that does not run in float64, since its graph holds a cast to float32, is
-    tried in float32.
+    tried in float32. Whatever ``build`` itself raises is a defect, and is not caught.
     """
-    fault = "the network does not run on the example inputs in eval mode"
+    found = Comparison(inf, "the network does not run on the example inputs in eval mode")
     for dtype in TOLERANCE:
         inputs = _accepted(model, example_inputs, dtype)
         if inputs is None:
@@ -112,18 +127,20 @@ def difference(
         reference = masked(disturbed, network, plan)
         expected, moved = _run(reference, inputs), _run(reference, other)
         _check_repeats(expected, _run(reference, inputs))
+        small = build(disturbed, plan)
         try:
-            small = build(disturbed, plan)
-            found = _run(small, inputs), _run(small, other)
+            results = _run(small, inputs), _run(small, other)
         except Exception as failure:  # noqa: BLE001 - the user's forward may raise anything
             fault = f"the smaller network does not run: {first_line(failure)}"
+            found = Comparison(inf, fault)
             continue
-        difference = max(_largest(expected, found[0]), _largest(moved, found[1]))
+        difference = max(_largest(expected, results[0]), _largest(moved, results[1]))
         error = difference / _scale(expected, moved, dtype)
         if error <= TOLERANCE[dtype]:
-            return error
-        return f"the smaller network differs from masking by {error:.1e} of the outputs' range"
-    return fault
+            return Comparison(error)
+        fault = f"the smaller network differs from masking by {error:.1e} of the outputs' range"
+        return Comparison(error, fault)
+    return found
 
 
 def _check_repeats(first: list[Tensor], second: list[Tensor]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import inf
 
 import numpy as np
 import torch
@@ -16,7 +17,7 @@ from rarefy.graph.program import GraphModel
 from rarefy.graph.trace import Frozen, Network, trace
 from rarefy.pruning.criteria import Criterion, named, scored
 from rarefy.pruning.masks import sparsify
-from rarefy.pruning.proof import Build, culprit, difference, prove
+from rarefy.pruning.proof import Build, Comparison, compare, culprit, prove
 from rarefy.pruning.repair import repair
 from rarefy.pruning.select import Plan, select
 from rarefy.pruning.surgery import cut, kept_entries, rewrite
@@ -70,12 +71,13 @@ def prune(
         structure: ``"channel"`` removes channels, heads and hidden units; ``"weight"`` sets single
             weights to zero, which makes files smaller but nothing faster.
         data: batches (labels are not needed) with which the smaller network is repaired by least
-            squares and its BatchNorm statistics are estimated anew.
+            squares, its BatchNorm statistics moved along (:func:`~rarefy.pruning.repair.repair`).
         exclude: paths of modules or parameters whose own outputs keep their width.
         keep_class: raise rather than return a rewritten graph.
 
     Returns:
-        A new network in eval mode. Its attribute ``pruned`` is a :class:`Pruned` record.
+        A new network in eval mode. Where units were removed, its attribute ``pruned`` is a
+        :class:`Pruned` record.
 
     Raises:
         InputError: weights are not finite, nothing can be pruned, a name matches nothing.
@@ -92,6 +94,12 @@ def prune(
     """
     check_finite(model)
     if structure == "weight":
+        if data is not None or criterion != "magnitude":
+            raise InputError(
+                "prune(structure='weight')",
+                "single weights are removed by magnitude, without data",
+                "Leave criterion and data out, and train on with after_step=hold(pruned)",
+            )
         return sparsify(model, budget, exclude=exclude)
     if structure != "channel":
         raise InputError(
@@ -122,19 +130,20 @@ def operate(
     """
     kind, reason = "module", ""
     build: Build = lambda m, p: cut(m, network, p)  # noqa: E731 - two ways behind one name
-    error: float | str = "it is a graph already"
+    found = Comparison(inf, "it is a graph already")
     if not isinstance(model, GraphModel):
-        error = difference(model, example_inputs, network, plan, build)
-    if isinstance(error, str):
+        found = compare(model, example_inputs, network, plan, build)
+    error = found.error
+    if found.fault:
         if keep_class:
             group = culprit(model, example_inputs, network, plan, build)
             raise ProofError(
                 f"prune({type(model).__name__}, keep_class=True)",
-                f"its forward does not work with other widths: {error}{group}",
+                f"its forward does not work with other widths: {found.fault}{group}",
                 "Write sizes in forward as x.shape[...] or module attributes, exclude that layer, "
                 "or accept a rewritten graph (keep_class=False)",
             )
-        kind, reason = "graph", error
+        kind, reason = "graph", found.fault
         build = lambda m, p: rewrite(m, network, p)  # noqa: E731
         error = prove(model, example_inputs, network, plan, build)
     small = build(model, plan)
