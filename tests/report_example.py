@@ -10,7 +10,7 @@ def stage(
 ) -> Stage:
     """A stage whose other figures follow from its size."""
     latency = Latency(median, 0.97 * median, 1.05 * median)
-    return Stage(name, accuracy, size // 4, 36 * size, size, size, latency, 2.5, notes)
+    return Stage(name, accuracy, size // 4, 36 * size, size, size, latency, 200, 2.5, notes)
 
 
 def report(**changes: object) -> Report:

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from rarefy.batches import call
-from rarefy.errors import CaptureError
+from rarefy.errors import CaptureError, InputError
 from rarefy.graph.capture import capture, graph_model
 
 torch.set_num_threads(1)
@@ -152,14 +152,29 @@ def test_a_graph_model_is_its_own_capture() -> None:
 @pytest.mark.parametrize(
     ("function", "words"),
     [
-        (lambda net, x: net.conv(x) if x.sum() > 0 else x, "test_capture.py"),
-        (lambda net, x: net.conv(x[:, :2]), "export"),
+        (lambda net, x: net.conv(x[:, :2]), "expected input"),
         (lambda net, x: net.conv(x) / len(x.nothing), "nothing"),
     ],
 )
-def test_what_cannot_be_captured_is_named(function, words) -> None:
-    with pytest.raises(CaptureError, match=words):
+def test_a_network_that_does_not_run_says_why_and_where(function, words) -> None:
+    with pytest.raises(InputError, match=words) as caught:
         capture(Net(function), X)
+    assert "float32 (2, 3, 6, 6)" in str(caught.value)
+    assert "test_capture.py" in str(caught.value)
+
+
+def test_what_cannot_be_captured_is_named() -> None:
+    with pytest.raises(CaptureError, match=r"test_capture\.py"):
+        capture(Net(lambda net, x: net.conv(x) if x.sum() > 0 else x), X)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "words"),
+    [(X[:0], "no example"), (None, "NoneType"), (3, "int"), ((X[:0],), "no")],
+)
+def test_inputs_of_no_use_are_refused(inputs, words) -> None:
+    with pytest.raises(InputError, match=words):
+        capture(Net(FUNCTIONS["plain"]), inputs)
 
 
 def test_nested_graphs_are_named() -> None:

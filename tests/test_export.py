@@ -2,7 +2,9 @@
 
 import copy
 import logging
+import math
 import warnings
+from dataclasses import replace
 
 import onnx
 import pytest
@@ -134,6 +136,71 @@ def test_difference_is_reported_and_leaves_the_older_file(tmp_path, monkeypatch)
     assert list(tmp_path.iterdir()) == [path]
 
 
+SPOILED = {
+    "zeros": torch.zeros_like,
+    "one example of zeros": lambda y: torch.cat([y[:-1], 0 * y[-1:]]),
+    "other classes": lambda y: y.roll(1, 1),
+    "other examples": lambda y: y.roll(1, 0),
+    "twice": lambda y: 2 * y,
+    "scaled": lambda y: 1.4 * y,
+    "negated": torch.neg,
+    "NaN": lambda y: y * torch.nan,
+}
+
+
+@pytest.mark.parametrize("kind", SPOILED)
+@pytest.mark.parametrize("noise", [None, 1.0])
+def test_spoiled_outputs_of_a_quantized_network_are_refused(kind, noise, tmp_path, monkeypatch):
+    model, data = build("mlp")
+    net = quantize(model, data)
+    if noise is not None:  # layers that quantization ruined do not widen the limits to anything
+        net.quantization = replace(net.quantization, layers={"0": 20 * math.log10(1 / noise)})
+    run = OnnxSession.run
+    export(net, tmp_path / "net.onnx", data[0])
+
+    def spoiled(self, feed):
+        return [SPOILED[kind](torch.from_numpy(value)).numpy() for value in run(self, feed)]
+
+    monkeypatch.setattr(OnnxSession, "run", spoiled)
+    with pytest.raises(ExportError, match="differ in output 0"):
+        export(net, tmp_path / "net.onnx", data[0])
+
+
+def test_what_an_offset_hides_from_the_norm_is_refused():
+    a = 1 + 0.06 * torch.randn(16, 5, generator=torch.Generator().manual_seed(0))
+    limits = module.QUANTIZED_TOLERANCE
+    module._compare("export", [a], [a + 0.005 * a.roll(1, 1)], limits)
+    assert module._errors(a.double(), a.roll(1, 1).double())[1] < limits.norm
+    with pytest.raises(ExportError, match="correlation"):
+        module._compare("export", [a], [a.roll(1, 1)], limits)
+
+
+def test_the_largest_class_may_change_only_where_it_hardly_leads():
+    a = torch.tensor([[0.0, 10.0], [0.0, 10.0], [9.9, 10.0], [10.0, 0.0]])
+    limits = module.Tolerance(0.5, 0.1)
+    module._compare("export", [a], [a + torch.tensor([0.1, -0.1])], limits)
+    b = torch.tensor([[5.0, 5.0], [0.0, 10.0], [9.9, 10.0], [10.0, 0.0]])
+    assert module._agreement(a, b, limits) == pytest.approx(2 / 3)
+
+
+def test_network_that_runs_only_once_is_refused(tmp_path, monkeypatch):
+    real, calls = module._outputs, []
+
+    def outputs(model, inputs):
+        calls.append(len(inputs))
+        if len(inputs) == refused:
+            raise RuntimeError("no more")
+        return real(model, inputs)
+
+    monkeypatch.setattr(module, "_outputs", outputs)
+    refused = 3
+    with pytest.raises(ExportError, match=r"does not run on the example inputs.*no more"):
+        export(nn.Linear(4, 2), tmp_path / "net.onnx", torch.randn(3, 4))
+    refused = 1
+    export(nn.Linear(4, 2), tmp_path / "net.onnx", torch.randn(3, 4))
+    assert calls == [3, 3, 1]
+
+
 def test_network_that_is_random_in_eval_mode_is_refused(tmp_path):
     class Noisy(nn.Module):
         def forward(self, x):
@@ -161,3 +228,32 @@ def test_place_that_cannot_be_written_is_refused(tmp_path):
 def test_errors_ignore_equal_infinities():
     a = torch.tensor([1.0, float("inf"), float("nan")], dtype=torch.float64)
     assert module._errors(a, a.clone()) == (0.0, 0.0)
+
+
+def test_tiny_outputs_of_a_quantized_network_are_compared_like_others(tmp_path):
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+    with torch.no_grad():
+        for parameter in model[2].parameters():
+            parameter.mul_(1e-7)
+    x = torch.randn(16, 4, generator=torch.Generator().manual_seed(0))
+    assert export(quantize(model, [x]), tmp_path / "net.onnx", x).is_file()
+
+
+def test_inputs_may_be_views_of_larger_tensors(tmp_path):
+    x = torch.randn(8, 16, generator=torch.Generator().manual_seed(0))
+    assert export(nn.Linear(4, 2), tmp_path / "net.onnx", x[:, :4]).is_file()
+
+
+@pytest.mark.parametrize("split", [False, True])
+def test_joined_linear_layers_are_quantized_and_exported(tmp_path, split):
+    class Joined(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.o = nn.Linear(8, 6), nn.Linear(8, 6), nn.Linear(12, 3)
+
+        def forward(self, x):
+            y = torch.cat([self.a(x), self.b(x).relu()], 1)
+            return self.o(torch.cat(y.split([5, 7], 1)[::-1], 1) if split else y)
+
+    x = torch.randn(32, 8, generator=torch.Generator().manual_seed(0))
+    assert export(quantize(Joined(), [x]), tmp_path / "net.onnx", x).is_file()

@@ -18,7 +18,6 @@ from rarefy.errors import FormatError, InputError, OutputError
 from rarefy.graph.capture import capture, graph_model
 from rarefy.graph.program import Graph, GraphModel, Node, Ref, Spec, substitute
 from rarefy.pruning.attributes import refresh
-from rarefy.storage import container
 from rarefy.storage.format import inspect, load, load_tensor, save
 
 
@@ -295,7 +294,7 @@ def test_a_folder_without_write_access_is_named() -> None:
         save(nn.Linear(1, 1), "/proc/a.safetensors")
 
 
-@pytest.mark.parametrize("step", ["save_file", "_sync"])
+@pytest.mark.parametrize("step", ["rarefy.storage.container.save_file", "os.fsync"])
 def test_a_failure_leaves_the_old_file_and_nothing_else(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:
@@ -305,7 +304,7 @@ def test_a_failure_leaves_the_old_file_and_nothing_else(
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(container, step, full)
+    monkeypatch.setattr(step, full)
     with pytest.raises(OutputError, match="No space"):
         save(nn.Linear(3, 3), path)
     assert path.read_bytes() == old

@@ -13,11 +13,12 @@ ROOT = Path(rarefy.__file__).parent
 
 STAGES = [
     {"errors"},
-    {"types", "schedules", "environment", "progress", "process"},
+    {"types", "schedules", "files", "environment", "progress", "process"},
     {"batches"},
     {"graph"},
     {"pruning"},
     {"distillation"},
+    {"metrics"},
     {"training"},
     {"quantization"},
     {"storage"},

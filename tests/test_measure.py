@@ -1,13 +1,13 @@
-"""Timing and accuracy."""
+"""Timing."""
 
 import pytest
 import torch
 from torch import nn
 
 from rarefy.deployment.export import export
-from rarefy.deployment.measure import _time, accuracy, compare, latency, measure
-from rarefy.deployment.runtimes import OnnxSession
-from rarefy.errors import DataError, InputError
+from rarefy.deployment.measure import _time, compare, latency, measure, settled, speedup
+from rarefy.errors import InputError
+from rarefy.types import Latency, Measurement
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +21,8 @@ def test_compare_measures_every_file(paths):
     small, large = compare(paths, torch.ones(1, 8), rounds=30, warmup=2)
     assert small.latency_ms.median < large.latency_ms.median
     assert small.latency_ms.p10 <= small.latency_ms.median <= small.latency_ms.p90
-    assert (small.calls, small.threads, small.path) == (30, 1, str(paths[0]))
+    assert (small.calls, small.threads, small.batch) == (30, 1, 1)
+    assert small.path == str(paths[0])
     assert small.runtime.startswith("onnxruntime 1.")
     assert large.bytes == paths[1].stat().st_size
 
@@ -53,26 +54,18 @@ def test_unusable_requests_are_refused(paths):
         compare([], torch.ones(1, 8))
 
 
-def test_accuracy_weighs_examples_not_batches(paths):
-    def data(n, right):
-        x = torch.eye(8)[:n]
-        return x, torch.where(torch.arange(n) < right, torch.arange(n), 7 - torch.arange(n))
-
-    assert accuracy(lambda x: x, [data(8, 8), data(2, 1)]) == 0.9
-    assert accuracy(lambda x: {"logits": x}, [data(8, 8)]) == 1
-    session = OnnxSession(paths[0])
-    assert 0 <= accuracy(session, [data(8, 8)]) <= 1
+def test_a_gain_in_the_medians_alone_is_no_speedup():
+    quiet, noisy = Latency(1.0, 0.9, 1.1), Latency(10.0, 1.8, 14.0)
+    assert speedup(noisy, quiet) == 2.0
+    assert speedup(quiet, quiet) == 1.0
 
 
-@pytest.mark.parametrize(
-    "batch",
-    [
-        torch.ones(2, 3),
-        (torch.ones(2, 3), torch.zeros(2, 3)),
-        (torch.full((2, 3), float("nan")), torch.zeros(2)),
-        (torch.ones(2), torch.zeros(2)),
-    ],
-)
-def test_data_without_an_accuracy_are_refused(batch):
-    with pytest.raises(DataError):
-        accuracy(lambda x: x, [batch])
+def test_a_disturbed_measurement_is_made_again(monkeypatch):
+    spreads = iter([9.0, 2.0, 5.0])
+
+    def disturbed(paths, inputs, threads):
+        spread = Latency(1.5, 1.0, next(spreads))
+        return [Measurement(str(p), "fake", threads, 0, spread, 3, 1) for p in paths]
+
+    monkeypatch.setattr("rarefy.deployment.measure.compare", disturbed)
+    assert settled(["a", "b"], torch.zeros(1))[0].latency_ms.p90 == 2.0

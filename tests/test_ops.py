@@ -6,7 +6,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from rarefy.graph.flow import argument
 from rarefy.graph.ops import RULES, find
 from rarefy.graph.program import Node, Ref, schema
 from rarefy.graph.rules.elementwise import POLES
@@ -152,6 +151,7 @@ FROZEN = {
     "ratio": (lambda n, y, z: n.table[0] / y, 8),
     "logarithm": (lambda n, y, z: y.square().log(), 8),
     "negative padding": (lambda n, y, z: F.pad(y, (-1, -1)), 6),
+    "reflection": (lambda n, y, z: torch.ops.aten.reflection_pad1d(y, [1, 2]), 11),
     "bits": (lambda n, y, z: y.view(torch.int32).to(y.dtype), 8),
     "layer norm": (lambda n, y, z: F.layer_norm(y, (8,)), 8),
     "group norm": (lambda n, y, z: F.group_norm(y, 2), 8),
@@ -167,10 +167,15 @@ def test_what_meets_along_the_units_freezes_them(name) -> None:
 
 def test_arguments_are_found_by_name_place_or_default() -> None:
     node = Node("y", "aten.cat.default", ([Ref("a")],), {"dim": 2})
-    assert argument(node, "dim") == 2
-    assert argument(Node("y", "aten.cat.default", ([Ref("a")], 1)), "dim") == 1
-    assert argument(Node("y", "aten.cat.default", ([Ref("a")],)), "dim") == 0
-    assert argument(Node("y", "aten.cat.default", ([Ref("a")],)), "other") is None
+    assert node.argument("dim") == 2
+    assert Node("y", "aten.cat.default", ([Ref("a")], 1)).argument("dim") == 1
+    assert Node("y", "aten.cat.default", ([Ref("a")],)).argument("dim") == 0
+    assert Node("y", "aten.cat.default", ([Ref("a")],)).argument("other") is None
+
+
+def test_the_kind_is_that_of_all_overloads() -> None:
+    kinds = [Node("y", op).kind for op in ("aten.add_.Tensor", "operator.add", "output")]
+    assert kinds == ["add_", "add", "output"]
 
 
 @pytest.mark.parametrize("table", [RULES, ZEROS, POLES], ids=["rules", "zeros", "poles"])

@@ -6,6 +6,7 @@ import math
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -156,12 +157,19 @@ def _noted(last: Stage, note: str) -> Stage:
 
 
 def test_empty_parts_and_missing_figures_still_make_a_page() -> None:
-    unknown = Stage("q", math.nan, 0, 0, 0, 0, Latency(math.nan, math.nan, math.nan), math.nan)
+    unknown = Stage("q", math.nan, 0, 0, 0, 0, Latency(math.nan, math.nan, math.nan), 0, math.nan)
     for stages in ((unknown,), (unknown, unknown), (stage("t", 0.5, 10, 1.0), unknown)):
         bare = report(stages=stages, widths=(), checks=(), frozen=(), environment={})
         html = page(bare)
         read(html)
         assert "nan" not in html.split("</style>")[1]
+
+
+def test_the_method_says_how_many_calls_were_timed() -> None:
+    assert "the median of 200 calls, and" in read(page(report())).text
+    few = replace(stage("teacher", 0.9, 1_000, 2.0), calls=7)
+    text = read(page(report(stages=(few, *report().stages[1:])))).text
+    assert "the median of 7\N{EN DASH}200 calls" in text
 
 
 def test_many_layers_and_reasons_fold() -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, Phase, assume, given, settings
+from hypothesis import HealthCheck, Phase, assume, given, reject, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -86,7 +86,7 @@ def check_everything(model, inputs, budget, seed, train) -> None:
     try:
         plan = plan_for(network, model, budget, seed)
     except BudgetError:
-        return
+        reject()
     small = operate(model, inputs, network, plan)
     before.check(model)
     model.eval()

@@ -85,7 +85,7 @@ def test_layer_that_is_always_zero_is_left_and_named():
     nn.init.constant_(model[2].bias, -1e4)
     net = quantize(model, data)
     assert "0 on all calibration data" in net.quantization.left["4"]
-    assert set(net.quantization.layers) == {"1", "6"} or "1" in net.quantization.layers
+    assert "1" in net.quantization.layers
 
 
 def test_dead_channels_and_large_biases_keep_their_values():

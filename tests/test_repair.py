@@ -12,7 +12,7 @@ from rarefy.batches import evaluating
 from rarefy.errors import DataError, InputError
 from rarefy.graph.capture import capture
 from rarefy.pruning import repair as module
-from rarefy.pruning.repair import _patches, _System, repair
+from rarefy.pruning.repair import _draw, _patches, _System, _unseen, repair
 
 torch.set_num_threads(1)
 HALF = rf.Budget(sparsity=0.5, scope="local")
@@ -42,12 +42,12 @@ def test_patches_times_weights_are_the_convolution(name) -> None:
     x = inputs(layer)
     target = layer(x).detach()
     node = next(n for n in capture(layer, x).graph.calls if "conv" in n.op)
-    patches, y = _patches(node, x, target, layer.weight)
+    every = torch.arange(target.numel() // target.shape[1])
+    patches, y = _patches(node, x, target, layer.weight, every)
     groups = layer.groups
     w = layer.weight.detach().reshape(groups, layer.weight.shape[0] // groups, -1)
     rows = patches.reshape(len(patches), groups, -1)
     found = torch.einsum("rgk,gok->rgo", rows, w).reshape(len(rows), -1) + layer.bias.detach()
-    assert len(rows) == target.numel() // target.shape[1]
     torch.testing.assert_close(found, y, rtol=1e-4, atol=1e-5)
 
 
@@ -58,7 +58,7 @@ def test_the_solution_is_that_of_numpy(bias, monkeypatch) -> None:
     x = torch.randn(1, 200, 5, generator=generator, dtype=torch.float64) + 1
     y = torch.randn(1, 200, 3, generator=generator, dtype=torch.float64)
     weight, shift = torch.zeros(3, 5, dtype=torch.float64), torch.zeros(3, dtype=torch.float64)
-    solved = _System(x, y).solve(weight, shift if bias else None)
+    solved = _System(x, y, 40).solve(weight, shift if bias else None)
     used_x, used_y = x[0, 40:].numpy(), y[0, 40:].numpy()
     ones = np.ones((160, 1))
     expected = np.linalg.lstsq(np.hstack([used_x, ones]), used_y, rcond=None)[0]
@@ -73,9 +73,9 @@ def test_groups_are_solved_one_by_one(monkeypatch) -> None:
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(2, 100, 3, generator=generator, dtype=torch.float64)
     y = torch.randn(2, 100, 4, generator=generator, dtype=torch.float64)
-    whole = _System(x, y).solve(torch.zeros(8, 3, dtype=torch.float64), None)
+    whole = _System(x, y, 20).solve(torch.zeros(8, 3, dtype=torch.float64), None)
     for g in range(2):
-        part = _System(x[g : g + 1], y[g : g + 1]).solve(torch.zeros(4, 3).double(), None)
+        part = _System(x[g : g + 1], y[g : g + 1], 20).solve(torch.zeros(4, 3).double(), None)
         torch.testing.assert_close(whole.weight[4 * g : 4 * g + 4], part.weight)
 
 
@@ -199,7 +199,7 @@ def test_layers_that_are_used_twice_are_left_and_named() -> None:
     net, x = Twice().eval(), torch.randn(100, 6)
     small = rf.prune(net, x, HALF)
     healed = repair(net, small, [x])
-    assert healed.repaired.left == {"b": "its weight is used several times"}
+    assert healed.repaired.skipped == {"b": "its weight is used several times"}
     torch.testing.assert_close(healed.n.running_mean, small.n.running_mean)
 
 
@@ -216,6 +216,63 @@ def test_data_are_checked() -> None:
         repair(net, small, [x], samples=0)
     with pytest.raises(InputError, match="operators"):
         repair(nn.Sequential(nn.Flatten(), nn.Linear(192, 4)), small, [x])
+
+
+def test_activations_that_are_not_finite_are_named_by_their_layer() -> None:
+    net, x = settled()
+    small = rf.prune(net, x, HALF)
+    for broken in (net, small):
+        model = copy.deepcopy(broken)
+        with torch.no_grad():
+            model.a.weight.mul_(torch.inf)
+        pair = (model, small) if broken is net else (net, model)
+        with pytest.raises(DataError, match=r"layer '(a|na)': activations are NaN or infinite"):
+            repair(*pair, [x])
+
+
+@pytest.mark.parametrize(
+    ("lead", "rows"),
+    [
+        ((4,), [1]),
+        ((4, 3), [3, 4, 5]),  # positions within an example
+        ((8, 2), [4, 5, 6, 7]),  # two windows of an example, one after the other
+        ((3, 4), [1, 5, 9]),  # positions first
+        ((2,), []),  # fewer entries than examples
+    ],
+)
+def test_rows_are_held_out_by_example(lead, rows) -> None:
+    unseen = _unseen(lead, torch.tensor([False, True, False, False]))
+    assert unseen.nonzero().flatten().tolist() == rows
+    drawn, held = _draw(unseen, 1)
+    assert drawn[:held].tolist() == rows
+    assert sorted(drawn.tolist()) == list(range(len(unseen)))
+
+
+def test_no_solve_sees_the_held_out_examples(monkeypatch) -> None:
+    net, x = settled()
+    small = rf.prune(net, x, HALF)
+    monkeypatch.setattr(module, "_held_out", lambda n: torch.arange(n) < 16)
+    drawn = module._draw
+    seen = []
+
+    def recorded(unseen: torch.Tensor, unknowns: int) -> tuple[torch.Tensor, int]:
+        rows, held = drawn(unseen, unknowns)
+        seen.append(int((rows[held:] * 64 // len(unseen)).min()))
+        return rows, held
+
+    monkeypatch.setattr(module, "_draw", recorded)
+    repair(net, small, [x[:64]])
+    assert seen == [16, 16, 16]
+
+
+def test_one_example_solves_nothing() -> None:
+    net, x = settled()
+    small = rf.prune(net, x, HALF)
+    healed = repair(net, small, [x[:1]])
+    assert healed.repaired.errors == {}
+    assert set(healed.repaired.skipped) == {"d", "b", "o"}
+    assert all("too few examples" in reason for reason in healed.repaired.skipped.values())
+    assert torch.equal(healed.o.weight, small.o.weight)
 
 
 @pytest.mark.parametrize("limit", [1, 5, 64, 1000])

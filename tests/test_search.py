@@ -11,7 +11,7 @@ from torch import nn
 import rarefy.search
 from rarefy.errors import BudgetError
 from rarefy.pruning.prune import prune
-from rarefy.search import MARGIN, SHARES, reachable_budget
+from rarefy.search import SHARES, reachable_budget
 from rarefy.storage.format import save
 from rarefy.types import Budget, Inputs, Latency, Measurement, Target
 from tiny_networks import perceptron
@@ -37,7 +37,7 @@ def simulated(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def measured(paths: list[Path], *_: object, **__: object) -> list[Measurement]:
         times = [Latency(float(p.name), 0.0, 0.0) for p in paths]
-        return [Measurement(str(p), "", 1, 1, t, 1) for p, t in zip(paths, times, strict=True)]
+        return [Measurement(str(p), "", 1, 1, t, 1, 1) for p, t in zip(paths, times, strict=True)]
 
     monkeypatch.setattr(rarefy.search, "prune", small)
     monkeypatch.setattr(rarefy.search._Trial, "_write", written)
@@ -87,4 +87,3 @@ def test_a_size_is_really_reached(tmp_path: Path) -> None:
 
 def test_shares_are_tried_from_large_to_small() -> None:
     assert list(SHARES) == sorted(SHARES, reverse=True)
-    assert MARGIN > 1

@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import json
 import math
+import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -68,6 +70,16 @@ def test_missed_targets_and_losses_come_first() -> None:
     assert "overlaps" in found[4]
 
 
+def test_few_timed_calls_are_a_concern() -> None:
+    def timed(calls: int) -> list[str]:
+        stages = tuple(replace(s, calls=calls) for s in report().stages)
+        return [text for text in concerns(report(stages=stages)) if text.startswith("latency")]
+
+    assert timed(20) == []
+    assert len(timed(19)) == 1
+    assert "only 19 calls of each file were timed" in timed(19)[0]
+
+
 def test_json_has_the_documented_keys() -> None:
     values = as_dict(report())
     assert list(values) == [
@@ -89,6 +101,7 @@ def test_json_has_the_documented_keys() -> None:
         "bytes",
         "onnx_bytes",
         "latency_ms",
+        "calls",
         "seconds",
         "notes",
     }
@@ -120,10 +133,10 @@ def test_a_failed_write_keeps_the_earlier_report(
     html, _ = write(report(), tmp_path)
     before = html.read_bytes()
 
-    def fail(self: Path, target: Path) -> Path:
+    def fail(source: Path, target: Path) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Path, "replace", fail)
+    monkeypatch.setattr(os, "replace", fail)
     with pytest.raises(OutputError, match="No space left on device"):
         write(report(title="another"), tmp_path)
     assert html.read_bytes() == before

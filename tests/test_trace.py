@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from rarefy.errors import CaptureError, InputError
+from rarefy.errors import InputError
 from rarefy.graph.trace import trace
 
 torch.set_num_threads(1)
@@ -136,5 +136,5 @@ def test_what_is_no_network_with_parameters_is_refused(wrong) -> None:
 
 
 def test_inputs_that_do_not_fit_are_refused() -> None:
-    with pytest.raises(CaptureError):
+    with pytest.raises(InputError, match=r"float32 \(2, 2, 8, 8\)"):
         trace(Block(), X[:, :2])

@@ -664,14 +664,6 @@ def test_streams_without_a_length() -> None:
     train(mlp(), DataLoader(Stream(), 3), **QUICK)
 
 
-def test_evaluate_counts_positions() -> None:
-    logits = torch.eye(3)[None].repeat(2, 1, 1)
-    labels = torch.tensor([[0, 1, -100], [0, 0, 2]])
-    assert evaluate(nn.Identity(), [(logits, labels)]) == pytest.approx(4 / 5)
-    maps = torch.randn(2, 5, 3, 4, generator=torch.Generator().manual_seed(0))
-    assert evaluate(nn.Identity(), [(maps, maps.argmax(1))]) == 1.0
-
-
 def test_fingerprints_tell_networks_apart() -> None:
     model = conv()
     prints = [fingerprint(model)]

@@ -31,6 +31,18 @@ def test_a_budget_out_of_range_is_refused(wrong: dict) -> None:
         Budget(**wrong)
 
 
+@pytest.mark.parametrize("wrong", ["0.5", True, float("inf"), [0.5]])
+def test_what_is_no_number_is_refused(wrong: object) -> None:
+    for make in (
+        lambda: Budget(macs=wrong),
+        lambda: Budget(macs=0.5, round_to=wrong),
+        lambda: Target(speedup=wrong),
+        lambda: Int8("percentile", percentile=wrong),
+    ):
+        with pytest.raises(InputError, match="number"):
+            make()
+
+
 def test_the_ends_of_the_ranges_are_allowed() -> None:
     assert Budget(macs=1, max_drop=1).macs == 1
     assert Budget(sparsity=0).sparsity == 0

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import os
 import platform
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 
 import torch
 
 from rarefy import __version__
+from rarefy.types import Measurement
 
 
-def environment() -> dict[str, str]:
+def environment(measured: Sequence[Measurement] = ()) -> dict[str, str]:
     """Versions and hardware, as they stand in a report.
+
+    Args:
+        measured: the measurements that the report's latencies are of, made side by side.
 
     Example:
         >>> "torch" in environment()
@@ -28,9 +33,15 @@ def environment() -> dict[str, str]:
         "processor": _processor(),
         "cores": str(os.cpu_count() or "unknown"),
         "training threads": str(torch.get_num_threads()),
-        "latency": "onnxruntime, 1 thread, batch 1, interleaved",
+        "latency": "; ".join(dict.fromkeys(map(_conditions, measured))),
+        "order of calls": "each file in turn" if len(measured) > 1 else "",
     }
     return {name: value for name, value in facts.items() if value}
+
+
+def _conditions(made: Measurement) -> str:
+    threads = "1 thread" if made.threads == 1 else f"{made.threads} threads"
+    return f"{made.runtime}, {threads}, batch {made.batch}, {made.calls} calls of each file"
 
 
 def _version(distribution: str) -> str:

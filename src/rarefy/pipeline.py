@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,13 +15,21 @@ from torch import Tensor, nn
 
 from rarefy.batches import batch_size, batches, seeded, take
 from rarefy.deployment.export import export
-from rarefy.deployment.measure import accuracy, compare
+from rarefy.deployment.measure import settled, speedup
 from rarefy.deployment.runtimes import OnnxSession, load_onnx, load_onnxruntime
 from rarefy.distillation.losses import KD
 from rarefy.environment import environment
 from rarefy.errors import ExportError, InputError
 from rarefy.graph.count import count
-from rarefy.preflight import check_data, check_inputs, check_model, check_options, first_inputs
+from rarefy.metrics import top1
+from rarefy.preflight import (
+    check_data,
+    check_inputs,
+    check_model,
+    check_options,
+    check_precision,
+    first_inputs,
+)
 from rarefy.process import replayable
 from rarefy.pruning.prune import Pruned, check_finite, prune
 from rarefy.pruning.repair import repair
@@ -32,7 +40,7 @@ from rarefy.run_folder import PruningFacts, RunFolder, StageFacts
 from rarefy.search import reachable_budget
 from rarefy.storage.format import load, save
 from rarefy.training import distill, evaluate, fingerprint, train
-from rarefy.types import Batch, Check, Data, Inputs, Report, Stage, Target, Width
+from rarefy.types import Batch, Check, Data, Inputs, Measurement, Report, Stage, Target, Width
 
 CALIBRATION = 512
 """Training examples that quantization is calibrated on."""
@@ -121,7 +129,8 @@ def compress(
     for name, make in _stages(stages):
         run.stage(name, make)
     with seeded(seed):
-        measured = run.stages()
+        timed = run.latencies()
+    measured = run.stages(timed)
     pruning = run.facts["pruned"].pruning
     assert pruning is not None
     report = Report(
@@ -132,7 +141,7 @@ def compress(
         pruning.frozen,
         seed,
         run.earlier_seconds + time.perf_counter() - started,
-        environment(),
+        environment(timed),
     )
     write(report, folder.path)
     return Compressed(run.networks[measured[-1].name], report, folder.path)
@@ -156,6 +165,7 @@ def _checked(
     """The example inputs, once everything that was given is found usable."""
     check_model(model)
     check_finite(model)
+    check_precision(model, stages)
     check_data(model, train, "compress(train)", labelled=stages.train is not None, soft=True)
     for name, data in (("val", val), ("test", test)):
         check_data(model, data, f"compress({name})")
@@ -357,7 +367,7 @@ class _Run:
         def predict(inputs: Inputs) -> Tensor:
             return session(inputs)[position]
 
-        return accuracy(predict, self.job.test)
+        return top1(predict, self.job.test)
 
     def _take(self, name: str, facts: StageFacts) -> None:
         """Reload a complete stage."""
@@ -366,12 +376,14 @@ class _Run:
             network.pruned = _record(facts.pruning)  # type: ignore[assignment]
         self.networks[name], self.facts[name] = network, facts
 
-    def stages(self) -> tuple[Stage, ...]:
-        """All stages with their latencies, measured side by side at batch 1."""
-        names = list(self.facts)
-        files = [self._file(name, "onnx") for name in names]
+    def latencies(self) -> list[Measurement]:
+        """Latencies of all stages, measured side by side at batch 1."""
+        files = [self._file(name, "onnx") for name in self.facts]
         self._say("measuring latency side by side ...")
-        measured = compare(files, take(self.job.example_inputs, 1), threads=1)
+        return settled(files, take(self.job.example_inputs, 1), threads=1)
+
+    def stages(self, measured: Sequence[Measurement]) -> tuple[Stage, ...]:
+        """All stages with what was measured on each, in their order."""
         return tuple(
             Stage(
                 name,
@@ -381,6 +393,7 @@ class _Run:
                 self._file(name, "safetensors").stat().st_size,
                 measurement.bytes,
                 measurement.latency_ms,
+                measurement.calls,
                 facts.seconds,
                 facts.notes,
             )
@@ -409,24 +422,24 @@ def _record(plain: PruningFacts) -> Pruned:
 
 def _checks(stages: tuple[Stage, ...], target: Target | None) -> tuple[Check, ...]:
     """The target's claims held against what was measured on the first and last stage."""
+    if target is None:
+        return ()
     first, last = stages[0], stages[-1]
     found = []
-    if target is not None and target.max_drop is not None:
+    if target.max_drop is not None:
         drop = first.accuracy - last.accuracy
         claim = "accuracy lost, as a share of all test examples"
         found.append(Check(claim, drop, target.max_drop, drop <= target.max_drop + 1e-12))
-    for claim, before, after, limit in (
-        ("times smaller file", first.bytes, last.bytes, target.size if target else None),
+    for claim, value, limit in (
+        ("times smaller file", first.bytes / last.bytes, target.size),
         (
-            "times lower median latency in onnxruntime",
-            first.latency_ms.median,
-            last.latency_ms.median,
-            target.speedup if target else None,
+            "times lower latency in onnxruntime",
+            speedup(first.latency_ms, last.latency_ms),
+            target.speedup,
         ),
     ):
         if limit is not None:
-            factor = before / after
-            found.append(Check(claim, factor, limit, factor >= limit))
+            found.append(Check(claim, value, limit, value >= limit))
     return tuple(found)
 
 

@@ -62,6 +62,25 @@ def check_model(model: nn.Module) -> None:
             raise InputError(where, what, "Call the network once on a batch first")
 
 
+def check_precision(model: nn.Module, stages: Stages) -> None:
+    """Refuse weights that a later stage cannot work with, before the stages ahead of it ran.
+
+    Raises:
+        InputError: int8 is asked of a network in another precision than float32, or training of one
+            whose parameters are all frozen.
+    """
+    dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()}
+    other = sorted(str(dtype).removeprefix("torch.") for dtype in dtypes - {torch.float32})
+    if stages.quantize is not None and other:
+        what = f"its weights are {', '.join(other)}, and int8 is made from float32"
+        raise InputError("compress(model)", what, "Call model.float(), or leave quantize out")
+    trains = stages.train is not None or stages.distill is not None
+    if trains and not any(p.requires_grad for p in model.parameters()):
+        what = "all its parameters are frozen, and training was asked for"
+        remedy = "Call model.requires_grad_(True), or leave train and distill out"
+        raise InputError("compress(model)", what, remedy)
+
+
 def first_inputs(data: Data, where: str, examples: int) -> Inputs:
     """A few examples of the first batch.
 

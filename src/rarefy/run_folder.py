@@ -19,6 +19,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from rarefy.errors import InputError, OutputError
+from rarefy.files import replacing
 
 MANIFEST = "run.json"
 
@@ -113,15 +114,16 @@ class RunFolder:
     def _prepare(self, *, resume: bool, overwrite: bool) -> None:
         """Continue, replace or begin a run, whichever is allowed."""
         drafts = list(self._drafts())
-        if overwrite:
-            self._replace()
-        elif self.file(MANIFEST).exists():
-            self._continue(resume)
+        if self.file(MANIFEST).exists():
+            if overwrite:
+                self._replace()
+            else:
+                self._continue(resume)
         elif set(self.path.iterdir()) - set(drafts):
             raise OutputError(
                 str(self.path),
                 "the folder is not empty and holds no run of rarefy",
-                "Choose an empty or new folder, or pass --overwrite (overwrite=True)",
+                "Choose an empty or new folder with --out (out= in Python)",
             )
         else:
             self._write({})
@@ -205,16 +207,10 @@ class RunFolder:
 
     def _write(self, stages: dict[str, StageFacts]) -> None:
         manifest = _Manifest(identity=self.identity, stages=stages)
-        draft = self.file(f".{MANIFEST}.{os.getpid()}")
         try:
-            with draft.open("w", encoding="utf-8") as file:
-                file.write(manifest.model_dump_json() + "\n")
-                file.flush()
-                os.fsync(file.fileno())
-            draft.replace(self.file(MANIFEST))
+            with replacing(self.file(MANIFEST)) as draft:
+                draft.write_text(manifest.model_dump_json() + "\n", encoding="utf-8")
         except OSError as error:
-            with suppress(OSError):
-                draft.unlink(missing_ok=True)
             raise OutputError(
                 str(self.path), f"the run cannot be noted ({error})", "Free space or change --out"
             ) from error

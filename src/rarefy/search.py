@@ -10,7 +10,7 @@ from torch import nn
 
 from rarefy.batches import take
 from rarefy.deployment.export import export
-from rarefy.deployment.measure import compare
+from rarefy.deployment.measure import compare, speedup
 from rarefy.errors import BudgetError
 from rarefy.pruning.prune import prune
 from rarefy.quantization.quantize import quantize
@@ -100,11 +100,11 @@ class _Trial:
         after = self._write(small, "after")
         one = take(self.example_inputs, 1)
         first, second = compare([self.before[0], after[0]], one, rounds=100)
-        speedup = first.latency_ms.median / second.latency_ms.median
+        faster = speedup(first.latency_ms, second.latency_ms)
         size = self.before[1] / after[1]
-        self.tried[share] = f"{speedup:.1f}x faster, {size:.1f}x smaller"
+        self.tried[share] = f"{faster:.1f}x faster, {size:.1f}x smaller"
         wanted = self.target
-        return speedup >= MARGIN * (wanted.speedup or 0) and size >= (wanted.size or 0)
+        return faster >= MARGIN * (wanted.speedup or 0) and size >= (wanted.size or 0)
 
     def _write(self, model: nn.Module, name: str) -> tuple[Path, int]:
         saved = save(model, self.folder / f"{name}.safetensors")

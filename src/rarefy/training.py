@@ -20,9 +20,10 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from rarefy.batches import batch_size, batches, call, evaluating, logits, map_tensors, seeded
-from rarefy.distillation.losses import IGNORE, KD, CrossEntropy, label_dim
+from rarefy.distillation.losses import KD, CrossEntropy
 from rarefy.errors import DataError, InputError, TrainingError
 from rarefy.graph.program import GraphModel
+from rarefy.metrics import tensor_of_labels, top1
 from rarefy.process import local_share, own_accelerator, quiet_setup, replayable
 from rarefy.progress import EpochDisplay
 from rarefy.schedules import Constant, Cosine, Linear, Schedule, Warmup
@@ -47,16 +48,22 @@ SCHEDULES: Mapping[str, Callable[[int], Schedule]] = {
 
 @dataclass(frozen=True)
 class _Recipe:
-    """An optimizer: its learning rate where none is given, and how to build it."""
+    """An optimizer: its learning rates where none is given, and how to build it.
+
+    Attributes:
+        lr: to train a network.
+        gentle: to distil, where the student often knows much already: it was cut from its teacher.
+    """
 
     lr: float
+    gentle: float
     build: Callable[[list[dict[str, Any]], float, float], torch.optim.Optimizer]
 
 
 OPTIMIZERS: Mapping[str, _Recipe] = {
-    "sgd": _Recipe(0.1, lambda groups, lr, m: torch.optim.SGD(groups, lr=lr, momentum=m)),
+    "sgd": _Recipe(0.1, 0.02, lambda groups, lr, m: torch.optim.SGD(groups, lr=lr, momentum=m)),
     "adamw": _Recipe(
-        0.001, lambda groups, lr, m: torch.optim.AdamW(groups, lr=lr, betas=(m, 0.999))
+        0.001, 0.001, lambda groups, lr, m: torch.optim.AdamW(groups, lr=lr, betas=(m, 0.999))
     ),
 }
 """Name to optimizer."""
@@ -68,7 +75,8 @@ class TrainOptions:
 
     Args:
         epochs: how often the data are read, at least 1.
-        lr: the highest learning rate; None for the optimizer's own: 0.1 for SGD, 0.001 for AdamW.
+        lr: the highest learning rate; None for the optimizer's own: 0.1 for SGD
+            (0.02 to distil), 0.001 for AdamW.
         optimizer: ``"sgd"`` or ``"adamw"``.
         momentum: of SGD, and the first beta of AdamW, in [0, 1).
         weight_decay: on parameters of two and more dimensions; biases, BatchNorm and other scales
@@ -101,11 +109,11 @@ class TrainOptions:
         for name, (valid, rule) in _RULES.items():
             value = getattr(self, name)
             if not valid(value):
-                raise InputError(f"{name}={value!r}", f"{name} must be {rule}", "Correct it")
+                raise InputError(f"{name}={value!r}", f"{name} must be {rule}", f"Give {rule}")
 
 
 def _positive(value: float | None) -> bool:
-    return value is None or 0 < value < math.inf
+    return value is None or (isinstance(value, int | float) and 0 < value < math.inf)
 
 
 _RULES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
@@ -238,7 +246,10 @@ def distill(
             "it compares with labels, not with a teacher",
             "Give KD() or MSE(); label_weight is the share of the labels",
         )
-    job = _Job("distill", _options("distill", options, changes), val, seed, progress, after_step)
+    chosen = _options("distill", options, changes)
+    if chosen.lr is None:
+        chosen = replace(chosen, lr=OPTIMIZERS[chosen.optimizer].gentle)
+    job = _Job("distill", chosen, val, seed, progress, after_step)
     _require_finite(teacher, "distill(teacher)", InputError, "Check the checkpoint")
     objective = _Objective(
         "distill", loss or KD(), _copy(teacher, "distill(teacher)"), label_weight
@@ -274,17 +285,9 @@ def evaluate(model: nn.Module, data: Data) -> float:
         >>> evaluate(nn.Identity(), [(torch.eye(4), torch.tensor([0, 1, 2, 0]))])
         0.75
     """
-    device, right, count = _device(model), 0, 0
+    device = _device(model)
     with evaluating(model), seeded(0), replayable(data):
-        for inputs, labels in batches(data, "evaluate(data)"):
-            answers = logits(call(model, _to(inputs, device)))
-            hits = _hits(answers, _labelled("evaluate", labels, answers.device))
-            right, count = right + int(hits.sum()), count + len(hits)
-    if not count:
-        raise DataError(
-            "evaluate(data)", "no position has a label", f"Label some other than {IGNORE}"
-        )
-    return right / count
+        return top1(lambda x: call(model, _to(x, device)), data, where="evaluate")
 
 
 def fingerprint(model: nn.Module) -> str:
@@ -347,7 +350,7 @@ class _Objective(nn.Module):
     def forward(self, network: nn.Module, inputs: Inputs, labels: Tensor | None) -> Tensor:
         if self.teacher is None:
             student = network(inputs)
-            return self.loss(student, _labelled(self.where, labels, student.device))
+            return self.loss(student, self.labels(labels, student.device))
         with torch.no_grad():
             answers = logits(call(self.teacher, inputs))
         student = network(inputs)
@@ -355,8 +358,12 @@ class _Objective(nn.Module):
         value = self.loss(student, answers, **options)
         if labels is None or not self.label_weight:
             return value
-        hard = self.label_loss(student, _labelled(self.where, labels, student.device), **options)
+        hard = self.label_loss(student, self.labels(labels, student.device), **options)
         return (1 - self.label_weight) * value + self.label_weight * hard
+
+    def labels(self, labels: Tensor | None, device: torch.device) -> Tensor:
+        """The labels on a device, or an error where there are none."""
+        return tensor_of_labels(self.where, labels).to(device, non_blocking=True)
 
 
 def _mask(inputs: Inputs, answers: Tensor) -> dict[str, Tensor]:
@@ -364,25 +371,6 @@ def _mask(inputs: Inputs, answers: Tensor) -> dict[str, Tensor]:
     found = inputs.get("attention_mask") if isinstance(inputs, Mapping) else None
     fits = isinstance(found, Tensor) and answers.ndim == 3 and found.shape == answers.shape[:2]
     return {"mask": found} if fits and found is not None else {}
-
-
-def _labelled(where: str, labels: Tensor | None, device: torch.device) -> Tensor:
-    if isinstance(labels, Tensor):
-        return labels.to(device, non_blocking=True)
-    what = "a batch is unlabelled" if labels is None else f"labels are a {type(labels).__name__}"
-    raise DataError(
-        f"{where}(data)",
-        what,
-        "Yield (inputs, labels) with a tensor of labels; distill(...) needs none",
-    )
-
-
-def _hits(answers: Tensor, labels: Tensor) -> Tensor:
-    """For every labelled position whether its highest logit is that of the label."""
-    best = answers.argmax(dim=label_dim("evaluate(data)", answers, labels))
-    if answers.isnan().any():
-        raise InputError("evaluate(model)", "its logits hold NaN", "Check its weights and the data")
-    return (best == labels)[labels != IGNORE]
 
 
 # --- the loop ------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from math import isfinite
 from typing import Any, TypeAlias
 
 from torch import Tensor
@@ -19,6 +20,19 @@ Batch: TypeAlias = Any
 
 Data: TypeAlias = Iterable[Batch]
 """Any iterable of batches that can be iterated more than once, such as a ``DataLoader``."""
+
+
+def _check_numbers(options: object, names: str, kind: type[int] | type[float]) -> None:
+    """Refuse values that are no numbers: text, booleans, NaN, infinity."""
+    for name in names.split():
+        value = getattr(options, name)
+        accepted = isinstance(value, int if kind is int else int | float)
+        if value is None or (accepted and not isinstance(value, bool) and isfinite(value)):
+            continue
+        what = "it must be a whole number" if kind is int else "it must be a finite number"
+        where = f"{type(options).__name__}({name}={value!r})"
+        error = BudgetError if isinstance(options, Budget) else InputError
+        raise error(where, what, f"Write {name}={'8' if kind is int else '0.5'} or the like")
 
 
 def _check_share(owner: str, name: str, value: float | None) -> None:
@@ -61,6 +75,8 @@ class Budget:
     round_to: int = 1
 
     def __post_init__(self) -> None:
+        _check_numbers(self, "macs params sparsity max_drop", float)
+        _check_numbers(self, "min_keep round_to", int)
         given = [n for n in ("macs", "params", "sparsity") if getattr(self, n) is not None]
         if len(given) != 1:
             raise BudgetError(
@@ -107,6 +123,7 @@ class Int8:
     percentile: float = 0.9999
 
     def __post_init__(self) -> None:
+        _check_numbers(self, "percentile", float)
         if self.observer not in ("minmax", "percentile", "mse"):
             raise InputError(
                 f"Int8(observer={self.observer!r})",
@@ -136,11 +153,12 @@ class Target:
     max_drop: float | None = None
 
     def __post_init__(self) -> None:
+        _check_numbers(self, "speedup size max_drop", float)
         for name in ("speedup", "size"):
             value = getattr(self, name)
             if value is not None and not value >= 1:
                 raise InputError(
-                    f"Target({name}={value!r})", "a target factor is at least 1", "Write 2 for half"
+                    f"Target({name}={value!r})", "a target factor is at least 1", f"Write {name}=2"
                 )
         if self.max_drop is not None and not 0 <= self.max_drop <= 1:
             raise InputError(
@@ -170,6 +188,7 @@ class Measurement:
         bytes: size of the file on disk.
         latency_ms: per call, on the inputs given.
         calls: how many calls were timed.
+        batch: examples of one call.
     """
 
     path: str
@@ -178,6 +197,7 @@ class Measurement:
     bytes: int
     latency_ms: Latency
     calls: int
+    batch: int
 
 
 @dataclass(frozen=True)
@@ -192,6 +212,7 @@ class Stage:
         bytes: size of the safetensors file on disk.
         onnx_bytes: size of the exported ONNX file on disk.
         latency_ms: of the ONNX file in onnxruntime.
+        calls: how many calls the latency was timed over.
         seconds: wall time that the stage took to make.
         notes: what the reader must know: what was left alone, which target was missed.
     """
@@ -203,6 +224,7 @@ class Stage:
     bytes: int
     onnx_bytes: int
     latency_ms: Latency
+    calls: int
     seconds: float
     notes: tuple[str, ...] = ()
 

@@ -16,7 +16,7 @@ from functools import cache
 import torch
 
 from rarefy.errors import FormatError
-from rarefy.graph.program import SCALAR_OPS, resolve
+from rarefy.graph.program import SCALAR_OPS, kind, resolve
 
 _POINTWISE = """
 abs absolute acos acosh add addcdiv addcmul angle arccos arccosh arcsin arcsinh arctan arctan2
@@ -137,7 +137,7 @@ def check_operator(op: str) -> None:
     if op in SCALAR_OPS:
         return
     assert isinstance(function, torch._ops.OpOverload)
-    name = op.split(".")[1]
+    name = kind(op)
     plain = all(
         not argument.is_out and _PLAIN_TYPES.issuperset(re.findall(r"\w+", str(argument.type)))
         for argument in function._schema.arguments

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.utils import _pytree as pytree
 
-from rarefy.batches import evaluating, map_tensors
-from rarefy.errors import CaptureError, first_line
+from rarefy.batches import call, evaluating, map_tensors, tensors
+from rarefy.errors import CaptureError, InputError, first_line
 from rarefy.graph.program import (
     SCALAR_OPS,
     Graph,
@@ -58,21 +58,49 @@ def capture(model: nn.Module, example_inputs: Inputs) -> Capture:
         example_inputs: a tensor, a tuple of arguments or a mapping of keyword arguments.
 
     Raises:
+        InputError: the inputs are of no known form or empty, or the network does not run on them.
         CaptureError: ``torch.export`` cannot follow the network; the message names the line.
     """
     if isinstance(model, GraphModel):
         return Capture(model.graph, {})
+    _check_inputs(example_inputs)
     inputs = _widen(example_inputs)
     args, kwargs = _arguments(inputs)
     buffers = {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
     with evaluating(model), warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        _check_runs(model, inputs)
         program = _export(model, args, kwargs)
     for name, buffer in model.named_buffers():
         if buffer.shape == buffers[name].shape:
             buffer.data.copy_(buffers[name])
     graph = _read_once(_convert(program), model)
     return Capture(graph, dict(_constants(program)))
+
+
+def _check_inputs(inputs: Inputs) -> None:
+    if not isinstance(inputs, Tensor | tuple | list | Mapping):
+        raise InputError(
+            "example_inputs",
+            f"they are a {type(inputs).__name__}",
+            "Give a tensor, a tuple of arguments or a mapping of keyword arguments",
+        )
+    if any(tensor.ndim and not len(tensor) for tensor in tensors(inputs)):
+        raise InputError("example_inputs", "they hold no example", "Give at least one example")
+
+
+def _check_runs(model: nn.Module, inputs: Inputs) -> None:
+    """Run the network as it is: its own error says more than that of the export."""
+    try:
+        call(model, map_tensors(torch.clone, inputs))
+    except Exception as error:
+        shapes = ", ".join(f"{t.dtype} {tuple(t.shape)}" for t in tensors(inputs))
+        raise InputError(
+            "example_inputs",
+            f"{type(model).__name__} does not run on them ({shapes.replace('torch.', '')}): "
+            f"{first_line(error)}{_user_line(error)}",
+            "Give inputs of the shapes and dtypes that its forward takes",
+        ) from error
 
 
 def graph_model(model: nn.Module, captured: Capture) -> GraphModel:

@@ -106,9 +106,8 @@ def count(model: nn.Module, example_inputs: Inputs) -> Cost:
         by_layer[scope] = by_layer.get(scope, 0) + macs
     batch = batch_of(graph)
     for node in graph.calls:
-        op = short(node.op)
-        if op in UNCOUNTED:
-            uncounted[op] = uncounted.get(op, 0) + 1
+        if node.kind in UNCOUNTED:
+            uncounted[node.kind] = uncounted.get(node.kind, 0) + 1
     return Cost(
         sum(by_layer.values()) // batch,
         sum(p.numel() for p in model.parameters()),
@@ -119,16 +118,7 @@ def count(model: nn.Module, example_inputs: Inputs) -> Cost:
 
 def graph_macs(graph: Graph, shape: Shapes) -> dict[str, int]:
     """MACs of each node that has any, for the captured batch, under the shapes given."""
-    return {
-        node.name: COSTS[short(node.op)](node, shape)
-        for node in graph.calls
-        if short(node.op) in COSTS
-    }
-
-
-def short(op: str) -> str:
-    """``aten.conv2d.default`` -> ``conv2d``."""
-    return op.split(".")[1]
+    return {node.name: COSTS[node.kind](node, shape) for node in graph.calls if node.kind in COSTS}
 
 
 def batch_of(graph: Graph) -> int:

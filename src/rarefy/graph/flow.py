@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from rarefy.graph.labels import FIXED, Atoms, Labels, Ledger
-from rarefy.graph.program import Graph, Node, Ref, Spec, Value, schema
+from rarefy.graph.program import Graph, Node, Ref, Spec, Value
 
 EXTENT = "is the extent of a kernel"
 """Reason that is not worth telling: nobody expects a 3x3 kernel to become 3x2."""
@@ -105,18 +105,6 @@ def every(carried: Any) -> list[Atoms]:
     if isinstance(carried, tuple):
         return [atoms for part in carried for atoms in every(part)]
     return []
-
-
-def argument(node: Node, name: str) -> Any:
-    """An argument by its name in the operator's declaration, or its default; else None."""
-    declared = schema(node.op)
-    if name in node.options or declared is None:
-        return node.options.get(name)
-    for position, formal in enumerate(declared.arguments):
-        if formal.name == name:
-            given = position < len(node.args)
-            return node.args[position] if given else formal.default_value
-    return None
 
 
 def rows(rule: Rule, names: str) -> dict[str, Rule]:

@@ -11,16 +11,10 @@ from collections.abc import Mapping
 
 import torch
 
-from rarefy.graph.flow import (
-    Carried,
-    Flow,
-    Rule,
-    freeze_all,
-    unlabeled,
-)
+from rarefy.graph.flow import Carried, Flow, Rule, freeze_all, unlabeled
 from rarefy.graph.labels import Labels
 from rarefy.graph.program import Graph, Node, Spec, Value, resolve
-from rarefy.graph.rules import contractions, elementwise, views
+from rarefy.graph.rules import contractions, elementwise, normalization, reductions, views
 from rarefy.graph.zeros import note_zeros
 
 
@@ -99,7 +93,7 @@ def find(op: str) -> Rule:
     if rule is not None:
         return rule
     if op.startswith(("operator.", "torch.sym", "math.")):
-        return elementwise.scalar
+        return elementwise.free
     if op.startswith("aten.") and torch.Tag.pointwise in getattr(resolve(op), "tags", ()):
         return elementwise.pointwise
     return _unknown
@@ -109,6 +103,8 @@ RULES: Mapping[str, Rule] = {
     **contractions.ROWS,
     **views.ROWS,
     **elementwise.ROWS,
+    **normalization.ROWS,
+    **reductions.ROWS,
     "aten.view.dtype": _unknown,
 }
 """Operator (of one overload or all) -> rule. Pointwise operators need no row."""

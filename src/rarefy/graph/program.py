@@ -79,6 +79,22 @@ class Node:
         """Keyword arguments, never None."""
         return self.kwargs or {}
 
+    @cached_property
+    def kind(self) -> str:
+        """What the operator does: ``"conv2d"`` for all overloads of that."""
+        return kind(self.op)
+
+    def argument(self, name: str) -> Any:
+        """An argument by its name in the operator's declaration, or its default; else None."""
+        declared = schema(self.op)
+        if name in self.options or declared is None:
+            return self.options.get(name)
+        for position, formal in enumerate(declared.arguments):
+            if formal.name == name:
+                given = position < len(self.args)
+                return self.args[position] if given else formal.default_value
+        return None
+
     @property
     def path(self) -> str:
         """Path of the parameter or buffer that a ``"tensor"`` node reads."""
@@ -209,6 +225,17 @@ def resolve(op: str) -> Callable[..., Any]:
     )
 
 
+def kind(op: str) -> str:
+    """An operator's name without namespace and overload.
+
+    Example:
+        >>> kind("aten.conv2d.default"), kind("operator.add"), kind("input")
+        ('conv2d', 'add', 'input')
+    """
+    namespace, _, rest = op.partition(".")
+    return rest.partition(".")[0] or namespace
+
+
 def schema(op: str) -> torch.FunctionSchema | None:
     """The declaration of an ATen operator; None for all others."""
     try:
@@ -228,7 +255,7 @@ _MAY_RETURN_INPUT = frozenset(
 def shares_memory(op: str) -> bool:
     """Whether the result may be, or may be a view of, an argument of the operator."""
     declared = schema(op)
-    if declared is None or op.split(".")[1] in _MAY_RETURN_INPUT:
+    if declared is None or kind(op) in _MAY_RETURN_INPUT:
         return True
     return any(value.alias_info is not None for value in declared.returns)
 
@@ -261,8 +288,8 @@ def assign(root: nn.Module, path: str, tensor: Tensor, *, buffer: bool = False) 
 
 TRAINING_FLAG = {"aten.batch_norm.default": 5} | {
     f"aten.{name}.default": 2
-    for kind in ("dropout", "alpha_dropout", "feature_dropout", "feature_alpha_dropout")
-    for name in (kind, f"{kind}_")
+    for base in ("dropout", "alpha_dropout", "feature_dropout", "feature_alpha_dropout")
+    for name in (base, f"{base}_")
 }
 """Operators that act differently in training, and which argument says so."""
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import numpy as np
 from torch import Tensor, nn
 
 from rarefy.errors import InputError
@@ -64,12 +63,6 @@ class Network:
     captured: Capture
     flow: Flow
     coupling: Coupling
-
-    def labels(self, node: str, dim: int) -> Atoms | None:
-        """Atoms along one dimension of a node's tensor."""
-        found = self.flow.labels[node][dim]
-        assert found is None or isinstance(found, np.ndarray)
-        return found
 
     def __str__(self) -> str:
         lines = [f"{len(self.groups)} groups, {sum(map(len, self.groups))} removable units"]

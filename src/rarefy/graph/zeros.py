@@ -5,10 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TypeAlias
 
-from rarefy.graph.flow import (
-    Flow,
-    argument,
-)
+from rarefy.graph.flow import Flow
 from rarefy.graph.program import Node, Ref, shares_memory, writes
 
 _Zero: TypeAlias = "Callable[[Flow, Node], bool]"
@@ -27,7 +24,7 @@ def note_zeros(flow: Flow, node: Node) -> None:
 
 def vanishes(flow: Flow, node: Node) -> bool:
     """Whether the value is zero at masked units, given where its inputs are."""
-    rule = ZEROS.get(node.op.split(".")[1].removesuffix("_"))
+    rule = ZEROS.get(node.kind.removesuffix("_"))
     return rule is not None and rule(flow, node)
 
 
@@ -57,21 +54,21 @@ def _parts_zero(flow: Flow, node: Node) -> bool:
 
 def _layer_zero(flow: Flow, node: Node) -> bool:
     """Rows of the weight and bias give zero outputs; so do other masked entries without a bias."""
-    weight, bias = node.args[1], argument(node, "bias")
+    weight, bias = node.args[1], node.argument("bias")
     rows = flow.zero(weight) and (bias is None or flow.zero(bias))
     others = any(label is not None for label in flow.of(node.args[0])[:-1])
-    if node.op.startswith("aten.linear") and others:
+    if node.kind == "linear" and others:
         return rows and bias is None and flow.zero(node.args[0])
     return rows
 
 
 def _affine_zero(flow: Flow, node: Node) -> bool:
-    scale, shift = node.args[1:3]
-    return all(isinstance(a, Ref) and flow.zero(a) for a in (scale, shift))
+    affine = (node.argument("weight"), node.argument("bias"))
+    return all(isinstance(a, Ref) and flow.zero(a) for a in affine)
 
 
 def _padded_zero(flow: Flow, node: Node) -> bool:
-    return flow.zero(node.args[0]) and not argument(node, "value")
+    return flow.zero(node.args[0]) and not node.argument("value")
 
 
 def _zeros(rule: _Zero, names: str) -> dict[str, _Zero]:

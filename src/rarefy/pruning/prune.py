@@ -92,6 +92,7 @@ def prune(
         >>> prune(net, torch.randn(2, 4), Budget(sparsity=0.5))[0]
         Linear(in_features=4, out_features=4, bias=True)
     """
+    _check_arguments(model, budget, exclude)
     check_finite(model)
     if structure == "weight":
         if data is not None or criterion != "magnitude":
@@ -113,6 +114,17 @@ def prune(
     plan = select(network, model, scores, budget, exclude)
     small = operate(model, example_inputs, network, plan, keep_class=keep_class)
     return small if data is None else repair(model, small, data)
+
+
+def _check_arguments(model: object, budget: object, exclude: object) -> None:
+    """Refuse what is of another kind than it should be."""
+    for name, value, kind, remedy in (
+        ("model", model, nn.Module, "Give the network itself, an instance of nn.Module"),
+        ("budget", budget, Budget, "Write for example rarefy.Budget(macs=0.5)"),
+        ("exclude", exclude, list | tuple | set | frozenset, "Give a list of module paths"),
+    ):
+        if not isinstance(value, kind):
+            raise InputError(f"prune({name}=...)", f"a {type(value).__name__} was given", remedy)
 
 
 def operate(

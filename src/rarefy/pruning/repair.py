@@ -5,7 +5,7 @@ At every convolution and linear layer whose inputs changed, the weights that bes
 original's outputs from the *smaller* network's own activations are found by least squares,
 regularized towards the weights it has; at every BatchNorm the running statistics are moved by as
 much as the statistics of its input moved. A layer is changed only where that lowers its error on
-inputs that the solve has not seen.
+examples that no solve has seen: the same fifth of them, at all layers.
 
 The reconstruction follows He et al. 2017 (https://arxiv.org/abs/1707.06168), done for all layers
 in sequence.
@@ -49,12 +49,12 @@ class Repaired:
     Attributes:
         errors: layer -> (relative error before, after) on held-out activations; equal where the
             layer was left as it was.
-        left: layer -> why it was not solved.
+        skipped: layer -> why it was not solved.
         samples: number of examples used.
     """
 
     errors: Mapping[str, tuple[float, float]]
-    left: Mapping[str, str]
+    skipped: Mapping[str, str]
     samples: int
 
 
@@ -94,9 +94,9 @@ def repair(
         first, second = graph_model(original, before), graph_model(healed, after)
         _check_same(first, second)
         inputs = take(inputs, _affordable(first, batch_size(inputs)))
-        walk = _Lockstep(first, second, record.kept)
+        walk = _Lockstep(first, second, record.kept, _held_out(batch_size(inputs)))
         walk.run(inputs)
-    healed.repaired = Repaired(walk.errors, walk.left, batch_size(inputs))  # type: ignore[assignment]
+    healed.repaired = Repaired(walk.errors, walk.skipped, batch_size(inputs))  # type: ignore[assignment]
     return healed
 
 
@@ -121,13 +121,20 @@ def _collect(data: Data, samples: int) -> Inputs:
     return result
 
 
+def _held_out(examples: int) -> Tensor:
+    """For each example, whether it is kept from all solves: a fifth, at least one."""
+    chosen = torch.zeros(examples, dtype=torch.bool)
+    chosen[torch.randperm(examples)[: max(1, examples // 5)]] = True
+    return chosen
+
+
 _REWRITTEN = dict.fromkeys(("split", "chunk"), "split_with_sizes")
 """Operators that surgery on a graph replaces, by what it replaces them with."""
 
 
 def _check_same(first: GraphModel, second: GraphModel) -> None:
     kinds = [
-        [_REWRITTEN.get(kind, kind) for kind in (n.op.split(".")[1] for n in model.graph.calls)]
+        [_REWRITTEN.get(node.kind, node.kind) for node in model.graph.calls]
         for model in (first, second)
     ]
     if kinds[0] != kinds[1]:
@@ -164,10 +171,11 @@ class _Lockstep:
         first: GraphModel,
         second: GraphModel,
         kept: Mapping[tuple[str, int], NDArray[np.int64]],
+        held_out: Tensor,
     ) -> None:
-        self.first, self.second, self.kept = first, second, kept
+        self.first, self.second, self.kept, self.held_out = first, second, kept, held_out
         self.errors: dict[str, tuple[float, float]] = {}
-        self.left: dict[str, str] = {}
+        self.skipped: dict[str, str] = {}
 
     def run(self, inputs: Inputs) -> None:
         args = (inputs,) if isinstance(inputs, Tensor) else inputs
@@ -196,20 +204,22 @@ class _Lockstep:
                     del values[name]
 
     def _heal(self, left: Node, right: Node, a: Mapping[str, Any], b: Mapping[str, Any]) -> None:
-        kind = right.op.split(".")[1]
-        if kind in ("conv1d", "conv2d", "conv3d", "linear"):
+        if right.kind in ("conv1d", "conv2d", "conv3d", "linear"):
+            _check_finite(right, a[left.name], b[right.args[0].name])
             self._solve(left, right, a, b)
-        elif kind == "batch_norm":
+        elif right.kind == "batch_norm":
+            _check_finite(right, a[left.args[0].name], b[right.args[0].name])
             self._move_statistics(left, right, a, b)
 
     def _move_statistics(
         self, left: Node, right: Node, a: Mapping[str, Any], b: Mapping[str, Any]
     ) -> None:
         old, new = a[left.args[0].name], b[right.args[0].name]
-        mean, variance = right.args[3:5]
+        mean, variance = right.argument("running_mean"), right.argument("running_var")
         if not isinstance(mean, Ref) or len(self.second.graph.users[mean.name]) > 1:
             return
-        survivors = self._survivors(self.first.graph.by_name[left.args[3].name].path, 0, old)
+        path = self.first.graph.by_name[left.argument("running_mean").name].path
+        survivors = self._survivors(path, 0, old)
         dims = [d for d in range(old.ndim) if d != 1]
         old_var, old_mean = torch.var_mean(old.index_select(1, survivors), dims, correction=0)
         new_var, new_mean = torch.var_mean(new, dims, correction=0)
@@ -227,18 +237,21 @@ class _Lockstep:
         layer = right.scope or weight_node.name
         reason = self._unsolvable(weight_node, right)
         if reason:
-            self.left[layer] = reason
+            self.skipped[layer] = reason
             return
         old, new = a[left.args[0].name], b[right.args[0].name]
         if old.shape == new.shape and torch.equal(old, new):
             return
         survivors = self._survivors(weight_node.path, 0, old)
-        bias = right.args[2] if len(right.args) > 2 else None
-        system = _System.of(right, new, left, a[left.name], survivors, b)
-        solved = system.solve(b[right.args[1].name], None if bias is None else b[bias.name])
+        weight, bias = b[weight_node.name], right.argument("bias")
+        system = _System.of(right, new, a[left.name], weight, survivors, self.held_out)
+        if not 0 < system.held < system.x.shape[1]:
+            self.skipped[layer] = "too few examples to solve it on some and check it on others"
+            return
+        solved = system.solve(weight, None if bias is None else b[bias.name])
         self.errors[layer] = solved.errors
         if solved.errors[1] < solved.errors[0]:
-            b[right.args[1].name].copy_(solved.weight)
+            weight.copy_(solved.weight)
             if bias is not None:
                 b[bias.name].copy_(solved.bias)
 
@@ -247,14 +260,23 @@ class _Lockstep:
             return "its weight is computed in the graph"
         if len(self.second.graph.users[weight.name]) > 1:
             return "its weight is used several times"
-        bias = node.args[2] if len(node.args) > 2 else None
+        bias = node.argument("bias")
         if isinstance(bias, Ref) and self.second.graph.by_name[bias.name].op != "tensor":
             return "its bias is computed in the graph"
         if isinstance(bias, Ref) and len(self.second.graph.users[bias.name]) > 1:
             return "its bias is used several times"
-        if node.op.startswith("aten.conv") and len(node.shape) != len(weight.shape):
+        if node.kind != "linear" and len(node.shape) != len(weight.shape):
             return "its inputs have no batch dimension"
         return ""
+
+
+def _check_finite(node: Node, *activations: Tensor) -> None:
+    if not all(bool(torch.isfinite(tensor).all()) for tensor in activations):
+        raise DataError(
+            f"repair(data), layer {node.scope or node.name!r}",
+            "activations are NaN or infinite",
+            "Check the data, and that both networks give finite outputs for them",
+        )
 
 
 def _aligned(first: GraphModel, second: GraphModel) -> list[tuple[Node | None, Node | None]]:
@@ -285,40 +307,44 @@ class _System:
     Attributes:
         x: (groups, rows, unknowns), the smaller network's inputs.
         y: (groups, rows, outputs), the original's outputs at the surviving channels.
+        held: how many rows, the first ones, are of examples that are held out.
     """
 
     x: Tensor
     y: Tensor
+    held: int
 
     @classmethod
     def of(
         cls,
         node: Node,
         new: Tensor,
-        left: Node,
         target: Tensor,
+        weight: Tensor,
         survivors: Tensor,
-        values: Mapping[str, Any],
+        held_out: Tensor,
     ) -> _System:
         """Draw rows at random from one layer's inputs and the original's outputs."""
-        weight = values[node.args[1].name]
         unknowns = prod(weight.shape[1:])
-        if node.op.split(".")[1] == "linear":
-            x = new.reshape(1, -1, new.shape[-1])
-            y = target.reshape(1, -1, target.shape[-1])[..., survivors]
-            rows = _draw(x.shape[1], unknowns)
-            return cls(x[:, rows].double(), y[:, rows].double())
-        groups = node.args[6] if len(node.args) > 6 else 1
-        x, y = _patches(node, new, target.index_select(1, survivors), weight)
+        if node.kind == "linear":
+            rows, held = _draw(_unseen(new.shape[:-1], held_out), unknowns)
+            x = new.reshape(-1, new.shape[-1])[rows]
+            y = target.reshape(-1, target.shape[-1])[rows][:, survivors]
+            return cls(x.double()[None], y.double()[None], held)
+        groups = node.argument("groups")
+        places = prod(target.shape[2:])
+        rows, held = _draw(_unseen(new.shape[:1], held_out).repeat_interleave(places), unknowns)
+        x, y = _patches(node, new, target.index_select(1, survivors), weight, rows)
         return cls(
             x.double().reshape(len(x), groups, unknowns).transpose(0, 1),
             y.double().reshape(len(y), groups, -1).transpose(0, 1),
+            held,
         )
 
     def solve(self, weight: Tensor, bias: Tensor | None) -> _Solved:
-        """The weights with the least error on four fifths of the rows, checked on the rest."""
-        groups, rows, unknowns = self.x.shape
-        held = max(1, rows // 5)
+        """The weights with the least error on all other rows, checked on the held-out ones."""
+        groups, _, unknowns = self.x.shape
+        held = self.held
         w = weight.detach().double().reshape(groups, -1, unknowns).transpose(1, 2)
         offset = torch.zeros(groups, 1, w.shape[2], dtype=torch.float64)
         if bias is not None:
@@ -332,21 +358,21 @@ class _System:
         step = torch.linalg.solve(gram + ridge, x0.transpose(1, 2) @ (y0 - x0 @ w))
         solved = w + step
         new_offset = y_mean - x_mean @ solved if bias is not None else offset
-        before = self._error(w, offset, held, centered=bias is None)
-        after = self._error(solved, new_offset, held, centered=bias is None)
+        before = self._error(w, offset, centered=bias is None)
+        after = self._error(solved, new_offset, centered=bias is None)
         return _Solved(
             solved.transpose(1, 2).reshape(weight.shape).to(weight.dtype),
             new_offset.reshape(-1).to(weight.dtype),
             (before, after),
         )
 
-    def _error(self, w: Tensor, offset: Tensor, held: int, *, centered: bool) -> float:
-        """Relative squared error on the first ``held`` rows; infinite where not finite.
+    def _error(self, w: Tensor, offset: Tensor, *, centered: bool) -> float:
+        """Relative squared error on the held-out rows; infinite where not finite.
 
         Without a bias the mean is left to the BatchNorm that follows.
         """
-        y = self.y[:, :held]
-        residual = self.x[:, :held] @ w + offset - y
+        y = self.y[:, : self.held]
+        residual = self.x[:, : self.held] @ w + offset - y
         if centered:
             residual = residual - residual.mean(1, keepdim=True)
             y = y - y.mean(1, keepdim=True)
@@ -354,20 +380,41 @@ class _System:
         return error if error == error else float("inf")
 
 
-def _draw(rows: int, unknowns: int) -> Tensor:
+def _unseen(lead: tuple[int, ...], held_out: Tensor) -> Tensor:
+    """For each row of a tensor with these leading dimensions, whether its example is held out.
+
+    The examples are along the first dimension of a multiple of their number: they come first in
+    it where others (windows, frames) were merged into it. Without one, the first dimension is
+    divided as if they were.
+    """
+    if not lead:
+        return held_out[:1]
+    examples = len(held_out)
+    dim = next((d for d, size in enumerate(lead) if size % examples == 0), 0)
+    owner = torch.arange(lead[dim]) * examples // lead[dim]
+    column = held_out[owner].reshape(-1, *[1] * (len(lead) - dim - 1))
+    return column.expand(lead).reshape(-1)
+
+
+def _draw(unseen: Tensor, unknowns: int) -> tuple[Tensor, int]:
+    """Rows drawn at random, those of held-out examples first, and the number of those."""
     wanted = max(ROWS * unknowns, 2048)
-    return torch.arange(rows) if rows <= wanted else torch.randperm(rows)[:wanted]
+    every = len(unseen)
+    rows = torch.arange(every) if every <= wanted else torch.randperm(every)[:wanted]
+    held = unseen[rows]
+    return torch.cat([rows[held], rows[~held]]), int(held.sum())
 
 
-def _patches(node: Node, new: Tensor, target: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows (patch, output) of a convolution of any rank, at positions drawn at random."""
+def _patches(
+    node: Node, new: Tensor, target: Tensor, weight: Tensor, rows: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Rows (patch, output) of a convolution of any rank; a row is an example and a position."""
     rank = weight.ndim - 2
     kernel, size = weight.shape[2:], target.shape[2:]
-    stride, dilation = _full(node, 3, rank, 1), _full(node, 5, rank, 1)
-    sides = [side for pair in reversed(_padding(node, rank, kernel, dilation)) for side in pair]
+    stride, dilation = (_each(node.argument(name), rank) for name in ("stride", "dilation"))
+    sides = [side for pair in reversed(_padding(node, kernel, dilation)) for side in pair]
     padded = F.pad(new, sides) if any(sides) else new
-    drawn = _draw(new.shape[0] * prod(size), prod(weight.shape[1:]))
-    example, *place = torch.unravel_index(drawn, (new.shape[0], *size))
+    example, *place = torch.unravel_index(rows, (new.shape[0], *size))
     index = [example.reshape(-1, *[1] * rank)]
     for d in range(rank):
         taps = place[d][:, None] * stride[d] + torch.arange(kernel[d])[None] * dilation[d]
@@ -376,19 +423,17 @@ def _patches(node: Node, new: Tensor, target: Tensor, weight: Tensor) -> tuple[T
     return patches.movedim(-1, 1).flatten(1), target.movedim(1, -1)[(example, *place)]
 
 
-def _full(node: Node, position: int, rank: int, default: int) -> list[int]:
-    given = node.args[position] if len(node.args) > position else default
+def _each(given: Any, rank: int) -> list[int]:
+    """One number per dimension, of one for all or a list of them."""
     values = list(given) if isinstance(given, list | tuple) else [given]
     return values * rank if len(values) == 1 else values
 
 
-def _padding(
-    node: Node, rank: int, kernel: tuple[int, ...], dilation: list[int]
-) -> list[tuple[int, int]]:
-    given = node.args[4] if len(node.args) > 4 else 0
+def _padding(node: Node, kernel: tuple[int, ...], dilation: list[int]) -> list[tuple[int, int]]:
+    given = node.argument("padding")
     if given == "valid":
-        return [(0, 0)] * rank
+        return [(0, 0)] * len(kernel)
     if given == "same":
         totals = [d * (k - 1) for k, d in zip(kernel, dilation, strict=True)]
         return [(t // 2, t - t // 2) for t in totals]
-    return [(p, p) for p in _full(node, 4, rank, 0)]
+    return [(p, p) for p in _each(given, len(kernel))]

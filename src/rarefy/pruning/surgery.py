@@ -19,7 +19,6 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from rarefy.graph.capture import graph_model
-from rarefy.graph.flow import argument
 from rarefy.graph.groups import Mask
 from rarefy.graph.program import GraphModel, Node, Ref, Spec, Value
 from rarefy.graph.rules.views import slice_bounds
@@ -145,7 +144,7 @@ class _Editor:
     def edit(self, node: Node) -> Node:
         labels = self.network.flow.labels.get(node.name)
         node = replace(node, value=self._value(node.value, labels))
-        rule = EDITS.get(node.op.split(".")[1]) if node.op.startswith("aten.") else None
+        rule = EDITS.get(node.kind)
         return rule(self, node) if rule else node
 
     def _value(self, value: Value, labels: Any) -> Value:
@@ -190,7 +189,7 @@ def _unflatten(editor: _Editor, node: Node) -> Node:
 
 def _parts(editor: _Editor, node: Node) -> Node:
     """split, chunk: parts of the sizes that remain."""
-    dim = argument(node, "dim")
+    dim = node.argument("dim")
     if editor.gone(node, 0, dim) is None:
         return node
     assert isinstance(node.value, tuple)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from rarefy.graph.program import Graph, GraphModel, Node, Ref, substitute
+from rarefy.graph.rules.normalization import STATISTICS
 
 FOLDABLE = frozenset(
     {
@@ -137,16 +138,18 @@ def _pair(graph: Graph, norm: Node) -> Pair | None:
     if norm.op != BATCH_NORM:
         return None
     layer = graph.by_name[norm.args[0].name]
-    statistics = [_path(graph, arg) for arg in norm.args[1:5]]
-    if layer.op not in FOLDABLE or None in (*statistics[2:], _path(graph, layer.args[1])):
+    if layer.op not in FOLDABLE:
         return None
-    if len(graph.users[layer.name]) > 1 or _is_computed(graph, (*norm.args[1:5], _bias(layer))):
+    weight, bias = layer.args[1], layer.argument("bias")
+    if None in (*_paths(graph, norm)[2:], _path(graph, weight)):
+        return None
+    if len(graph.users[layer.name]) > 1 or _is_computed(graph, (*_statistics(norm), bias)):
         return None
     if layer.op == "aten.linear.default" and len(layer.shape) != 2:
         return None
-    weight = _path(graph, layer.args[1])
-    assert weight is not None
-    return Pair(layer, norm, weight, _path(graph, _bias(layer)) or sibling(graph, weight, "bias"))
+    path = _path(graph, weight)
+    assert path is not None
+    return Pair(layer, norm, path, _path(graph, bias) or sibling(graph, path, "bias"))
 
 
 def _exclusive(graph: Graph, pair: Pair, found: list[Pair]) -> bool:
@@ -157,16 +160,17 @@ def _exclusive(graph: Graph, pair: Pair, found: list[Pair]) -> bool:
         if (other.weight, other.bias) == (pair.weight, pair.bias)
         and _paths(graph, other.norm) == _paths(graph, pair.norm)
     }
-    tensors = [arg for arg in (pair.layer.args[1], _bias(pair.layer)) if isinstance(arg, Ref)]
-    return all(user.name in same for ref in tensors for user in graph.users[ref.name])
+    tensors = (pair.layer.args[1], pair.layer.argument("bias"))
+    refs = [arg for arg in tensors if isinstance(arg, Ref)]
+    return all(user.name in same for ref in refs for user in graph.users[ref.name])
 
 
-def _paths(graph: Graph, norm: Node) -> tuple[Any, ...]:
-    return tuple(_path(graph, arg) for arg in norm.args[1:5])
+def _statistics(norm: Node) -> tuple[Any, ...]:
+    return tuple(norm.argument(name) for name in STATISTICS)
 
 
-def _bias(layer: Node) -> Any:
-    return layer.args[2] if len(layer.args) > 2 else None
+def _paths(graph: Graph, norm: Node) -> tuple[str | None, ...]:
+    return tuple(_path(graph, arg) for arg in _statistics(norm))
 
 
 def _path(graph: Graph, arg: Any) -> str | None:
@@ -184,10 +188,8 @@ def _arguments(model: GraphModel, pair: Pair) -> tuple[Any, ...]:
         return None if path is None else model.tensor(path).detach()
 
     layer, norm = pair.layer, pair.norm
-    return (
-        *(tensor(arg) for arg in (layer.args[1], _bias(layer), *norm.args[1:5])),
-        norm.args[7],
-    )
+    tensors = (layer.args[1], layer.argument("bias"), *_statistics(norm))
+    return (*map(tensor, tensors), norm.argument("eps"))
 
 
 def _without(graph: Graph, norms: Mapping[str, Pair]) -> Graph:

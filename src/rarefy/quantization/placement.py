@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from rarefy.graph.program import Graph, Node, Ref, Spec
+from rarefy.graph.program import Graph, Node, Ref, Spec, shares_memory, writes
 
 CONVOLUTIONS = frozenset(
     f"aten.conv{d}d.{overload}" for d in (1, 2) for overload in ("default", "padding")
@@ -137,59 +137,41 @@ def clips_at_zero(node: Node) -> bool:
     return lower is not None and lower(node) == 0
 
 
-def _argument(node: Node, position: int, name: str, default: Any = None) -> Any:
-    if len(node.args) > position:
-        return node.args[position]
-    return node.options.get(name, default)
-
-
 _CLIPS: Mapping[str, Callable[[Node], Any]] = {
     "aten.relu.default": lambda node: 0,
     "aten.relu6.default": lambda node: 0,
-    "aten.hardtanh.default": lambda node: _argument(node, 1, "min_val", -1),
-    "aten.clamp.default": lambda node: _argument(node, 1, "min"),
-    "aten.clamp_min.default": lambda node: _argument(node, 1, "min"),
+    "aten.hardtanh.default": lambda node: node.argument("min_val"),
+    "aten.clamp.default": lambda node: node.argument("min"),
+    "aten.clamp_min.default": lambda node: node.argument("min"),
 }
 """Clipping operators -> their lower bound."""
 
 
 def moves(node: Node) -> bool:
     """Whether a node only moves, drops or repeats values of its first input, or adds zeros."""
-    name = node.op.split(".")[1] if node.op.startswith("aten.") else ""
-    if name in ("pad", "constant_pad_nd"):
-        mode = _argument(node, 2, "mode", "constant") if name == "pad" else "constant"
-        value = _argument(node, 3 if name == "pad" else 2, "value", 0)
-        return mode == "constant" and not value
-    return name in _MOVES and isinstance(node.value, Spec)
+    if node.kind in ("pad", "constant_pad_nd"):
+        mode = node.argument("mode") if node.kind == "pad" else "constant"
+        return mode == "constant" and not node.argument("value")
+    return node.kind in _MOVES and isinstance(node.value, Spec)
 
 
 def averages(graph: Graph, node: Node) -> bool:
     """Whether a node is a mean over all positions, ``x.mean((2, 3))``: a global average pooling."""
-    if node.op != "aten.mean.dim" or not isinstance(node.args[1], list | tuple):
+    dims = node.argument("dim")
+    if node.op != "aten.mean.dim" or not isinstance(dims, list | tuple):
         return False
     rank = len(graph.by_name[node.args[0].name].shape)
-    return rank > 2 and sorted(d % rank for d in node.args[1]) == list(range(2, rank))
-
-
-_VIEWS = frozenset(
-    {
-        *("select", "chunk", "split", "split_with_sizes", "unbind", "expand", "narrow", "getitem"),
-        *("unfold", "diagonal", "unflatten"),
-    }
-)
+    return rank > 2 and sorted(d % rank for d in dims) == list(range(2, rank))
 
 
 def _written(graph: Graph) -> dict[str, str]:
     """Tensors that are written in place, with all views: a quantizer would cut them apart."""
     found: set[str] = set()
     for node in reversed(list(graph.calls)):
-        name = node.op.split(".")[1]
-        writes = name.endswith("_") and not name.startswith("_")
-        if writes or (node.name in found and (moves(node) or name in _VIEWS)):
+        if writes(node.op) or (node.name in found and shares_memory(node.op)):
             found.update({node.name, *node.inputs[:1]})
     for node in graph.calls:
-        is_view = moves(node) or node.op.split(".")[1] in _VIEWS
-        if is_view and found.intersection(node.inputs[:1]):
+        if shares_memory(node.op) and found.intersection(node.inputs[:1]):
             found.add(node.name)
     return dict.fromkeys(found, "its input or output is written in place")
 
@@ -330,7 +312,7 @@ def _redirect(
 ) -> None:
     """Let the tensors behind ``inputs`` use the range of ``target``, where only it reads them."""
     for name in inputs:
-        while len(graph.users[name]) == 1 and source[name] != name and name != target:
+        while len(graph.users[name]) == 1 and source.get(name, name) != name != target:
             name = source[name]
-        if len(graph.users[name]) == 1 and source[name] == name != target:
+        if len(graph.users[name]) == 1 and source.get(name) == name != target:
             source[name] = target

@@ -208,7 +208,9 @@ def _noise(
     def compare(node: Node, value: Tensor) -> None:
         name = node.name.removesuffix("_fq")
         reference, layer = exact.pop(name), carriers[name]
-        if node.op == PER_TENSOR and node.args[2] == 0:  # it does the work of a relu further on
+        if (
+            node.op == PER_TENSOR and node.argument("zero_point") == 0
+        ):  # it does the work of a relu further on
             reference = reference.clamp_min(0)
         found[layer] = min(sqnr(reference, value), found.get(layer, float("inf")))
 
@@ -291,7 +293,7 @@ def _weight_scales(
     """Scales of one weight, wide enough that the biases of its layers fit in 32 bits."""
     scales = channel_scales(net.tensor(weight.path))
     for user in net.graph.users[weight.name]:
-        bias = user.args[2] if user.name in placement.layers and len(user.args) > 2 else None
+        bias = user.argument("bias") if user.name in placement.layers else None
         node = net.graph.by_name[bias.name] if isinstance(bias, Ref) else None
         if node is not None and node.op == "tensor":
             unit = grids[user.args[0].name].scale * BIAS_LIMIT

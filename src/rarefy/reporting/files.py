@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 from rarefy.errors import OutputError
+from rarefy.files import replacing
 from rarefy.reporting.page import page
 from rarefy.reporting.summary import as_dict
 from rarefy.types import Report
@@ -31,18 +31,9 @@ def write(report: Report, folder: Path) -> tuple[Path, Path]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for path, content in zip(paths, (html, text), strict=True):
-            _replace(path, content.encode("utf-8", "replace"))
+            with replacing(path) as draft:
+                draft.write_bytes(content.encode("utf-8", "replace"))
     except OSError as error:
         what = f"the report cannot be written: {error.strerror or error}"
         raise OutputError(str(folder), what, "Choose a folder that you may write to") from error
     return paths
-
-
-def _replace(path: Path, content: bytes) -> None:
-    """Put ``content`` at ``path`` in one step: a reader finds the old file or the new one."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_bytes(content)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -8,6 +8,7 @@ from importlib.resources import files
 from rarefy.reporting import charts, figures
 from rarefy.reporting.markup import figure, safe
 from rarefy.reporting.summary import (
+    calls_text,
     concerns,
     ends,
     faster,
@@ -282,8 +283,8 @@ _METHOD = (
     ("ONNX file", "Bytes on disk of the exported ONNX file."),
     (
         "Latency",
-        "Time of one call of the ONNX file in onnxruntime: the median, and the 10th and 90th "
-        "percentile as its spread.",
+        "Time of one call of the ONNX file in onnxruntime: the median of {calls}, and the 10th "
+        "and 90th percentile as its spread.",
     ),
     ("MACs", "Multiply-accumulate operations of one example, counted on the network's graph."),
     ("Ratios", "Against the first stage, from the figures shown, never rounded in favor."),
@@ -291,7 +292,9 @@ _METHOD = (
 
 
 def _method(report: Report) -> str:
-    return _section("method", "How each figure was measured", _facts(_METHOD))
+    calls = calls_text(report)
+    facts = _facts((name, text.format(calls=calls)) for name, text in _METHOD)
+    return _section("method", "How each figure was measured", facts)
 
 
 def _environment(report: Report) -> str:

@@ -10,9 +10,13 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from rarefy.deployment.measure import speedup
 from rarefy.errors import InputError
 from rarefy.reporting import figures
 from rarefy.types import Check, Report, Stage
+
+FEW_CALLS = 20
+"""Timed calls below which the 10th and 90th percentile are hardly more than single calls."""
 
 
 def verdict(report: Report) -> str:
@@ -57,9 +61,9 @@ def smaller_onnx(teacher: Stage, stage: Stage) -> str | None:
 
 
 def faster(teacher: Stage, stage: Stage) -> str | None:
-    """How the stage's median latency compares with the teacher's."""
-    before, after = teacher.latency_ms.median, stage.latency_ms.median
-    return figures.factor(before, after, "faster", "slower", "same speed")
+    """How the stage's latency compares with the teacher's."""
+    ratio = speedup(teacher.latency_ms, stage.latency_ms)
+    return figures.factor(ratio, 1.0, "faster", "slower", "same speed")
 
 
 def is_worse(compared: str | None) -> bool:
@@ -90,7 +94,24 @@ def concerns(report: Report) -> list[str]:
             f"{last.name}: its latency's spread overlaps that of {teacher.name} "
             "(10th to 90th percentile), so the difference may be noise"
         )
+    fewest = min(stage.calls for stage in report.stages)
+    if fewest < FEW_CALLS:
+        found.append(
+            f"latency: only {calls_text(report)} of each file were timed, so its median and "
+            "percentiles are rough"
+        )
     return found
+
+
+def calls_text(report: Report) -> str:
+    """How many calls every latency was timed over, such as ``"200 calls"``.
+
+    Example:
+        >>> calls_text(report)  # doctest: +SKIP
+        '200 calls'
+    """
+    calls = sorted({stage.calls for stage in report.stages})
+    return f"{figures.DASH.join(str(n) for n in (calls[0], calls[-1])[: len(calls)])} calls"
 
 
 def check_text(check: Check) -> str:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
-import secrets
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -17,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from rarefy.errors import FormatError, OutputError
+from rarefy.files import replacing
 from rarefy.storage.pack import Bytes, damaged
 
 MAX_HEADER = 100_000_000
@@ -36,35 +35,15 @@ def write(path: Path, entries: Mapping[str, Tensor], metadata: Mapping[str, str]
         raise OutputError(
             f"save({str(path)!r})", f"there is no directory {target.parent}", "Create it first"
         )
-    temporary = target.with_name(f".{target.name[:200]}.{secrets.token_hex(4)}.tmp")
     try:
-        temporary.touch(exist_ok=False)
-        mode = temporary.stat().st_mode
-        save_file(dict(entries), temporary, dict(metadata))
-        temporary.chmod(mode)  # as the umask says: save_file() lets nobody else read its files
-        _sync(temporary)
-        os.replace(temporary, target)  # noqa: PTH105 - the name of the system call it must be
-        _sync(target.parent)
+        with replacing(target) as draft:
+            save_file(dict(entries), draft, dict(metadata))
     except (OSError, SafetensorError) as error:
         raise OutputError(
             f"save({str(path)!r})",
             f"it cannot be written ({error})",
             "Check the rights and the free space of the directory; what was there is unchanged",
         ) from error
-    finally:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
-
-
-def _sync(path: Path) -> None:
-    """Wait until a file, or a directory where the system allows that, is on the disk."""
-    if path.is_dir() and os.name == "nt":
-        return
-    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 class Reader:

@@ -7,19 +7,14 @@ from typing import Any
 
 import numpy as np
 
-from rarefy.graph.flow import (
-    EXTENT,
-    Carried,
-    Flow,
-    Rule,
-    rows,
-)
+from rarefy.graph.flow import EXTENT, Carried, Flow, Rule, rows
 from rarefy.graph.labels import Atoms, Labels
 from rarefy.graph.program import Node, Ref
 
 
 def _convolution(flow: Flow, node: Node) -> Carried:
-    x, weight, bias, groups = _conv_args(flow, node)
+    x, weight = node.args[:2]
+    groups = flow.number(node.argument("groups"))
     labels, kernel = flow.of(x), flow.of(weight)
     channel = len(labels) - len(kernel) + 1
     n = flow.shape(weight)[0]
@@ -30,12 +25,13 @@ def _convolution(flow: Flow, node: Node) -> Carried:
         out = _depthwise(flow, node, labels[channel], kernel[0], n)
     else:
         out = _grouped(flow, node, labels[channel], kernel, groups, flow.shape(weight))
-    out = _with_bias(flow, node, out, bias)
+    out = _with_bias(flow, node, out, node.argument("bias"))
     return _conv_result(flow, node, labels, channel, out)
 
 
 def _conv_transpose(flow: Flow, node: Node) -> Carried:
-    x, weight, bias, groups = _conv_args(flow, node)
+    x, weight = node.args[:2]
+    groups = flow.number(node.argument("groups"))
     labels, kernel = flow.of(x), flow.of(weight)
     channel = len(labels) - len(kernel) + 1
     out: Atoms | None
@@ -46,14 +42,8 @@ def _conv_transpose(flow: Flow, node: Node) -> Carried:
         for atoms in (labels[channel], kernel[0], kernel[1]):
             flow.freeze(node, atoms, "grouped transposed convolution")
         out = None
-    return _conv_result(flow, node, labels, channel, _with_bias(flow, node, out, bias))
-
-
-def _conv_args(flow: Flow, node: Node) -> tuple[Any, Any, Any, int]:
-    """Input, weight, bias and groups: the latter is the seventh argument of all convolutions."""
-    args, options = dict(enumerate(node.args)), node.options
-    groups = options.get("groups", args.get(6, 1))
-    return args[0], args[1], args.get(2, options.get("bias")), flow.number(groups)
+    out = _with_bias(flow, node, out, node.argument("bias"))
+    return _conv_result(flow, node, labels, channel, out)
 
 
 def _both(
@@ -127,13 +117,12 @@ def _conv_result(
 
 
 def _linear(flow: Flow, node: Node) -> Carried:
-    x, weight, *rest = node.args
+    x, weight = node.args[:2]
     labels, kernel = flow.of(x), flow.of(weight)
     _contract(flow, node, (x, -1), (weight, -1))
     if len(kernel) == 1:
         return labels[:-1]
-    bias = rest[0] if rest else node.options.get("bias")
-    return (*labels[:-1], _with_bias(flow, node, kernel[0], bias))
+    return (*labels[:-1], _with_bias(flow, node, kernel[0], node.argument("bias")))
 
 
 def _addmm(flow: Flow, node: Node) -> Carried:
@@ -184,9 +173,8 @@ def _attention(flow: Flow, node: Node) -> Carried:
             for labels in (q, k, v):
                 flow.freeze(node, labels[d], "heads are shared between queries")
             lead.append(None)
-    for extra in (*node.args[3:4], node.options.get("attn_mask")):
-        for atoms in flow.of(extra):
-            flow.freeze(node, atoms, "is an attention mask")
+    for atoms in flow.of(node.argument("attn_mask")):
+        flow.freeze(node, atoms, "is an attention mask")
     return (*lead, None, v[-1])
 
 

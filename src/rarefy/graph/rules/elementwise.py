@@ -1,32 +1,20 @@
-"""Operators that work entry by entry, normalize, pool or reduce."""
+"""Operators that work entry by entry, or make new tensors."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from rarefy.graph.flow import (
-    Carried,
-    Flow,
-    Rule,
-    argument,
-    freeze_all,
-    rows,
-    unlabeled,
-)
+from rarefy.graph.flow import Carried, Flow, Rule, rows, unlabeled
 from rarefy.graph.labels import Atoms
-from rarefy.graph.program import Node, Ref, Spec
-
-
-def scalar(flow: Flow, node: Node) -> Carried:
-    return unlabeled(node.value)
+from rarefy.graph.program import Node, Ref
 
 
 def _same(flow: Flow, node: Node) -> Carried:
     return flow.of(node.args[0])
 
 
-def _free(flow: Flow, node: Node) -> Carried:
+def free(flow: Flow, node: Node) -> Carried:
     """A value that does not depend on the entries of its input (a shape, a new tensor)."""
     return unlabeled(node.value)
 
@@ -55,7 +43,7 @@ POLES: Mapping[str, Callable[[Node], Any]] = {
 
 def _refuse_poles(flow: Flow, node: Node) -> None:
     """Masked units must not become infinite: ``inf * 0`` is not 0."""
-    pole = POLES.get(node.op.split(".")[1].removesuffix("_"))
+    pole = POLES.get(node.kind.removesuffix("_"))
     operand = pole(node) if pole else None
     if isinstance(operand, Ref) and flow.zero(operand):
         for atoms in flow.of(operand):
@@ -85,85 +73,11 @@ def _prelu(flow: Flow, node: Node) -> Carried:
     return (labels[0], flow.tie(node, labels[1], slope[0]), *labels[2:])
 
 
-def _batch_norm(flow: Flow, node: Node) -> Carried:
-    labels = flow.of(node.args[0])
-    sides = [labels[1]] + [flow.of(a)[0] for a in node.args[1:5] if isinstance(a, Ref)]
-    if flow.shape(node.args[0])[1] == 1:
-        return labels
-    tied = flow.tie(node, *sides)
-    if tied is not None:
-        flow.counts[node.name, "num_features"] = tied
-    return (labels[0], tied, *labels[2:])
-
-
-def _pool(flow: Flow, node: Node) -> Carried:
-    labels = flow.of(node.args[0])
-    spatial = len(node.args[1]) if isinstance(node.args[1], list | tuple) else 1
-    spatial = max(spatial, _rank(node.op))
-    found = flow.freeze_dims(
-        node, labels, list(range(len(labels) - spatial, len(labels))), "is pooled over"
-    )
-    return found if isinstance(node.value, Spec) else tuple(found for _ in node.value)  # type: ignore[union-attr]
-
-
-def _rank(op: str) -> int:
-    """2 for ``aten.max_pool2d.default``; 1 where the name says nothing."""
-    for rank in (1, 2, 3):
-        if f"{rank}d" in op:
-            return rank
-    return 1
-
-
-def _reduce(flow: Flow, node: Node) -> Carried:
-    labels = flow.of(node.args[0])
-    if not isinstance(node.value, Spec):
-        freeze_all(flow, node, "is reduced over")
-        return unlabeled(node.value)
-    dims = argument(node, "dim")
-    dims = [dims] if isinstance(dims, int) else dims
-    dims = list(range(len(labels))) if not dims else [d % len(labels) for d in dims]
-    if not (node.op.startswith("aten.sum") and flow.zero(node.args[0])):
-        flow.freeze_dims(node, labels, dims, "is averaged or reduced over")
-    if len(node.shape) == len(labels):
-        return tuple(None if d in dims else label for d, label in enumerate(labels))
-    return tuple(label for d, label in enumerate(labels) if d not in dims)
-
-
-def _normalize_last(flow: Flow, node: Node) -> Carried:
-    """Layer and RMS norm: normalized over the last dimensions."""
-    labels = flow.of(node.args[0])
-    count = len(node.args[1])
-    dims = range(len(labels) - count, len(labels))
-    for arg in node.args[2:4]:
-        for atoms in flow.of(arg):
-            flow.freeze(node, atoms, "is normalized over")
-    return flow.freeze_dims(node, labels, list(dims), "is normalized over")
-
-
-def _group_norm(flow: Flow, node: Node) -> Carried:
-    labels = flow.of(node.args[0])
-    for arg in node.args[2:4]:
-        for atoms in flow.of(arg):
-            flow.freeze(node, atoms, "is normalized over in groups")
-    return flow.freeze_dims(node, labels, range(1, len(labels)), "is normalized over in groups")
-
-
-def _along_dim(flow: Flow, node: Node) -> Carried:
-    """Softmax, cumulative sums: entries along one dimension meet."""
-    labels = flow.of(node.args[0])
-    return flow.freeze_dims(node, labels, [argument(node, "dim")], "entries along it meet")
-
-
-def _upsample(flow: Flow, node: Node) -> Carried:
-    labels = flow.of(node.args[0])
-    return flow.freeze_dims(node, labels, range(2, len(labels)), "is resampled")
-
-
 def _fake_quantize(flow: Flow, node: Node) -> Carried:
     labels = flow.of(node.args[0])
-    if "per_channel" not in node.op:
+    if "per_channel" not in node.kind:
         return labels
-    axis = node.args[3]
+    axis = node.argument("axis")
     sides = [labels[axis], *(flow.of(a)[0] for a in node.args[1:3])]
     tied = flow.tie(node, *sides) if flow.shape(node.args[0])[axis] > 1 else None
     return (*labels[:axis], tied, *labels[axis + 1 :])
@@ -175,22 +89,6 @@ ROWS: Mapping[str, Rule] = {
         "hardswish hardsigmoid hardtanh log_sigmoid softplus mish relu6 selu celu silu elu rrelu "
         "threshold",
     ),
-    **rows(_batch_norm, "batch_norm instance_norm"),
-    **rows(_normalize_last, "layer_norm rms_norm"),
-    **rows(_group_norm, "group_norm"),
-    **rows(
-        _pool,
-        "max_pool1d max_pool2d max_pool3d avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d "
-        "adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d "
-        "adaptive_max_pool3d max_pool2d_with_indices",
-    ),
-    **rows(_reduce, "mean sum amax amin prod var std any all norm linalg_vector_norm logsumexp"),
-    **rows(_along_dim, "softmax log_softmax cumsum"),
-    **rows(
-        _upsample,
-        "upsample_nearest1d upsample_nearest2d upsample_nearest3d upsample_bilinear2d "
-        "upsample_bicubic2d upsample_linear1d upsample_trilinear3d",
-    ),
     **rows(_prelu, "prelu"),
     **rows(_fake_quantize, "fake_quantize_per_tensor_affine fake_quantize_per_channel_affine"),
     **rows(
@@ -200,7 +98,7 @@ ROWS: Mapping[str, Rule] = {
         "empty_like",
     ),
     **rows(
-        _free,
+        free,
         "sym_size zeros ones full empty arange rand randn new_zeros new_ones new_full "
         "new_empty scalar_tensor eye linspace",
     ),

@@ -7,14 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from rarefy.graph.flow import (
-    Carried,
-    Flow,
-    Rule,
-    argument,
-    rows,
-    unlabeled,
-)
+from rarefy.graph.flow import Carried, Flow, Rule, rows, unlabeled
 from rarefy.graph.labels import FIXED, Atoms, Labels
 from rarefy.graph.program import Node, Spec
 
@@ -52,11 +45,6 @@ def _last_two(flow: Flow, node: Node) -> Carried:
     return (*labels[:-2], labels[-1], labels[-2])
 
 
-def _squeeze(flow: Flow, node: Node) -> Carried:
-    """Unsqueeze and squeeze: dimensions of size 1 come and go."""
-    return flow.ledger.reshape(flow.of(node.args[0]), flow.shape(node.args[0]), node.shape)
-
-
 def _expand(flow: Flow, node: Node) -> Carried:
     labels, shape = flow.of(node.args[0]), flow.shape(node.args[0])
     pad = len(node.shape) - len(shape)
@@ -82,7 +70,7 @@ def _repeat(flow: Flow, node: Node) -> Carried:
 
 def _cat(flow: Flow, node: Node) -> Carried:
     parts = [a for a in node.args[0] if flow.shape(a) != (0,)]
-    dim = argument(node, "dim") % len(node.shape)
+    dim = node.argument("dim") % len(node.shape)
     found: list[Atoms | None] = []
     for d in range(len(node.shape)):
         sides = [flow.of(a)[d] for a in parts]
@@ -104,7 +92,7 @@ def _cat(flow: Flow, node: Node) -> Carried:
 
 def _stack(flow: Flow, node: Node) -> Carried:
     ndim = len(node.shape)
-    dim = argument(node, "dim") % ndim
+    dim = node.argument("dim") % ndim
     parts = [flow.of(a) for a in node.args[0]]
     shape = flow.shape(node.args[0][0])
     tied = [
@@ -116,7 +104,7 @@ def _stack(flow: Flow, node: Node) -> Carried:
 
 def _split(flow: Flow, node: Node) -> Carried:
     labels = flow.of(node.args[0])
-    dim = argument(node, "dim") % len(labels)
+    dim = node.argument("dim") % len(labels)
     assert isinstance(node.value, tuple)
     found: list[Labels] = []
     start = 0
@@ -136,7 +124,7 @@ def _cut(labels: Labels, dim: int, part: slice) -> Labels:
 def _glu(flow: Flow, node: Node) -> Carried:
     """The halves of one dimension go together: the first times the sigmoid of the second."""
     labels = flow.of(node.args[0])
-    dim = argument(node, "dim") % len(labels)
+    dim = node.argument("dim") % len(labels)
     half = node.shape[dim]
     if labels[dim] is None:
         return labels
@@ -148,7 +136,7 @@ def _glu(flow: Flow, node: Node) -> Carried:
 
 def _unbind(flow: Flow, node: Node) -> Carried:
     labels = flow.of(node.args[0])
-    dim = argument(node, "dim") % len(labels)
+    dim = node.argument("dim") % len(labels)
     flow.freeze(node, labels[dim], "is taken apart one by one")
     assert isinstance(node.value, tuple)
     rest = (*labels[:dim], *labels[dim + 1 :])
@@ -163,8 +151,7 @@ def _getitem(flow: Flow, node: Node) -> Carried:
 
 def slice_bounds(node: Node) -> tuple[Any, Any, Any, Any]:
     """Dimension, start, stop and step of a slice, the defaults filled in."""
-    given = list(node.args[1:])
-    dim, start, stop, step = given + [0, None, None, 1][len(given) :]
+    dim, start, stop, step = (node.argument(name) for name in ("dim", "start", "end", "step"))
     return dim, start, stop, step
 
 
@@ -192,7 +179,7 @@ def _select(flow: Flow, node: Node) -> Carried:
 def _pad(flow: Flow, node: Node) -> Carried:
     labels, shape = flow.of(node.args[0]), flow.shape(node.args[0])
     amounts = [flow.number(a) for a in node.args[1]]
-    constant = "constant" in node.op or (node.args[2:3] or ("constant",))[0] == "constant"
+    constant = node.kind == "constant_pad_nd" or node.argument("mode") == "constant"
     found = list(labels)
     for i in range(len(amounts) // 2):
         d = len(labels) - 1 - i
@@ -234,18 +221,20 @@ def _pixel_unshuffle(flow: Flow, node: Node) -> Carried:
 def _moved(flow: Flow, node: Node) -> Carried:
     """Roll and flip along dimensions that carry no label; others are frozen."""
     labels = flow.of(node.args[0])
-    dims = argument(node, "dims") or range(len(labels))
+    dims = node.argument("dims") or range(len(labels))
     return flow.freeze_dims(node, labels, list(dims), "is moved along")
 
 
 ROWS: Mapping[str, Rule] = {
     "operator.getitem": _getitem,
-    **rows(_reshape, "view reshape flatten unflatten _unsafe_view view_as reshape_as"),
+    **rows(
+        _reshape,
+        "view reshape flatten unflatten _unsafe_view view_as reshape_as unsqueeze squeeze",
+    ),
     **rows(_permute, "permute"),
     **rows(_transpose, "transpose t swapaxes swapdims"),
     **rows(_movedim, "movedim moveaxis"),
     **rows(_last_two, "mT"),
-    **rows(_squeeze, "unsqueeze squeeze"),
     **rows(_expand, "expand expand_as broadcast_to"),
     **rows(_repeat, "repeat"),
     **rows(_cat, "cat concat concatenate"),
