@@ -200,7 +200,7 @@ def test_a_run_that_is_interrupted_again_and_again_ends_with_the_same_files(
 
     target = Target(size=1.5, max_drop=1)
     stamps: dict[str, int] = {}
-    for done, step in enumerate(["prune", "distill", "quantize", "compare"], start=1):
+    for done, step in enumerate(["prune", "distill", "quantize", "settled"], start=1):
         with monkeypatch.context() as patch:
             patch.setattr(rarefy.pipeline, step, interrupted)
             with pytest.raises(KeyboardInterrupt):

@@ -36,7 +36,7 @@ def simulated(monkeypatch: pytest.MonkeyPatch) -> None:
         return Path(f"{share}"), round(1e6 * share)
 
     def measured(paths: list[Path], *_: object, **__: object) -> list[Measurement]:
-        times = [Latency(float(p.name), 0.0, 0.0) for p in paths]
+        times = [Latency(float(p.name), float(p.name), float(p.name)) for p in paths]
         return [Measurement(str(p), "", 1, 1, t, 1, 1) for p, t in zip(paths, times, strict=True)]
 
     monkeypatch.setattr(rarefy.search, "prune", small)

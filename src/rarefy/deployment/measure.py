@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -176,7 +177,8 @@ def speedup(before: Latency, after: Latency) -> float:
         >>> speedup(Latency(8.0, 2.0, 9.0), Latency(1.0, 1.0, 1.1))
         2.0
     """
-    return min(before.median / after.median, before.p10 / after.p10)
+    pairs = ((before.median, after.median), (before.p10, after.p10))
+    return min((long / short for long, short in pairs if short > 0), default=math.nan)
 
 
 def latency(nanoseconds: Sequence[int]) -> Latency:
