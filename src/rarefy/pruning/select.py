@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 
@@ -79,9 +79,15 @@ def select(
             "lists every tensor with its reason",
         )
     accountant = _Accountant(network, model)
-    floors = [_floor(network.groups[g], budget) for g in open_groups]
-    chooser = _local if budget.scope == "local" else _global
-    choose = chooser(network, open_groups, scores, floors, budget, accountant)
+    floors = {g: _floor(network.groups[g], budget) for g in open_groups}
+    sizes = {g: len(network.groups[g]) for g in open_groups}
+    if budget.scope == "local":
+        counter = _local(sizes)
+    else:
+        even = [1.0] * len(network.groups)
+        saved = even if budget.sparsity is not None else accountant.savings(budget)
+        counter = _global(sizes, scores, saved)
+    choose = _chooser(network, counter, scores, floors, budget)
     if budget.sparsity is not None:
         return _keep_alive(network, choose(budget.sparsity), scores)
     return _fit(network, accountant, choose, budget, scores)
@@ -186,54 +192,44 @@ class _Accountant:
 
 Chooser = Callable[[float], Mask]
 """Share of units to remove, 0 to 1 -> which units go."""
+Counter = Callable[[float], Mapping[int, int]]
+"""Share of units to remove, 0 to 1 -> how many go of each group."""
 
 
-def _local(
-    network: Network,
-    groups: Sequence[int],
-    scores: Scores,
-    floors: Sequence[int],
-    budget: Budget,
-    accountant: _Accountant,
+def _chooser(
+    network: Network, counter: Counter, scores: Scores, floors: Mapping[int, int], budget: Budget
 ) -> Chooser:
-    order = {g: np.argsort(scores[g], kind="stable") for g in groups}
+    """The units with the least scores go, as many of each group as are counted, rounded."""
+    order = {g: np.argsort(scores[g], kind="stable") for g in floors}
 
     def choose(share: float) -> Mask:
         removed = np.zeros(network.coupling.units, np.bool_)
-        for g, floor in zip(groups, floors, strict=True):
+        counts = counter(share)
+        for g, floor in floors.items():
             units = network.groups[g].units
-            count = _rounded(math.floor(share * len(units) + 1e-9), len(units), floor, budget)
-            removed[units[order[g][:count]]] = True
+            removed[units[order[g][: _rounded(counts[g], len(units), floor, budget)]]] = True
         return removed
 
     return choose
 
 
-def _global(
-    network: Network,
-    groups: Sequence[int],
-    scores: Scores,
-    floors: Sequence[int],
-    budget: Budget,
-    accountant: _Accountant,
-) -> Chooser:
-    saved = accountant.savings(budget) if budget.sparsity is None else [1.0] * len(network.groups)
-    owner = np.concatenate([np.full(len(network.groups[g]), g) for g in groups])
-    value = np.concatenate([_ascending(scores[g]) / saved[g] for g in groups])
+def _local(sizes: Mapping[int, int]) -> Counter:
+    """The same share of every group."""
+    return lambda share: {g: math.floor(share * n + 1e-9) for g, n in sizes.items()}
+
+
+def _global(sizes: Mapping[int, int], scores: Scores, saved: Sequence[float]) -> Counter:
+    """The least scores per saved cost of all groups together."""
+    owner = np.concatenate([np.full(n, g) for g, n in sizes.items()])
+    value = np.concatenate([_ascending(scores[g]) / saved[g] for g in sizes])
     rank = np.argsort(value, kind="stable")
-    order = {g: np.argsort(scores[g], kind="stable") for g in groups}
 
-    def choose(share: float) -> Mask:
-        removed = np.zeros(network.coupling.units, np.bool_)
-        counts = np.bincount(owner[rank[: math.floor(share * len(rank) + 1e-9)]], minlength=1)
-        for g, floor in zip(groups, floors, strict=True):
-            units = network.groups[g].units
-            wanted = int(counts[g]) if g < len(counts) else 0
-            count = _rounded(wanted, len(units), floor, budget)
-            removed[units[order[g][:count]]] = True
-        return removed
+    def count(share: float) -> Mapping[int, int]:
+        first = owner[rank[: math.floor(share * len(rank) + 1e-9)]]
+        counts = np.bincount(first, minlength=max(sizes) + 1)
+        return {g: int(counts[g]) for g in sizes}
 
-    return choose
+    return count
 
 
 def _ascending(scores: NDArray[np.float64]) -> NDArray[np.float64]:
