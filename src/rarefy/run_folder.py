@@ -148,10 +148,9 @@ class RunFolder:
 
     def _replace(self) -> None:
         """Begin anew; the files of an earlier run go, all others stay."""
-        earlier = self.file(MANIFEST).exists()
         self._write({})
         try:
-            for name in OWN if earlier else ():
+            for name in OWN:
                 if name != MANIFEST:
                     self.file(name).unlink(missing_ok=True)
         except OSError as error:
