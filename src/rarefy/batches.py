@@ -59,11 +59,17 @@ def _inputs(inputs: Any) -> Inputs:
 
 def call(model: Callable[..., Any], inputs: Inputs) -> Any:
     """Call ``model`` with inputs of any of the three forms."""
+    args, kwargs = arguments(inputs)
+    return model(*args, **kwargs)
+
+
+def arguments(inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Positional and keyword arguments that inputs of any of the three forms stand for."""
     if isinstance(inputs, Tensor):
-        return model(inputs)
+        return (inputs,), {}
     if isinstance(inputs, Mapping):
-        return model(**inputs)
-    return model(*inputs)
+        return (), dict(inputs)
+    return tuple(inputs), {}
 
 
 def logits(outputs: Any) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.utils import _pytree as pytree
 
-from rarefy.batches import call, evaluating, map_tensors, tensors
+from rarefy.batches import arguments, call, evaluating, map_tensors, tensors
 from rarefy.deployment.rewrite import rewrite
 from rarefy.deployment.runtimes import OnnxSession, load_onnx, load_onnxruntime
 from rarefy.errors import ExportError, MissingExtraError, OutputError, RarefyError, first_line
@@ -155,7 +155,7 @@ def _doubled(inputs: Inputs) -> Inputs:
 
 
 def _trace(model: nn.Module, inputs: Inputs) -> Traced:
-    args, kwargs = _arguments(inputs)
+    args, kwargs = arguments(inputs)
     errors: list[Exception] = []
     for dynamic in (True, False):
         try:
@@ -180,17 +180,9 @@ def _is_free(size: int | torch.SymInt) -> bool:
     return isinstance(size, torch.SymInt) and size.node.maybe_as_int() is None
 
 
-def _arguments(inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    if isinstance(inputs, Tensor):
-        return (inputs,), {}
-    if isinstance(inputs, Mapping):
-        return (), dict(inputs)
-    return tuple(inputs), {}
-
-
 def _traced_graph(model: GraphModel, inputs: Inputs) -> Traced:
     """Trace a captured network with its inputs one by one: its forward has no named arguments."""
-    leaves, _ = pytree.tree_flatten(_arguments(inputs))
+    leaves, _ = pytree.tree_flatten(arguments(inputs))
     _, spec = pytree.tree_flatten((tuple(leaves), {}))
     flat = GraphModel(
         replace(model.graph, in_spec=pytree.treespec_dumps(spec)),

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.utils import _pytree as pytree
 
-from rarefy.batches import call, evaluating, map_tensors, tensors
+from rarefy.batches import arguments, call, evaluating, map_tensors, tensors
 from rarefy.errors import CaptureError, InputError, first_line
 from rarefy.graph.program import (
     SCALAR_OPS,
@@ -65,7 +65,7 @@ def capture(model: nn.Module, example_inputs: Inputs) -> Capture:
         return Capture(model.graph, {})
     _check_inputs(example_inputs)
     inputs = _widen(example_inputs)
-    args, kwargs = _arguments(inputs)
+    args, kwargs = arguments(inputs)
     buffers = {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
     with evaluating(model), warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -132,14 +132,6 @@ def _widen(inputs: Inputs) -> Inputs:
     if sizes != {1}:
         return inputs
     return map_tensors(lambda t: torch.cat([t, t]) if t.ndim else t, inputs)  # type: ignore[no-any-return]
-
-
-def _arguments(inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    if isinstance(inputs, Tensor):
-        return (inputs,), {}
-    if isinstance(inputs, Mapping):
-        return (), dict(inputs)
-    return tuple(inputs), {}
 
 
 def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ExportedProgram:
