@@ -33,7 +33,9 @@ STAGES = [
 RANK = {room: rank for rank, rooms in enumerate(STAGES) for room in rooms}
 FILES = sorted(p for p in ROOT.rglob("*.py") if p != ROOT / "__init__.py")
 OPTIONAL = "onnx onnxruntime onnxscript sklearn transformers timm accelerate torchvision".split()
-GRAPH = "program allowed serialize labels flow rules zeros ops groups capture trace count".split()
+GRAPH = (
+    "program allowed serialize labels flow editor rules zeros ops groups capture trace count"
+).split()
 PRUNING = "criteria attributes select surgery masks proof repair prune".split()
 
 

@@ -31,6 +31,9 @@ class Flow:
         vanishing: nodes whose value is zero wherever a unit is masked.
         memory: node -> the first node of those whose values may share its memory.
         counts: (node, argument) -> atoms whose surviving number that argument states.
+        over_survivors: nodes that mix entries of a labelled dimension (a layer norm's statistics),
+            so that they mean something else over fewer of them. By convention they are computed
+            over what remains, and so does the reference of the proof.
         unknown: operators without a rule, with how often they were met.
     """
 
@@ -40,6 +43,7 @@ class Flow:
     vanishing: set[str] = field(default_factory=set)
     memory: dict[str, str] = field(default_factory=dict)
     counts: dict[tuple[str, str], Atoms] = field(default_factory=dict)
+    over_survivors: set[str] = field(default_factory=set)
     unknown: dict[str, int] = field(default_factory=dict)
 
     def of(self, arg: Any) -> Labels:

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 
 import torch
 
+from rarefy.graph.editor import Edit, Editor
 from rarefy.graph.flow import Carried, Flow, Rule, freeze_all, unlabeled
 from rarefy.graph.labels import Labels
 from rarefy.graph.program import Graph, Node, Spec, Value, resolve
@@ -108,3 +109,21 @@ RULES: Mapping[str, Rule] = {
     "aten.view.dtype": _unknown,
 }
 """Operator (of one overload or all) -> rule. Pointwise operators need no row."""
+
+
+EDITS: Mapping[str, Edit] = {
+    **contractions.EDITS,
+    **views.EDITS,
+    **elementwise.EDITS,
+    **normalization.EDITS,
+    **reductions.EDITS,
+}
+"""Operator -> how the sizes in its arguments follow the labels; most state none."""
+
+
+def edit(editor: Editor, node: Node) -> tuple[Node, ...]:
+    """The nodes that compute what is left of a node's value when units go."""
+    node = editor.shrunk(node)
+    rule = EDITS.get(node.kind)
+    edited = rule(editor, node) if rule else node
+    return (edited,) if isinstance(edited, Node) else edited

@@ -9,9 +9,7 @@ that the code computes with is read off the labels; it works for any forward, bu
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
-from dataclasses import replace
-from typing import Any
+from collections.abc import Mapping
 
 import numpy as np
 import torch
@@ -19,9 +17,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from rarefy.graph.capture import graph_model
-from rarefy.graph.groups import Mask
-from rarefy.graph.program import GraphModel, Node, Ref, Spec, Value
-from rarefy.graph.rules.views import slice_bounds
+from rarefy.graph.editor import Editor
+from rarefy.graph.ops import edit
+from rarefy.graph.program import GraphModel
 from rarefy.graph.trace import Network, storages
 from rarefy.pruning import attributes
 from rarefy.pruning.select import Plan
@@ -117,8 +115,8 @@ def _set_counts(small: nn.Module, network: Network, plan: Plan) -> None:
 def rewrite(model: nn.Module, network: Network, plan: Plan) -> GraphModel:
     """The captured graph with the units gone, as a module with tensors of its own."""
     graph = network.captured.graph
-    editor = _Editor(network, plan)
-    nodes = [editor.edit(node) for node in graph.nodes]
+    editor = Editor(network.flow, plan.gone)
+    nodes = [edited for node in graph.nodes for edited in edit(editor, node)]
     kept = kept_entries(network, plan)
     whole = graph_model(model, network.captured)
 
@@ -131,107 +129,5 @@ def rewrite(model: nn.Module, network: Network, plan: Plan) -> GraphModel:
 
     parameters = {p: small(p, t) for p, t in whole.named_parameters(remove_duplicate=False)}
     buffers = {p: small(p, t) for p, t in whole.named_buffers(remove_duplicate=False)}
+    buffers |= editor.constants
     return GraphModel(graph.with_nodes(nodes), parameters, buffers)
-
-
-class _Editor:
-    """Brings the sizes that a node's arguments state in line with the labels."""
-
-    def __init__(self, network: Network, plan: Plan) -> None:
-        self.network = network
-        self.plan = plan
-
-    def edit(self, node: Node) -> Node:
-        labels = self.network.flow.labels.get(node.name)
-        node = replace(node, value=self._value(node.value, labels))
-        rule = EDITS.get(node.kind)
-        return rule(self, node) if rule else node
-
-    def _value(self, value: Value, labels: Any) -> Value:
-        if isinstance(value, Spec) and labels is not None:
-            sizes = zip(value.shape, labels, strict=True)
-            return Spec(tuple(self.left(n, atoms) for n, atoms in sizes), value.dtype)
-        if isinstance(value, tuple) and labels is not None:
-            pairs = zip(value, labels, strict=True)
-            return tuple(self._value(v, part) for v, part in pairs)
-        return value
-
-    def left(self, size: int, atoms: NDArray[np.int64] | None) -> int:
-        return size if atoms is None else int((~self.plan.gone[atoms]).sum())
-
-    def gone(self, node: Node, position: int, dim: int) -> Mask | None:
-        """Which entries of an operand go along a dimension; None where none does."""
-        labels = self.network.flow.of(node.args[position])
-        atoms = labels[dim % len(labels)]
-        if atoms is None or not self.plan.gone[atoms].any():
-            return None
-        return self.plan.gone[atoms]
-
-
-def _sizes(editor: _Editor, node: Node) -> Node:
-    """view, reshape, expand: the sizes asked for are those of the result.
-
-    A size that depends on the batch is left to be inferred.
-    """
-    labels = editor.network.flow.labels[node.name]
-    asked = list(node.args[1])
-    for d, atoms in enumerate(labels):
-        if atoms is not None and editor.plan.gone[atoms].any() and asked[d] != -1:
-            asked[d] = -1 if isinstance(asked[d], Ref) else node.shape[d]
-    return replace(node, args=(node.args[0], asked, *node.args[2:]))
-
-
-def _unflatten(editor: _Editor, node: Node) -> Node:
-    x, dim, asked = node.args
-    dim %= len(editor.network.flow.of(x))
-    return replace(node, args=(x, dim, list(node.shape[dim : dim + len(asked)])))
-
-
-def _parts(editor: _Editor, node: Node) -> Node:
-    """split, chunk: parts of the sizes that remain."""
-    dim = node.argument("dim")
-    if editor.gone(node, 0, dim) is None:
-        return node
-    assert isinstance(node.value, tuple)
-    sizes = [part.shape[dim] for part in node.value if isinstance(part, Spec)]
-    return replace(
-        node, op="aten.split_with_sizes.default", args=(node.args[0], sizes, dim), kwargs={}
-    )
-
-
-def _slice(editor: _Editor, node: Node) -> Node:
-    dim, start, stop, step = slice_bounds(node)
-    gone = editor.gone(node, 0, dim)
-    if gone is None:
-        return node
-    before = ~gone[: slice(start, stop, step).indices(len(gone))[0]]
-    first = int(before.sum())
-    size = node.shape[dim]
-    return replace(node, args=(node.args[0], dim, first, first + size, 1))
-
-
-def _select(editor: _Editor, node: Node) -> Node:
-    x, dim, index = node.args
-    gone = editor.gone(node, 0, dim)
-    if gone is None:
-        return node
-    return replace(node, args=(x, dim, int((~gone[: index % len(gone)]).sum())))
-
-
-def _groups(editor: _Editor, node: Node) -> Node:
-    atoms = editor.network.flow.counts.get((node.name, "groups"))
-    if atoms is None:
-        return node
-    groups = editor.left(0, atoms)
-    return replace(node, args=(*node.args[:6], groups, *node.args[7:]))
-
-
-EDITS: Mapping[str, Callable[[_Editor, Node], Node]] = {
-    **dict.fromkeys(("view", "reshape", "_unsafe_view", "expand", "broadcast_to"), _sizes),
-    **dict.fromkeys(("split", "split_with_sizes", "chunk"), _parts),
-    **dict.fromkeys(("conv1d", "conv2d", "conv3d"), _groups),
-    "unflatten": _unflatten,
-    "slice": _slice,
-    "select": _select,
-}
-"""ATen operator -> how the sizes in its arguments follow the labels."""

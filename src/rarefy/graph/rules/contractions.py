@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
+from rarefy.graph.editor import Edit, Editor
 from rarefy.graph.flow import EXTENT, Carried, Flow, Rule, rows
 from rarefy.graph.labels import Atoms, Labels
 from rarefy.graph.program import Node, Ref
@@ -194,3 +196,15 @@ ROWS: Mapping[str, Rule] = {
     **rows(_embedding, "embedding"),
 }
 """Operator -> rule."""
+
+
+def _edit_groups(editor: Editor, node: Node) -> Node:
+    atoms = editor.flow.counts.get((node.name, "groups"))
+    if atoms is None:
+        return node
+    groups = editor.left(0, atoms)
+    return replace(node, args=(*node.args[:6], groups, *node.args[7:]))
+
+
+EDITS: Mapping[str, Edit] = dict.fromkeys(("conv1d", "conv2d", "conv3d"), _edit_groups)
+"""Operator -> how the sizes in its arguments follow the labels."""

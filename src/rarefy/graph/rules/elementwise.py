@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from rarefy.graph.editor import Edit
 from rarefy.graph.flow import Carried, Flow, Rule, rows, unlabeled
 from rarefy.graph.labels import Atoms
 from rarefy.graph.program import Node, Ref
@@ -104,3 +105,7 @@ ROWS: Mapping[str, Rule] = {
     ),
 }
 """Operator -> rule; operators that PyTorch tags as pointwise need no row."""
+
+
+EDITS: Mapping[str, Edit] = {}
+"""Operator -> how the sizes in its arguments follow the labels."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from rarefy.graph.editor import Edit
 from rarefy.graph.flow import Carried, Flow, Rule, rows
 from rarefy.graph.program import Node, Ref
 
@@ -49,3 +50,7 @@ ROWS: Mapping[str, Rule] = {
     **rows(_group_norm, "group_norm"),
 }
 """Operator -> rule."""
+
+
+EDITS: Mapping[str, Edit] = {}
+"""Operator -> how the sizes in its arguments follow the labels."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from rarefy.graph.editor import Edit
 from rarefy.graph.flow import Carried, Flow, Rule, freeze_all, rows, unlabeled
 from rarefy.graph.program import Node, Spec
 
@@ -68,3 +69,7 @@ ROWS: Mapping[str, Rule] = {
     ),
 }
 """Operator -> rule."""
+
+
+EDITS: Mapping[str, Edit] = {}
+"""Operator -> how the sizes in its arguments follow the labels."""

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
+from rarefy.graph.editor import Edit, Editor
 from rarefy.graph.flow import Carried, Flow, Rule, rows, unlabeled
 from rarefy.graph.labels import FIXED, Atoms, Labels
-from rarefy.graph.program import Node, Spec
+from rarefy.graph.program import Node, Ref, Spec
 
 
 def _reshape(flow: Flow, node: Node) -> Carried:
@@ -250,3 +252,63 @@ ROWS: Mapping[str, Rule] = {
     **rows(_pixel_unshuffle, "pixel_unshuffle"),
 }
 """Operator -> rule."""
+
+
+def _edit_sizes(editor: Editor, node: Node) -> Node:
+    """view, reshape, expand: the sizes asked for are those of the result.
+
+    A size that depends on the batch is left to be inferred.
+    """
+    labels = editor.flow.labels[node.name]
+    asked = list(node.args[1])
+    for d, atoms in enumerate(labels):
+        if atoms is not None and editor.missing[atoms].any() and asked[d] != -1:
+            asked[d] = -1 if isinstance(asked[d], Ref) else node.shape[d]
+    return replace(node, args=(node.args[0], asked, *node.args[2:]))
+
+
+def _edit_unflatten(editor: Editor, node: Node) -> Node:
+    x, dim, asked = node.args
+    dim %= len(editor.flow.of(x))
+    return replace(node, args=(x, dim, list(node.shape[dim : dim + len(asked)])))
+
+
+def _edit_parts(editor: Editor, node: Node) -> Node:
+    """split, chunk: parts of the sizes that remain."""
+    dim = node.argument("dim")
+    if editor.gone(node, 0, dim) is None:
+        return node
+    assert isinstance(node.value, tuple)
+    sizes = [part.shape[dim] for part in node.value if isinstance(part, Spec)]
+    return replace(
+        node, op="aten.split_with_sizes.default", args=(node.args[0], sizes, dim), kwargs={}
+    )
+
+
+def _edit_slice(editor: Editor, node: Node) -> Node:
+    dim, start, stop, step = slice_bounds(node)
+    gone = editor.gone(node, 0, dim)
+    if gone is None:
+        return node
+    before = ~gone[: slice(start, stop, step).indices(len(gone))[0]]
+    first = int(before.sum())
+    size = node.shape[dim]
+    return replace(node, args=(node.args[0], dim, first, first + size, 1))
+
+
+def _edit_select(editor: Editor, node: Node) -> Node:
+    x, dim, index = node.args
+    gone = editor.gone(node, 0, dim)
+    if gone is None:
+        return node
+    return replace(node, args=(x, dim, int((~gone[: index % len(gone)]).sum())))
+
+
+EDITS: Mapping[str, Edit] = {
+    **dict.fromkeys(("view", "reshape", "_unsafe_view", "expand", "broadcast_to"), _edit_sizes),
+    **dict.fromkeys(("split", "split_with_sizes", "chunk"), _edit_parts),
+    "unflatten": _edit_unflatten,
+    "slice": _edit_slice,
+    "select": _edit_select,
+}
+"""Operator -> how the sizes in its arguments follow the labels."""
