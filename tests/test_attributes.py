@@ -28,6 +28,16 @@ LAYERS = [
     nn.GroupNorm(2, 6, affine=False),
     nn.Embedding(7, 3),
     nn.PReLU(4),
+    nn.EmbeddingBag(7, 3),
+    nn.Bilinear(3, 4, 5),
+    nn.LSTM(3, 5, num_layers=2, bidirectional=True),
+    nn.LSTM(3, 5, proj_size=2),
+    nn.GRU(3, 5, bias=False),
+    nn.RNN(3, 5),
+    nn.RNN(3, 5, nonlinearity="relu", bidirectional=True),
+    nn.LSTMCell(3, 5),
+    nn.GRUCell(3, 5, bias=False),
+    nn.RNNCell(3, 5),
 ]
 
 
@@ -56,6 +66,30 @@ def test_attributes_follow_the_parameters() -> None:
     net[1].weight = nn.Parameter(torch.zeros(5))
     refresh(net)
     assert (net[0].in_channels, net[0].out_channels, net[1].num_features) == (3, 5, 5)
+
+
+@pytest.mark.filterwarnings("ignore:LSTM with projections")
+def test_recurrent_layers_follow_their_weights() -> None:
+    net = nn.LSTM(3, 8, proj_size=4, batch_first=True)
+    for name, shape in {
+        "weight_ih_l0": (20, 2),
+        "weight_hh_l0": (20, 3),
+        "bias_ih_l0": (20,),
+        "bias_hh_l0": (20,),
+        "weight_hr_l0": (3, 5),
+    }.items():
+        setattr(net, name, nn.Parameter(torch.randn(shape)))
+    refresh(net)
+    assert (net.input_size, net.hidden_size, net.proj_size) == (2, 5, 3)
+    assert net(torch.randn(4, 6, 2))[0].shape == (4, 6, 3)
+
+
+def test_parametrized_layers_follow_the_weights_computed() -> None:
+    net = nn.utils.parametrizations.weight_norm(nn.Linear(4, 6))
+    held = net.parametrizations.weight
+    held.original0 = nn.Parameter(held.original0[:5])
+    held.original1 = nn.Parameter(held.original1[:5])
+    assert derive(net) == {"out_features": 5, "in_features": 4}
 
 
 def test_only_what_no_rule_derives_is_remembered() -> None:

@@ -1,9 +1,12 @@
-"""Ties, relations and fixings -> units and groups."""
+"""Groups of units with equal footprints."""
+
+import time
 
 import numpy as np
 
-from rarefy.graph.groups import group, resolve
-from rarefy.graph.labels import FIXED, Ledger
+from rarefy.graph.groups import group
+from rarefy.graph.labels import Ledger
+from rarefy.graph.resolution import resolve
 
 
 def units_of(ledger: Ledger, tensors: dict) -> list[list[int]]:
@@ -31,77 +34,6 @@ def test_tied_entries_are_one_unit() -> None:
     ]
 
 
-def test_what_is_tied_to_a_fixed_entry_is_fixed_with_its_cause() -> None:
-    ledger = Ledger()
-    a, b = ledger.fresh(2), ledger.fresh(2)
-    ledger.tie(a, b)
-    ledger.fix(b[:1], "node", "a reason")
-    coupling = resolve(ledger)
-    assert coupling.units == 1
-    assert coupling.fixed[coupling.component[a]].tolist() == [True, False]
-    cause = coupling.cause[coupling.component[a[0]]]
-    assert ledger.fixings[cause].reason == "a reason"
-
-
-def test_entries_that_never_had_a_label_fix_without_a_cause() -> None:
-    ledger = Ledger()
-    a = ledger.fresh(2)
-    ledger.tie(a, np.array([FIXED, FIXED]))
-    coupling = resolve(ledger)
-    assert coupling.units == 0
-    assert (coupling.cause[coupling.component[a]] == -1).all()
-
-
-def test_a_fixed_product_fixes_its_factors() -> None:
-    ledger = Ledger()
-    a, b = ledger.fresh(2), ledger.fresh(2)
-    product = ledger.merge([a, b], [2, 2])
-    ledger.fix(product[:1], "node", "a reason")
-    coupling = resolve(ledger)
-    assert coupling.fixed[coupling.component[[a[0], b[0]]]].all()
-    assert not coupling.fixed[coupling.component[[a[1], b[1]]]].any()
-    assert coupling.fixed[coupling.component[product]].tolist() == [True, False, False, False]
-
-
-def test_fixed_factors_fix_their_product() -> None:
-    ledger = Ledger()
-    a, b = ledger.fresh(2), ledger.fresh(2)
-    product = ledger.merge([a, b], [2, 2])
-    ledger.fix(np.concatenate([a, b]), "node", "a reason")
-    coupling = resolve(ledger)
-    assert coupling.fixed[coupling.component[product]].all()
-
-
-def test_tied_products_tie_their_factors() -> None:
-    ledger = Ledger()
-    a, b, c, d = (ledger.fresh(n) for n in (2, 3, 2, 3))
-    ledger.tie(ledger.merge([a, b], [2, 3]), ledger.merge([c, d], [2, 3]))
-    coupling = resolve(ledger)
-    assert (coupling.component[a] == coupling.component[c]).all()
-    assert (coupling.component[b] == coupling.component[d]).all()
-    assert coupling.units == 5
-
-
-def test_products_of_one_relation_that_are_one_entry_tie_their_factors() -> None:
-    ledger = Ledger()
-    a, b = ledger.fresh(2), ledger.fresh(2)
-    product = ledger.merge([a, b], [2, 2])
-    ledger.tie(product[:2], product[2:])
-    coupling = resolve(ledger)
-    assert coupling.component[a[0]] == coupling.component[a[1]]
-
-
-def test_a_product_split_in_two_ways_that_do_not_fit_is_frozen_and_named() -> None:
-    ledger = Ledger()
-    a = ledger.fresh(12)
-    ledger.split(a, (3, 4))
-    ledger.split(a, (2, 6))
-    coupling = resolve(ledger)
-    assert coupling.units == 0
-    causes = {ledger.fixings[c].reason for c in coupling.cause[coupling.component[a]]}
-    assert causes == {"is split in two ways that do not fit each other"}
-
-
 def test_units_with_unequal_footprints_are_in_different_groups() -> None:
     ledger = Ledger()
     a, b = ledger.fresh(3), ledger.fresh(4)
@@ -110,3 +42,42 @@ def test_units_with_unequal_footprints_are_in_different_groups() -> None:
     assert [len(g) for g in found] == [1, 2] or [len(g) for g in found] == [2, 1]
     pair = next(g for g in found if len(g) == 2)
     assert pair.members[1].indices.tolist() == [[0, 1], [2, 3]]
+
+
+def test_units_of_no_tensor_are_in_no_group() -> None:
+    ledger = Ledger()
+    ledger.fresh(5)
+    a = ledger.fresh(2)
+    (found,) = group(resolve(ledger), {("a", 0): a})
+    assert found.units.tolist() == [5, 6]
+
+
+def test_groups_come_in_the_order_of_their_first_tensors() -> None:
+    ledger = Ledger()
+    a, b, c = (ledger.fresh(2) for _ in range(3))
+    found = group(resolve(ledger), {("c.weight", 0): c, ("a.weight", 0): a, ("b.weight", 0): b})
+    assert [g.name for g in found] == ["c", "a", "b"]
+
+
+def test_entries_of_one_unit_are_told_apart_by_their_number() -> None:
+    ledger = Ledger()
+    a = ledger.fresh(4)
+    tensors = {("a", 0): a, ("b", 0): a[[0, 0, 1, 2, 2, 3]], ("c", 0): a[[3, 1, 3, 1]]}
+    found = group(resolve(ledger), tensors)
+    assert [[m.path for m in g.members] for g in found] == [["a", "b", "c"], ["a", "b"]]
+    assert [m.indices.tolist() for m in found[0].members] == [
+        [[1], [3]],
+        [[2], [5]],
+        [[1, 3], [0, 2]],
+    ]
+    assert [m.indices.tolist() for m in found[1].members] == [[[0], [2]], [[0, 1], [3, 4]]]
+
+
+def test_a_hundred_thousand_units_take_seconds_at_most() -> None:
+    ledger = Ledger()
+    layers = [ledger.fresh(1000) for _ in range(100)]
+    tensors = {(f"{n}.weight", d): a for n, a in enumerate(layers) for d in (0, 1)}
+    begin = time.process_time()
+    found = group(resolve(ledger), tensors)
+    assert [len(g) for g in found] == [1000] * 100
+    assert time.process_time() - begin < 2

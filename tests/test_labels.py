@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rarefy.graph.groups import resolve
 from rarefy.graph.labels import Ledger, blocks
+from rarefy.graph.resolution import resolve
 
 SIZES = st.lists(st.integers(1, 4), min_size=1, max_size=4)
 

@@ -36,7 +36,7 @@ OPTIONAL = "onnx onnxruntime onnxscript sklearn transformers timm accelerate tor
 GRAPH = (
     "program allowed serialize labels flow editor rules zeros ops groups capture trace count"
 ).split()
-PRUNING = "criteria attributes select surgery masks proof repair prune".split()
+PRUNING = "criteria attributes plan provenance sizes select surgery masks reference proof repair prune".split()
 
 
 def imports(file: Path) -> set[str]:

@@ -10,9 +10,10 @@ from torch import nn
 from rarefy.batches import evaluating
 from rarefy.errors import InputError, ProofError
 from rarefy.graph.trace import trace
+from rarefy.pruning.plan import Plan
 from rarefy.pruning.proof import masked, prove
-from rarefy.pruning.select import Plan
-from rarefy.pruning.surgery import cut
+from rarefy.pruning.reference import over_survivors
+from rarefy.pruning.surgery import cut, rewrite
 
 torch.set_num_threads(1)
 X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -241,3 +242,222 @@ def test_outputs_that_are_no_numbers_are_refused() -> None:
     plan = Plan.of(network, np.arange(network.coupling.units) == 1)
     with pytest.raises(InputError, match="no numbers"):
         prove(net, X, network, plan, lambda m, p: cut(m, network, p))
+
+
+# --- normalization: the reference over survivors ------------------------------------------------
+
+SEQUENCE = torch.randn(3, 7, 5, generator=torch.Generator().manual_seed(0))
+
+
+class Normalized(nn.Module):
+    """A residual stream of width 9 with layer norms, one of them without weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.embed, self.norm = nn.Linear(5, 9), nn.LayerNorm(9)
+            self.up, self.down = nn.Linear(9, 12), nn.Linear(12, 9)
+            self.last, self.head = nn.LayerNorm(9, elementwise_affine=False), nn.Linear(9, 2)
+            nn.init.normal_(self.norm.weight)
+            nn.init.normal_(self.norm.bias)
+        self.eval()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.embed(x)
+        x = x + self.down(torch.relu(self.up(self.norm(x))))
+        return self.head(self.last(x))
+
+
+def third(network) -> Plan:
+    removed = np.zeros(network.coupling.units, bool)
+    for group in network.groups:
+        removed[group.units[1::3]] = True
+    return Plan.of(network, removed)
+
+
+def normalized():
+    net = Normalized()
+    network = trace(net, SEQUENCE)
+    return net, network, third(network)
+
+
+def test_a_right_surgery_passes_over_survivors() -> None:
+    net, network, plan = normalized()
+    assert prove(net, SEQUENCE, network, plan, lambda m, p: cut(m, network, p)) < 1e-10
+    assert prove(net, SEQUENCE, network, plan, lambda m, p: rewrite(m, network, p)) < 1e-10
+
+
+def one_index(path: str, dim: int):
+    """One surviving entry is exchanged for one that should have gone."""
+
+    def spoil(small: nn.Module, whole: nn.Module) -> None:
+        tensor, other = small.get_parameter(path), whole.get_parameter(path)
+        first = tensor.select(dim, 0)
+        with torch.no_grad():
+            first.copy_(other.select(dim, 1)[tuple(map(slice, first.shape))])
+
+    return spoil
+
+
+WRONG = [
+    ("embed.weight", 0),
+    ("embed.bias", 0),
+    ("norm.weight", 0),
+    ("norm.bias", 0),
+    ("up.weight", 0),
+    ("up.weight", 1),
+    ("up.bias", 0),
+    ("down.weight", 0),
+    ("down.weight", 1),
+    ("down.bias", 0),
+    ("head.weight", 1),
+]
+
+
+@pytest.mark.parametrize(("path", "dim"), WRONG)
+def test_one_wrong_index_is_caught_over_survivors(path, dim) -> None:
+    net, network, plan = normalized()
+
+    def build(model: nn.Module, plan: Plan) -> nn.Module:
+        small = cut(model, network, plan)
+        one_index(path, dim)(small, model)
+        return small
+
+    with pytest.raises(ProofError, match="differs from masking"):
+        prove(net, SEQUENCE, network, plan, build)
+
+
+def test_plain_zeroing_is_not_the_reference_of_a_layer_norm() -> None:
+    """Statistics over zeros are others than those over what remains."""
+    net, network, plan = normalized()
+    with torch.no_grad():
+        over = over_survivors(net, network, plan)(SEQUENCE)
+        assert not torch.allclose(masked(net, network, plan)(SEQUENCE), over, atol=1e-2)
+        assert torch.allclose(cut(net, network, plan)(SEQUENCE), over, atol=1e-5)
+
+
+def test_the_reference_over_survivors_is_that_of_numpy() -> None:
+    """Full width, entries that go set to zero, statistics of the others: by hand."""
+    net, network, plan = normalized()
+    net, x = net.double(), SEQUENCE.double()
+    gone = {m.path: m.indices[1::3].ravel() for m in network.groups[0].members if m.dim == 0}
+    stays = np.setdiff1d(np.arange(9), gone["embed.weight"])
+    assert len(stays) == 6
+    state = {key: value.numpy().copy() for key, value in net.state_dict().items()}
+    hidden = np.arange(12) % 3 == 1
+
+    def norm(x: np.ndarray) -> np.ndarray:
+        found = np.zeros_like(x)
+        kept = x[..., stays]
+        spread = ((kept - kept.mean(-1, keepdims=True)) ** 2).mean(-1, keepdims=True)
+        found[..., stays] = (kept - kept.mean(-1, keepdims=True)) / np.sqrt(spread + 1e-5)
+        return found
+
+    def linear(path: str, x: np.ndarray) -> np.ndarray:
+        return x @ state[f"{path}.weight"].T + state[f"{path}.bias"]
+
+    stream = linear("embed", x.numpy())
+    shift = state["norm.bias"] * np.isin(np.arange(9), stays)
+    inner = linear("up", norm(stream) * state["norm.weight"] + shift)
+    stream = stream + linear("down", np.maximum(inner, 0) * ~hidden)
+    expected = linear("head", norm(stream))
+    with torch.no_grad():
+        found = over_survivors(net, network, plan)(x).numpy()
+    assert np.abs(found - expected).max() < 1e-12
+
+
+def test_a_capture_that_is_not_the_network_proves_nothing() -> None:
+    class Exporting(Normalized):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(2 * x if torch.compiler.is_exporting() else x)
+
+    net = Exporting()
+    network = trace(net, SEQUENCE)
+    with pytest.raises(ProofError, match="the captured graph differs from the network"):
+        prove(net, SEQUENCE, network, third(network), lambda m, p: cut(m, network, p))
+
+
+@pytest.mark.parametrize("batch", [1, 2, 3])
+def test_a_capture_for_one_batch_size_is_proven_on_that(batch) -> None:
+    class Fixed(Normalized):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.stack([super(Fixed, self).forward(row) for row in x])
+
+    net, x = Fixed(), SEQUENCE[:batch]
+    network = trace(net, x)
+    plan = third(network)
+    assert prove(net, x, network, plan, lambda m, p: cut(m, network, p)) < 1e-10
+    assert prove(net, x, network, plan, lambda m, p: rewrite(m, network, p)) < 1e-10
+
+
+def test_a_cast_to_float32_is_proven_in_float32() -> None:
+    class Cast(Normalized):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x.to(self.embed.weight.dtype).to(torch.float32))
+
+    net = Cast()
+    network = trace(net, SEQUENCE)
+    error = prove(net, SEQUENCE, network, third(network), lambda m, p: cut(m, network, p))
+    assert error < 1e-3
+
+
+def test_several_outputs_are_compared_over_survivors() -> None:
+    class Several(Normalized):
+        def forward(self, x: torch.Tensor) -> dict[str, object]:
+            y = super().forward(x)
+            return {"logits": y, "parts": (y.mean(1), [x.sum()])}
+
+    net = Several()
+    network = trace(net, SEQUENCE)
+    plan = third(network)
+    assert prove(net, SEQUENCE, network, plan, lambda m, p: cut(m, network, p)) < 1e-10
+    assert prove(net, SEQUENCE, network, plan, lambda m, p: rewrite(m, network, p)) < 1e-10
+
+
+def test_a_normalized_network_that_is_not_deterministic_is_refused() -> None:
+    class Noisy(Normalized):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x) + torch.rand(1)
+
+    net = Noisy()
+    network = trace(net, SEQUENCE)
+    with pytest.raises(InputError, match="deterministic"):
+        prove(net, SEQUENCE, network, third(network), lambda m, p: cut(m, network, p))
+
+
+def test_buffers_are_masked_whether_a_state_dict_holds_them_or_not() -> None:
+    class Scaled(Normalized):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("scale", torch.rand(9) + 0.5, persistent=False)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.head(self.last(self.embed(x) * self.scale))
+
+    net = Scaled()
+    network = trace(net, SEQUENCE)
+    plan = third(network)
+    reference = over_survivors(net, network, plan)
+    assert (reference.tensor("scale") == 0).sum() == 3
+    assert prove(net, SEQUENCE, network, plan, lambda m, p: cut(m, network, p)) < 1e-10
+    assert prove(net, SEQUENCE, network, plan, lambda m, p: rewrite(m, network, p)) < 1e-10
+
+
+def test_a_variance_over_one_entry_that_remains_is_named() -> None:
+    class Standardized(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.head = nn.Linear(5, 4), nn.Linear(4, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.up(x)
+            return self.head(x / (x.std(-1, keepdim=True) + 1))
+
+    net = Standardized().eval()
+    network = trace(net, SEQUENCE)
+    plan = Plan.of(network, np.arange(network.coupling.units) > 0)
+    with pytest.raises(ProofError, match="min_keep=2"):
+        prove(net, SEQUENCE, network, plan, lambda m, p: cut(m, network, p))
+    plan = Plan.of(network, np.arange(network.coupling.units) > 1)
+    assert prove(net, SEQUENCE, network, plan, lambda m, p: cut(m, network, p)) < 1e-10

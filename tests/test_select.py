@@ -13,7 +13,8 @@ from torch import nn
 from rarefy.errors import BudgetError, InputError
 from rarefy.graph.count import count
 from rarefy.graph.trace import trace
-from rarefy.pruning.select import Plan, select
+from rarefy.pruning.plan import Plan
+from rarefy.pruning.select import select
 from rarefy.pruning.surgery import cut
 from rarefy.types import Budget
 

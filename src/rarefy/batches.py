@@ -7,14 +7,18 @@ of one, or a mapping. A mapping with the key ``"labels"`` is labelled. Inputs ar
 
 from __future__ import annotations
 
+import copy
 import random
+from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from rarefy.errors import DataError, InputError
 from rarefy.types import Batch, Data, Inputs
@@ -93,18 +97,24 @@ def logits(outputs: Any) -> Tensor:
 
 
 def map_tensors(function: Callable[[Tensor], Tensor], inputs: Any) -> Any:
-    """Apply ``function`` to every tensor of nested tuples, lists and mappings."""
+    """Apply ``function`` to every tensor of nested tuples, lists, mappings and dataclasses."""
     if isinstance(inputs, Tensor):
         return function(inputs)
+    if is_dataclass(inputs) and not isinstance(inputs, type):
+        given = {f.name: getattr(inputs, f.name) for f in fields(inputs) if f.init}
+        return type(inputs)(**map_tensors(function, given))
     if isinstance(inputs, Mapping):
         return {k: map_tensors(function, v) for k, v in inputs.items()}
     if isinstance(inputs, tuple | list):
-        return tuple(map_tensors(function, v) for v in inputs)
+        values = [map_tensors(function, v) for v in inputs]
+        if isinstance(inputs, list):
+            return values
+        return type(inputs)(*values) if hasattr(inputs, "_fields") else tuple(values)
     return inputs
 
 
 def tensors(inputs: Any) -> list[Tensor]:
-    """All tensors of nested tuples, lists and mappings, in order."""
+    """All tensors of nested tuples, lists, mappings and dataclasses, in order."""
     found: list[Tensor] = []
 
     def note(tensor: Tensor) -> Tensor:
@@ -129,7 +139,24 @@ def batch_size(inputs: Inputs) -> int:
 
 def take(inputs: Inputs, n: int) -> Inputs:
     """The first ``n`` examples of a batch."""
-    return map_tensors(lambda t: t[:n] if t.ndim else t, inputs)  # type: ignore[no-any-return]
+
+    def first(tensor: Tensor) -> Tensor:
+        if tensor.layout is torch.sparse_coo:  # has no slices
+            return tensor.index_select(0, torch.arange(min(n, len(tensor)), device=tensor.device))
+        return tensor[:n] if tensor.ndim else tensor
+
+    return map_tensors(first, inputs)  # type: ignore[no-any-return]
+
+
+def doubled(inputs: Inputs) -> Inputs:
+    """The inputs with every tensor of batch size 1 twice; others, such as masks, as they are."""
+    twice: Inputs = map_tensors(lambda t: torch.cat([t, t]) if is_single(t) else t, inputs)
+    return twice
+
+
+def is_single(tensor: Tensor) -> bool:
+    """Whether a tensor holds one example."""
+    return bool(tensor.ndim) and tensor.shape[0] == 1
 
 
 def batches(data: Data, where: str) -> Iterator[tuple[Inputs, Tensor | None]]:
@@ -182,6 +209,42 @@ def evaluating(*models: nn.Module) -> Iterator[None]:
     finally:
         for module, flag in flags:
             module.training = flag
+
+
+@contextmanager
+def unchanged(model: nn.Module, *, values: bool = True) -> Iterator[None]:
+    """Whatever forward does to the attributes and buffers of its modules is undone after.
+
+    Args:
+        model: the network.
+        values: whether the numbers in its buffers are kept, too, of which a copy is held.
+    """
+    held: dict[int, tuple[Any, Any]] = {}
+    for module in model.modules():
+        _hold(module.__dict__, held)
+    numbers = [(b, b.detach().clone()) for b in model.buffers() if values and not is_lazy(b)]
+    try:
+        yield
+    finally:
+        for container, before in held.values():
+            container.clear()
+            (container.extend if isinstance(container, list) else container.update)(before)
+        for buffer, value in numbers:
+            if buffer.shape == value.shape:
+                buffer.data.copy_(value)
+            else:  # observers of quantization resize theirs
+                buffer.data = value
+
+
+def _hold(value: Any, held: dict[int, tuple[Any, Any]]) -> None:
+    """Note what is in a container, and in those within: caches are filled in place."""
+    if type(value) in _CONTAINERS and id(value) not in held:
+        held[id(value)] = (value, copy.copy(value))
+        for item in value.values() if isinstance(value, dict) else value:
+            _hold(item, held)
+
+
+_CONTAINERS = (dict, OrderedDict, defaultdict, list, set)
 
 
 @contextmanager

@@ -29,10 +29,11 @@ isposinf isreal le leaky_relu lerp less less_equal lgamma log log10 log1p log2 l
 logaddexp logaddexp2 logical_and logical_not logical_or logical_xor logit lt masked_fill maximum
 minimum mish mul multiply nan_to_num ne neg negative nextafter not_equal polygamma positive pow
 prelu rad2deg real reciprocal relu relu6 remainder round rrelu rsqrt rsub selu sgn sigmoid sign
-signbit silu sin sinc sinh softplus softshrink special_entr special_erf special_erfc special_erfcx
+signbit silu sin sinc sinh softplus softshrink special_digamma special_entr special_erf special_erfc special_erfcx
 special_erfinv special_exp2 special_expit special_expm1 special_gammaln special_i0e special_i1
 special_log1p special_log_ndtr special_logit special_ndtr special_ndtri special_round special_sinc
-special_xlog1py sqrt square sub subtract tan tanh threshold true_divide trunc where xlogy
+special_multigammaln special_polygamma special_psi
+special_xlogy special_xlog1py sqrt square sub subtract tan tanh threshold true_divide trunc where xlogy
 __and__ __or__ __xor__ __lshift__ __rshift__ fake_quantize_per_tensor_affine
 fake_quantize_per_channel_affine fake_quantize_per_tensor_affine_cachemask
 fake_quantize_per_channel_affine_cachemask
@@ -40,22 +41,22 @@ fake_quantize_per_channel_affine_cachemask
 
 _REDUCTIONS = """
 all amax amin aminmax any argmax argmin argsort bincount count_nonzero cummax cummin cumprod
-cumsum diff dist equal frobenius_norm histc linalg_matrix_norm linalg_norm linalg_vector_norm
-log_softmax logcumsumexp logsumexp max mean median min mode msort nanmean nanmedian nanquantile
-nansum nonzero norm prod quantile softmax sort special_log_softmax special_logsumexp
-special_softmax std std_mean sum topk trapezoid unique_consecutive unique_dim var var_mean
-_log_softmax _softmax
+cumsum diff dist equal frobenius_norm histc kthvalue linalg_matrix_norm linalg_norm
+linalg_vector_norm log_softmax logcumsumexp logsumexp max mean median min mode msort nanmean
+nanmedian nanquantile nansum nonzero norm prod quantile softmax sort special_log_softmax
+special_logsumexp special_softmax std std_mean sum topk trapezoid unique_consecutive unique_dim
+var var_mean _log_softmax _softmax
 """
 
 _CONTRACTIONS = """
 addbmm addmm addmv addr baddbmm bilinear bmm cdist chain_matmul conv1d conv2d conv3d
 conv_transpose1d conv_transpose2d conv_transpose3d convolution cosine_similarity cross dot einsum
-inner kron linalg_cross linalg_det linalg_eigh linalg_inv linalg_matmul linalg_matrix_power
+ger inner kron linalg_cross linalg_det linalg_eigh linalg_inv linalg_matmul linalg_matrix_power
 linalg_multi_dot linalg_pinv linalg_qr linalg_slogdet linalg_solve linalg_svd linalg_vecdot linear
 matmul matrix_power mm mv outer pairwise_distance scaled_dot_product_attention tensordot vdot
 gru lstm rnn_relu rnn_tanh gru_cell lstm_cell rnn_relu_cell rnn_tanh_cell embedding embedding_bag
-_convolution_mode fft_fft fft_fft2 fft_fftn fft_fftshift fft_ifft fft_ifft2 fft_ifftn
-fft_ifftshift fft_irfft fft_irfft2 fft_irfftn fft_rfft fft_rfft2 fft_rfftn fft_fftfreq
+_convolution_mode fft_fft fft_fft2 fft_fftn fft_fftshift fft_hfft fft_ifft fft_ifft2 fft_ifftn
+fft_ifftshift fft_ihfft fft_irfft fft_irfft2 fft_irfftn fft_rfft fft_rfft2 fft_rfftn fft_fftfreq
 fft_rfftfreq stft istft
 """
 
@@ -94,7 +95,7 @@ squeeze_copy stack swapaxes swapdims t t_copy take take_along_dim tensor_split t
 transpose_copy tril triu unbind unflatten unfold unsafe_chunk unsafe_split
 unsafe_split_with_sizes unsqueeze unsqueeze_copy view view_as view_as_complex view_as_real
 view_copy vsplit vstack zero zeros zeros_like _reshape_alias_copy _unsafe_view _to_copy to type_as
-arange bucketize eye hann_window hamming_window linspace logspace scalar_tensor tril_indices
+arange bartlett_window blackman_window bucketize eye kaiser_window mH row_stack hann_window hamming_window linspace logspace scalar_tensor tril_indices
 triu_indices bernoulli multinomial normal rand rand_like randint randint_like randn randn_like
 randperm polar complex trapz vander
 """

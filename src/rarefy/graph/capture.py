@@ -2,35 +2,42 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
+import io
 import linecache
-import re
+import logging
+import sys
 import warnings
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, redirect_stderr, suppress
+from dataclasses import dataclass
+from functools import lru_cache, partial, wraps
+from pathlib import Path
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
+from torch.fx.experimental.symbolic_shapes import free_symbols
+from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
-from rarefy.batches import arguments, call, evaluating, map_tensors, tensors
-from rarefy.errors import CaptureError, InputError, first_line
-from rarefy.graph.program import (
-    SCALAR_OPS,
-    Graph,
-    GraphModel,
-    Node,
-    Ref,
-    Spec,
-    Value,
-    is_known,
-    schema,
-    shares_memory,
-    substitute,
-    writes,
+from rarefy.batches import (
+    arguments,
+    call,
+    doubled,
+    evaluating,
+    is_single,
+    map_tensors,
+    seeded,
+    tensors,
+    unchanged,
 )
+from rarefy.errors import CaptureError, InputError, first_line
+from rarefy.graph.convert import constants, convert, read_once
+from rarefy.graph.convert import source_line as source_line
+from rarefy.graph.program import Graph, GraphModel, Node, Spec, is_known
 from rarefy.types import Inputs
 
 
@@ -50,8 +57,9 @@ class Capture:
 def capture(model: nn.Module, example_inputs: Inputs) -> Capture:
     """Capture what ``model`` computes on inputs like ``example_inputs``, in eval mode.
 
-    The model is left as it was: training flags, buffers and gradients are untouched. Inputs of
-    batch size 1 are doubled first, since a dimension of size 1 would be taken for a constant.
+    Nothing is computed: sizes and dtypes alone go through the network, which may be on the meta
+    device. The model is left as it was: training flags, buffers, attributes and gradients. Inputs
+    of batch size 1 are doubled first, since a dimension of size 1 would be taken for a constant.
 
     Args:
         model: any module.
@@ -63,44 +71,23 @@ def capture(model: nn.Module, example_inputs: Inputs) -> Capture:
     """
     if isinstance(model, GraphModel):
         return Capture(model.graph, {})
+    _check_model(model)
     _check_inputs(example_inputs)
-    inputs = _widen(example_inputs)
-    args, kwargs = arguments(inputs)
-    buffers = {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
-    with evaluating(model), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        _check_runs(model, inputs)
-        program = _export(model, args, kwargs)
-    for name, buffer in model.named_buffers():
-        if buffer.shape == buffers[name].shape:
-            buffer.data.copy_(buffers[name])
-    graph = _read_once(_convert(program), model)
-    return Capture(graph, dict(_constants(program)))
-
-
-def _check_inputs(inputs: Inputs) -> None:
-    if not isinstance(inputs, Tensor | tuple | list | Mapping):
-        raise InputError(
-            "example_inputs",
-            f"they are a {type(inputs).__name__}",
-            "Give a tensor, a tuple of arguments or a mapping of keyword arguments",
-        )
-    if any(tensor.ndim and not len(tensor) for tensor in tensors(inputs)):
-        raise InputError("example_inputs", "they hold no example", "Give at least one example")
-
-
-def _check_runs(model: nn.Module, inputs: Inputs) -> None:
-    """Run the network as it is: its own error says more than that of the export."""
-    try:
-        call(model, map_tensors(torch.clone, inputs))
-    except Exception as error:
-        shapes = ", ".join(f"{t.dtype} {tuple(t.shape)}" for t in tensors(inputs))
-        raise InputError(
-            "example_inputs",
-            f"{type(model).__name__} does not run on them ({shapes.replace('torch.', '')}): "
-            f"{first_line(error)}{_user_line(error)}",
-            "Give inputs of the shapes and dtypes that its forward takes",
-        ) from error
+    with ExitStack() as stack:
+        for context in (
+            unchanged(model, values=False),
+            _functions_forget(model),
+            _plain_attention(model),
+            _quiet(),
+            seeded(0),
+            evaluating(model),
+        ):
+            stack.enter_context(context)
+        program = _program(model, example_inputs)
+    graph = convert(program)
+    if any(_mixes_dtypes(graph, node) for node in graph.calls):
+        check_runs(model, example_inputs)
+    return Capture(read_once(graph, model), constants(program))
 
 
 def graph_model(model: nn.Module, captured: Capture) -> GraphModel:
@@ -119,7 +106,7 @@ def graph_model(model: nn.Module, captured: Capture) -> GraphModel:
             )
     paths = captured.graph.tensor_paths
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    buffers = dict(model.named_buffers(remove_duplicate=False)) | dict(captured.constants)
+    buffers = dict(captured.constants) | dict(model.named_buffers(remove_duplicate=False))
     return GraphModel(
         captured.graph,
         {path: tensor for path, tensor in parameters.items() if path in paths},
@@ -127,28 +114,231 @@ def graph_model(model: nn.Module, captured: Capture) -> GraphModel:
     )
 
 
-def _widen(inputs: Inputs) -> Inputs:
-    sizes = {t.shape[0] for t in pytree.tree_leaves(inputs) if isinstance(t, Tensor) and t.ndim}
-    if sizes != {1}:
-        return inputs
-    return map_tensors(lambda t: torch.cat([t, t]) if t.ndim else t, inputs)  # type: ignore[no-any-return]
+# --- what can be captured ----------------------------------------------------------------------
 
 
-def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ExportedProgram:
-    errors: list[BaseException] = []
-    for dynamic in (True, False):
+def _check_model(model: nn.Module) -> None:
+    """Refuse what is no plain module, with the way to one."""
+    try:
+        with evaluating(model):
+            pass
+    except NotImplementedError as error:
+        raise InputError(
+            type(model).__name__,
+            "it cannot be set to eval mode",
+            "Give the network as it was before torch.export",
+        ) from error
+    for path, module in model.named_modules():
+        where = f"{type(model).__name__}{'.' if path else ''}{path}"
+        if isinstance(module, torch.jit.ScriptModule):
+            raise InputError(
+                where,
+                "it is a TorchScript module, whose Python code is gone",
+                "Give the network as it was before torch.jit.script or torch.jit.trace",
+            )
+        if "_orig_mod" in module._modules:
+            raise InputError(
+                where,
+                "it was made by torch.compile",
+                "Give the network as it was before (its attribute _orig_mod), and compile the "
+                "result",
+            )
+    for path, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if is_lazy(tensor):
+            raise InputError(
+                f"parameter {path}",
+                "it is lazy: its shape is not known yet",
+                "Run the network once on an example, or load a checkpoint into it",
+            )
+
+
+def _check_inputs(inputs: Inputs) -> None:
+    if not isinstance(inputs, Tensor | tuple | list | Mapping):
+        raise InputError(
+            "example_inputs",
+            f"they are a {type(inputs).__name__}",
+            "Give a tensor, a tuple of arguments or a mapping of keyword arguments",
+        )
+    if any(tensor.ndim and not len(tensor) for tensor in tensors(inputs)):
+        raise InputError("example_inputs", "they hold no example", "Give at least one example")
+
+
+def check_runs(model: nn.Module, inputs: Inputs) -> Any:
+    """Run the network as it is, in eval mode, and return its outputs.
+
+    Raises:
+        InputError: it does not run; the message tells its own error and line.
+    """
+    try:
+        with unchanged(model), seeded(0), evaluating(model):
+            return call(model, map_tensors(torch.clone, inputs))
+    except Exception as error:
+        given = ", ".join(map(_described, tensors(inputs))) or "no tensor"
+        raise InputError(
+            "example_inputs",
+            f"{type(model).__name__} does not run on them ({given}): "
+            f"{first_line(error)}{_user_line(error)}",
+            "Give inputs of the shapes, dtypes and device that its forward takes",
+        ) from error
+
+
+_CONTRACTIONS = frozenset("linear matmul mm bmm addmm baddbmm conv1d conv2d conv3d einsum".split())
+
+
+def _mixes_dtypes(graph: Graph, node: Node) -> bool:
+    """Whether a contraction has operands of two dtypes, which only real tensors refuse."""
+    values = [graph.by_name[name].value for name in node.inputs]
+    dtypes = {value.dtype for value in values if isinstance(value, Spec)}
+    return node.kind in _CONTRACTIONS and len(dtypes) > 1
+
+
+def _described(tensor: Tensor) -> str:
+    place = "" if tensor.device.type == "cpu" else f" on {tensor.device}"
+    return f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}{place}"
+
+
+@contextmanager
+def _plain_attention(model: nn.Module) -> Iterator[None]:
+    """``nn.TransformerEncoder`` and the like as the operators that they consist of.
+
+    Their fast path is one operator that nobody can look into, and they look into the values of
+    their mask for a hint that changes no result.
+    """
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    hooks = [
+        module.register_forward_pre_hook(partial(_without_hint, hint=hint), with_kwargs=True)
+        for module in model.modules()
+        for kind, hint in _HINTS.items()
+        if isinstance(module, kind)
+    ]
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+        for hook in hooks:
+            hook.remove()
+
+
+_HINTS = {nn.TransformerEncoder: "is_causal", nn.TransformerDecoder: "tgt_is_causal"}
+
+
+def _without_hint(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], hint: str
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    bound = inspect.signature(module.forward).bind(*args, **kwargs)
+    bound.arguments[hint] = bool(bound.arguments.get(hint))
+    return bound.args, bound.kwargs
+
+
+@contextmanager
+def _functions_forget(model: nn.Module) -> Iterator[None]:
+    """Functions with ``lru_cache`` forget what they computed of tensors that hold no values."""
+    classes = {type(module) for module in model.modules()}
+    spaces: list[Mapping[str, Any]] = [vars(kind) for kind in classes]
+    modules = {sys.modules.get(kind.__module__) for kind in classes}
+    spaces += [vars(module) for module in modules if module is not None]
+    found = [f for space in spaces for f in space.values() if isinstance(f, _Cached)]
+    misses = [f.cache_info().misses for f in found]
+    try:
+        yield
+    finally:
+        for function, before in zip(found, misses, strict=True):
+            if function.cache_info().misses > before:
+                function.cache_clear()
+
+
+_Cached = type(lru_cache(lambda: None))
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No warnings and log lines of torch; what else is written to stderr passes on success."""
+    level, written = logging.root.manager.disable, io.StringIO()
+    logging.disable(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings(), redirect_stderr(written):
+            warnings.simplefilter("ignore")
+            yield
+        sys.stderr.write(written.getvalue())
+    finally:
+        logging.disable(level)
+
+
+# --- routes ------------------------------------------------------------------------------------
+
+
+def _program(model: nn.Module, inputs: Inputs) -> ExportedProgram:
+    """The exported network, by the first route that holds for the inputs.
+
+    Every route writes down what forward computes for all values of inputs of these shapes: a
+    decision that depends on values stops it.
+    """
+    if any(map(is_single, tensors(inputs))):
+        with suppress(Exception):  # what is wrong is told by the inputs as they are
+            program = _free(model, doubled(inputs))
+            if _holds_for(program, inputs):
+                return program
+    found = _first(model, inputs, (_free, _fixed))
+    if isinstance(found, ExportedProgram):
+        return found
+    outputs = check_runs(model, inputs)
+    changed = _register((inputs, outputs)) | _leave_out_caches(model, outputs)
+    again = _first(model, inputs, (_free, _fixed, _bytecode) if changed else (_bytecode,))
+    if isinstance(again, ExportedProgram):
+        return again
+    raise _failure(model, found) from found
+
+
+def _first(
+    model: nn.Module, inputs: Inputs, routes: Sequence[Route]
+) -> ExportedProgram | Exception:
+    """The program of the first route that works, or the error of the first that does not."""
+    errors: list[Exception] = []
+    for route in routes:
         try:
-            spec = _free_batch(model, args, kwargs) if dynamic else None
-            return torch.export.export(model, args, kwargs, dynamic_shapes=spec, strict=False)
+            return route(model, inputs)
         except Exception as error:  # noqa: BLE001 - export runs the user's code: anything may arise
             errors.append(error)
-    last = errors[-1]
-    raise CaptureError(
-        f"capture of {type(model).__name__}",
-        f"torch.export cannot follow its forward: {first_line(last)}{_user_line(last)}",
-        "Check that the model runs on the example inputs; replace Python decisions on tensor "
-        "values by torch.where, or move them out of forward",
-    ) from last
+    return errors[0]
+
+
+def _free(model: nn.Module, inputs: Inputs) -> ExportedProgram:
+    """Run forward on sizes alone; the first dimension of every tensor is free."""
+    args, kwargs = arguments(inputs)
+    spec = _free_batch(model, args, kwargs)
+    return torch.export.export(model, args, kwargs, dynamic_shapes=spec, strict=False)
+
+
+def _fixed(model: nn.Module, inputs: Inputs) -> ExportedProgram:
+    """Run forward on sizes alone, which are those of the inputs."""
+    return torch.export.export(model, *arguments(inputs), strict=False)
+
+
+def _bytecode(model: nn.Module, inputs: Inputs) -> ExportedProgram:
+    """Follow the bytecode of forward, which carries NumPy and ``float(tensor)`` too."""
+    return torch.export.export(model, *arguments(inputs), strict=True)
+
+
+Route: TypeAlias = Callable[[nn.Module, Inputs], ExportedProgram]
+
+
+def _holds_for(program: ExportedProgram, inputs: Inputs) -> bool:
+    """Whether what was captured on doubled inputs holds for these: what was doubled is free."""
+    signature = program.graph_signature
+    values = {n.name: n.meta.get("val") for n in program.graph.nodes if n.op == "placeholder"}
+    doubled: set[Any] = set()
+    others: set[Any] = set()
+    for leaf, name in zip(
+        pytree.tree_leaves(arguments(inputs)), signature.user_inputs, strict=True
+    ):
+        value = values.get(str(name))
+        if isinstance(leaf, Tensor) and isinstance(value, Tensor):
+            free = {s for size in value.shape for s in free_symbols(size)}
+            if is_single(leaf) and not free:
+                return False
+            (doubled if is_single(leaf) else others).update(free)
+    return not doubled & others
 
 
 def _free_batch(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -161,213 +351,84 @@ def _free_batch(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
     return {name: pytree.tree_map(batch, value) for name, value in bound.items()}
 
 
+def _register(values: Any) -> bool:
+    """Make dataclasses among nested values known to pytree, which keeps their structure."""
+    found = False
+    for leaf in pytree.tree_leaves(values):
+        kind = type(leaf)
+        if dataclasses.is_dataclass(kind) and kind not in pytree.SUPPORTED_NODES:
+            name = f"{kind.__module__}.{kind.__qualname__}"
+            with suppress(ValueError):  # its fields cannot be told from outside
+                torch.export.register_dataclass(kind, serialized_type_name=name)
+                found = True
+                _register(leaf)
+    return found
+
+
+def _leave_out_caches(model: nn.Module, outputs: Any) -> bool:
+    """Let forward return no key-value cache, until the model is put back as it was.
+
+    A cache is for the network's own next call: its width follows that of the layers that fill it,
+    which an output of the network must not.
+    """
+    if not any(map(_is_cache, pytree.tree_leaves(outputs))):
+        return False
+    forward = model.forward
+
+    @wraps(forward)
+    def without(*args: Any, **kwargs: Any) -> Any:
+        returned = forward(*args, **kwargs)
+        return pytree.tree_map(lambda leaf: None if _is_cache(leaf) else leaf, returned)
+
+    model.forward = without
+    return True
+
+
+def _is_cache(leaf: Any) -> bool:
+    names = {f"{kind.__module__}.{kind.__name__}" for kind in type(leaf).__mro__}
+    return "transformers.cache_utils.Cache" in names
+
+
+def _failure(model: nn.Module, error: Exception) -> CaptureError:
+    text = str(error)
+    _, what, remedy = next(cause for cause in _CAUSES if cause[0] in text)
+    return CaptureError(
+        f"capture of {type(model).__name__}",
+        f"{what}: {first_line(error)}{_user_line(error)}",
+        remedy,
+    )
+
+
+_CAUSES = (
+    (
+        "data-dependent",
+        "its forward decides by the values of tensors, so one graph cannot stand for it",
+        "Replace Python decisions on tensor values (if, while, range, int) by torch.where, or move "
+        "them out of forward",
+    ),
+    (
+        "not a known type",
+        "its forward returns an object that torch.export cannot take apart",
+        "Return tensors, tuples, lists, dictionaries or dataclasses",
+    ),
+    (
+        "",
+        "torch.export cannot follow its forward",
+        "Change that line, or move it out of forward: the network must compute with PyTorch alone",
+    ),
+)
+"""Words of torch's message, what they mean, and what to do; the last row is for all others."""
+
+_OWN = (str(Path(torch.__file__).parent), str(Path(__file__).parents[1]))
+
+
 def _user_line(error: BaseException) -> str:
-    """The deepest line outside of torch that the error came through."""
+    """The deepest line outside of torch and rarefy that the error came through."""
     found, trace = "", error.__traceback__
     while trace is not None:
         name = trace.tb_frame.f_code.co_filename
-        if "/torch/" not in name and "/rarefy/" not in name and not name.startswith("<"):
+        if not name.startswith((*_OWN, "<")):
             line = linecache.getline(name, trace.tb_lineno).strip()
             found = f" (at {name}:{trace.tb_lineno}: {line})"
         trace = trace.tb_next
     return found
-
-
-# --- torch.fx graph -> Graph -------------------------------------------------------------------
-
-
-def _constants(program: ExportedProgram) -> Iterable[tuple[str, Tensor]]:
-    for path, value in program.constants.items():
-        if isinstance(value, Tensor):
-            yield path, value.detach().clone()
-    for path in program.graph_signature.non_persistent_buffers:
-        value = program.constants.get(path)
-        if isinstance(value, Tensor):
-            yield path, value.detach().clone()
-
-
-def _convert(program: ExportedProgram) -> Graph:
-    signature = program.graph_signature
-    paths = {
-        **signature.inputs_to_parameters,
-        **signature.inputs_to_buffers,
-        **signature.inputs_to_lifted_tensor_constants,
-    }
-    nodes: list[Node] = []
-    for fx_node in program.graph.nodes:
-        if fx_node.op == "placeholder":
-            path = paths.get(fx_node.name)
-            if path is None:
-                nodes.append(Node(fx_node.name, "input", value=_value(fx_node.meta.get("val"))))
-            elif fx_node.users:
-                value = _value(fx_node.meta.get("val"))
-                nodes.append(Node(fx_node.name, "tensor", (path,), value=value))
-        elif fx_node.op == "call_function":
-            nodes.append(_call(fx_node))
-        elif fx_node.op == "output":
-            outputs = _user_outputs(program, fx_node)
-            nodes.append(Node("output", "output", (outputs,)))
-        else:
-            raise CaptureError(
-                f"node {fx_node.name}",
-                f"the captured graph holds a nested graph ({fx_node.target})",
-                "Replace control-flow operators (torch.cond, torch.map), autocast and "
-                "enable_grad blocks in forward by plain code",
-            )
-    spec = program.call_spec
-    graph = Graph(
-        tuple(nodes), pytree.treespec_dumps(spec.in_spec), pytree.treespec_dumps(spec.out_spec)
-    )
-    return _without_dead_code(_out_of_place(graph))
-
-
-def _user_outputs(program: ExportedProgram, fx_node: torch.fx.Node) -> list[Any]:
-    """The outputs that ``forward`` returned, without the buffer updates that export appends."""
-    kept = []
-    for spec, arg in zip(program.graph_signature.output_specs, fx_node.args[0], strict=True):  # type: ignore[arg-type]
-        if spec.kind is torch.export.graph_signature.OutputKind.USER_OUTPUT:
-            kept.append(_arg(arg))
-    return kept
-
-
-def _call(fx_node: torch.fx.Node) -> Node:
-    stack = list((fx_node.meta.get("nn_module_stack") or {}).values())
-    return Node(
-        fx_node.name,
-        _op_name(fx_node.target),
-        tuple(_arg(a) for a in fx_node.args),
-        {k: _arg(v) for k, v in fx_node.kwargs.items()},
-        _value(fx_node.meta.get("val")),
-        scope=stack[-1][0] if stack else "",
-        source=_source(fx_node.meta.get("stack_trace") or ""),
-    )
-
-
-def _op_name(target: Any) -> str:
-    if isinstance(target, torch._ops.OpOverload):
-        return f"{target.namespace}.{target._schema.name.split('::')[1]}.{target._overloadname}"
-    for name, function in SCALAR_OPS.items():
-        if target is function:
-            return name
-    return f"unknown.{getattr(target, '__name__', target)}"
-
-
-def _source(stack_trace: str) -> str:
-    """Last user line of a stack trace as ``file.py:12: code``."""
-    found = re.findall(r'File "([^"]+)", line (\d+), in .*\n\s*(.*)', stack_trace)
-    own = [f for f in found if "/torch/nn/" not in f[0]]
-    if not own:
-        return ""
-    file, line, code = own[-1]
-    return f"{file.rsplit('/', 1)[-1]}:{line}: {code.strip()}"
-
-
-def _arg(arg: Any) -> Any:
-    if isinstance(arg, torch.fx.Node):
-        return Ref(arg.name)
-    if isinstance(arg, tuple):
-        return tuple(_arg(a) for a in arg)
-    if isinstance(arg, list | torch.fx.immutable_collections.immutable_list):
-        return [_arg(a) for a in arg]
-    if isinstance(arg, Mapping):
-        return {k: _arg(v) for k, v in arg.items()}
-    return arg
-
-
-def _value(value: Any) -> Value:
-    if isinstance(value, Tensor):
-        return Spec(tuple(_size(s) for s in value.shape), value.dtype)
-    if isinstance(value, tuple | list):
-        return tuple(_value(v) for v in value)
-    if isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool):
-        hint = value.node.hint
-        return hint if isinstance(hint, int | float | bool) else None
-    if isinstance(value, int | float | bool):
-        return value
-    return None
-
-
-def _size(size: int | torch.SymInt) -> int:
-    hint = size if isinstance(size, int) else size.node.hint
-    assert isinstance(hint, int)
-    return hint
-
-
-# --- clean-up ----------------------------------------------------------------------------------
-
-
-def _out_of_place(graph: Graph) -> Graph:
-    """``relu_`` and its like as ``relu``, later readers of the input reading the result instead.
-
-    Only where the input is a value of its own that nobody has a view of: a write that others see
-    through shared memory stays as it is.
-    """
-    nodes: list[Node] = []
-    renamed: dict[str, Ref] = {}
-    fresh: set[str] = set()
-    viewed: set[str] = set()
-
-    def current(arg: Any) -> Any:
-        return substitute(arg, lambda ref: renamed.get(ref.name, ref))
-
-    for node in graph.nodes:
-        node = replace(node, args=current(node.args), kwargs=current(node.options))
-        target = node.args[0] if node.args else None
-        pure = _pure(node.op)
-        if pure and isinstance(target, Ref) and target.name in fresh - viewed:
-            node = replace(node, op=pure)
-            before = {old for old, new in renamed.items() if new == target} | {target.name}
-            renamed.update({old: Ref(node.name) for old in before})
-        if node.op not in ("input", "tensor", "output"):
-            if shares_memory(node.op):
-                viewed.update(node.inputs)
-            else:
-                fresh.add(node.name)
-        nodes.append(node)
-    return graph.with_nodes(nodes)
-
-
-def _pure(op: str) -> str:
-    """``aten.relu_.default`` -> ``aten.relu.default``; empty where there is no such pair."""
-    family, _, overload = op.rpartition(".")
-    pure = f"{family.removesuffix('_')}.{overload}"
-    return pure if writes(op) and pure != op and schema(pure) is not None else ""
-
-
-def _read_once(graph: Graph, model: nn.Module) -> Graph:
-    """Each tensor read by one node only, under the first of the paths that share it."""
-    named = [
-        *model.named_parameters(remove_duplicate=False),
-        *model.named_buffers(remove_duplicate=False),
-    ]
-    first: dict[int, str] = {}
-    owner = {path: first.setdefault(id(tensor), path) for path, tensor in named}
-    nodes: list[Node] = []
-    reader: dict[str, Ref] = {}
-    renamed: dict[str, Ref] = {}
-    for node in graph.nodes:
-        if node.op == "tensor":
-            path = owner.get(node.path, node.path)
-            renamed[node.name] = reader.setdefault(path, Ref(node.name))
-            node = replace(node, args=(path,))
-            if renamed[node.name].name != node.name:
-                continue
-        else:
-            node = replace(
-                node,
-                args=substitute(node.args, lambda ref: renamed.get(ref.name, ref)),
-                kwargs=substitute(node.options, lambda ref: renamed.get(ref.name, ref)),
-            )
-        nodes.append(node)
-    return graph.with_nodes(nodes)
-
-
-def _without_dead_code(graph: Graph) -> Graph:
-    """Drop calls whose value nobody reads; operators that write in place are kept."""
-    live = set(graph.output.inputs)
-    kept: list[Node] = []
-    for node in reversed(graph.nodes):
-        if node.op in ("input", "output") or node.name in live or writes(node.op):
-            live.update(node.inputs)
-            kept.append(node)
-    return graph.with_nodes(kept[::-1])

@@ -14,7 +14,8 @@ from typing import TypeAlias
 from torch import nn
 
 from rarefy.graph.capture import capture
-from rarefy.graph.program import Graph, GraphModel, Node, Spec
+from rarefy.graph.equations import EQUATIONS, equation, products
+from rarefy.graph.program import SCALAR_OPS, Graph, GraphModel, Node, Spec
 from rarefy.types import Inputs
 
 Shape: TypeAlias = tuple[int, ...]
@@ -23,6 +24,8 @@ Shapes: TypeAlias = Callable[[str], Shape]
 
 
 def _convolution(node: Node, shape: Shapes) -> int:
+    if node.argument("transposed"):
+        return _conv_transpose(node, shape)
     weight = shape(node.args[1].name)
     return prod(shape(node.name)) * prod(weight[1:])
 
@@ -32,16 +35,9 @@ def _conv_transpose(node: Node, shape: Shapes) -> int:
     return prod(shape(node.args[0].name)) * prod(weight[1:])
 
 
-def _linear(node: Node, shape: Shapes) -> int:
-    return prod(shape(node.name)) * shape(node.args[1].name)[-1]
-
-
-def _matmul(node: Node, shape: Shapes) -> int:
-    return prod(shape(node.name)) * shape(node.args[0].name)[-1]
-
-
-def _addmm(node: Node, shape: Shapes) -> int:
-    return prod(shape(node.name)) * shape(node.args[1].name)[-1]
+def _product(node: Node, shape: Shapes) -> int:
+    found = equation(node, lambda ref: len(shape(ref.name)))
+    return 0 if found is None else products(found, lambda ref: shape(ref.name))
 
 
 def _attention(node: Node, shape: Shapes) -> int:
@@ -49,21 +45,58 @@ def _attention(node: Node, shape: Shapes) -> int:
     return prod(q[:-1]) * k[-2] * (q[-1] + v[-1])
 
 
+def _recurrent(node: Node, shape: Shapes) -> int:
+    """Every matrix of every layer and direction is applied once to each step of each example."""
+    held = node.argument("params") or (node.argument("w_ih"), node.argument("w_hh"))
+    matrices = (shape(ref.name) for ref in held)
+    steps = prod(shape(node.args[0].name)[:-1])
+    return steps * sum(prod(matrix) for matrix in matrices if len(matrix) == 2)
+
+
+def _grouped_product(node: Node, shape: Shapes) -> int:
+    """Rows by group times one matrix for each, or columns by group summed for each."""
+    first, second = (shape(a.name) for a in node.args[:2])
+    result = shape(node.name)
+    groups = result[0] if len(first) == len(second) == 2 else 1
+    return prod(result) * first[-1] // max(groups, 1)
+
+
 COSTS: Mapping[str, Callable[[Node, Shapes], int]] = {
-    **dict.fromkeys(("conv1d", "conv2d", "conv3d"), _convolution),
+    **dict.fromkeys(EQUATIONS, _product),
+    **dict.fromkeys(
+        "conv1d conv2d conv3d convolution _convolution _convolution_mode".split(), _convolution
+    ),
     **dict.fromkeys(("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"), _conv_transpose),
-    **dict.fromkeys(("matmul", "mm", "bmm"), _matmul),
-    "linear": _linear,
-    "addmm": _addmm,
+    **dict.fromkeys(
+        "lstm gru rnn_tanh rnn_relu lstm_cell gru_cell rnn_tanh_cell rnn_relu_cell".split(),
+        _recurrent,
+    ),
     "scaled_dot_product_attention": _attention,
+    "_grouped_mm": _grouped_product,
 }
 """ATen operator -> its MACs, from the shapes of its operands and result."""
 
 UNCOUNTED = frozenset(
-    "einsum baddbmm lstm gru rnn_tanh rnn_relu bilinear _native_multi_head_attention "
-    "convolution addbmm addmv mv dot vdot inner tensordot".split()
+    """
+    _native_multi_head_attention _transformer_encoder_layer_fwd _scaled_mm _scaled_grouped_mm
+    _sparse_mm _trilinear conv_tbc convolution_overrideable pairwise_distance pdist cov corrcoef
+    quantized_lstm quantized_gru fft_fft fft_ifft fft_rfft fft_irfft fft_hfft fft_ihfft fft_fft2
+    fft_ifft2 fft_rfft2 fft_irfft2 fft_fftn fft_ifftn fft_rfftn fft_irfftn stft istft
+    linalg_cholesky linalg_det linalg_eig linalg_eigh linalg_inv linalg_lstsq linalg_lu
+    linalg_matrix_exp linalg_matrix_power linalg_pinv linalg_qr linalg_slogdet linalg_solve
+    linalg_solve_triangular linalg_svd matrix_exp matrix_power
+    """.split()
 )
 """Operators that multiply and accumulate but that no row of :data:`COSTS` counts."""
+
+
+def is_uncounted(node: Node, shape: Shapes) -> bool:
+    """Whether a call costs something that is not known: also where it is not one of ATen's."""
+    name = node.kind.removesuffix("_")
+    if name in EQUATIONS:
+        return equation(node, lambda ref: len(shape(ref.name))) is None
+    known = node.op.startswith("aten.") or node.op in SCALAR_OPS
+    return name in UNCOUNTED or not known
 
 
 @dataclass(frozen=True)
@@ -101,12 +134,16 @@ def count(model: nn.Module, example_inputs: Inputs) -> Cost:
     graph = model.graph if isinstance(model, GraphModel) else capture(model, example_inputs).graph
     by_layer: dict[str, int] = {}
     uncounted: dict[str, int] = {}
-    for name, macs in graph_macs(graph, lambda name: graph.by_name[name].shape).items():
+
+    def shape(name: str) -> Shape:
+        return graph.by_name[name].shape
+
+    for name, macs in graph_macs(graph, shape).items():
         scope = graph.by_name[name].scope
         by_layer[scope] = by_layer.get(scope, 0) + macs
     batch = batch_of(graph)
     for node in graph.calls:
-        if node.kind in UNCOUNTED:
+        if is_uncounted(node, shape):
             uncounted[node.kind] = uncounted.get(node.kind, 0) + 1
     return Cost(
         sum(by_layer.values()) // batch,
@@ -118,7 +155,8 @@ def count(model: nn.Module, example_inputs: Inputs) -> Cost:
 
 def graph_macs(graph: Graph, shape: Shapes) -> dict[str, int]:
     """MACs of each node that has any, for the captured batch, under the shapes given."""
-    return {node.name: COSTS[node.kind](node, shape) for node in graph.calls if node.kind in COSTS}
+    rows = ((node, COSTS.get(node.kind.removesuffix("_"))) for node in graph.calls)
+    return {node.name: cost(node, shape) for node, cost in rows if cost is not None}
 
 
 def batch_of(graph: Graph) -> int:

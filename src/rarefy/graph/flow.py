@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, TypeAlias
 
 import numpy as np
+from torch import Tensor
 
 from rarefy.graph.labels import FIXED, Atoms, Labels, Ledger
-from rarefy.graph.program import Graph, Node, Ref, Spec, Value
+from rarefy.graph.program import Graph, Node, Ref, Spec, Value, is_random
 
 EXTENT = "is the extent of a kernel"
 """Reason that is not worth telling: nobody expects a 3x3 kernel to become 3x2."""
@@ -18,6 +20,9 @@ Carried: TypeAlias = Any
 """Labels of a tensor, a tuple of these for several results, None for numbers."""
 
 Rule: TypeAlias = "Callable[[Flow, Node], Carried]"
+
+Zero: TypeAlias = "Callable[[Flow, Node], bool]"
+"""Whether a node's value is zero at masked units, given where its inputs are."""
 
 
 @dataclass
@@ -31,10 +36,17 @@ class Flow:
         vanishing: nodes whose value is zero wherever a unit is masked.
         memory: node -> the first node of those whose values may share its memory.
         counts: (node, argument) -> atoms whose surviving number that argument states.
+        shapes: (node, argument) -> per dimension of the shape that it states, the atoms whose
+            surviving number it is, or a size that stays.
+        implicit_scale: attention nodes whose scale is not stated but follows from the size of their
+            heads -> atoms of that dimension; fewer of them would change the scale.
         over_survivors: nodes that mix entries of a labelled dimension (a layer norm's statistics),
             so that they mean something else over fewer of them. By convention they are computed
             over what remains, and so does the reference of the proof.
         unknown: operators without a rule, with how often they were met.
+        values: constants and whole-number buffers by path, whose entries may be positions.
+        known: per node asked for, its value where it follows from ``values`` alone, else None.
+        made: paths of the tensors that ``forward`` makes and no module owns.
     """
 
     graph: Graph
@@ -43,8 +55,27 @@ class Flow:
     vanishing: set[str] = field(default_factory=set)
     memory: dict[str, str] = field(default_factory=dict)
     counts: dict[tuple[str, str], Atoms] = field(default_factory=dict)
+    shapes: dict[tuple[str, str], tuple[Atoms | int, ...]] = field(default_factory=dict)
+    implicit_scale: dict[str, Atoms] = field(default_factory=dict)
     over_survivors: set[str] = field(default_factory=set)
     unknown: dict[str, int] = field(default_factory=dict)
+    values: Mapping[str, Tensor] = field(default_factory=dict)
+    known: dict[str, Any] = field(default_factory=dict)
+    made: set[str] = field(default_factory=set)
+
+    @cached_property
+    def constant(self) -> frozenset[str]:
+        """Nodes whose value follows from ``values`` and numbers alone."""
+        found: set[str] = set()
+        for node in self.graph.nodes:
+            if node.op == "tensor":
+                constant = node.path in self.values
+            else:
+                is_call = node.op not in ("input", "output") and not is_random(node.op)
+                constant = is_call and found.issuperset(node.inputs)
+            if constant:
+                found.add(node.name)
+        return frozenset(found)
 
     def of(self, arg: Any) -> Labels:
         """Labels of a tensor argument; none for numbers."""

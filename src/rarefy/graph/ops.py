@@ -10,31 +10,45 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
+from torch import Tensor
 
 from rarefy.graph.editor import Edit, Editor
 from rarefy.graph.flow import Carried, Flow, Rule, freeze_all, unlabeled
 from rarefy.graph.labels import Labels
 from rarefy.graph.program import Graph, Node, Spec, Value, resolve
-from rarefy.graph.rules import contractions, elementwise, normalization, reductions, views
+from rarefy.graph.rules import (
+    attention,
+    contractions,
+    creation,
+    elementwise,
+    indexing,
+    normalization,
+    recurrent,
+    reductions,
+    views,
+)
 from rarefy.graph.zeros import note_zeros
 
 
-def walk(graph: Graph, parameters: Mapping[str, int]) -> Flow:
+def walk(
+    graph: Graph, parameters: Mapping[str, int], values: Mapping[str, Tensor] | None = None
+) -> Flow:
     """Carry labels through a graph.
 
     Args:
         graph: the captured network.
         parameters: path -> storage identity of every parameter and buffer whose size may change;
-            tensors that share storage share labels.
+            tensors that share storage share labels. All others are made in ``forward``.
+        values: constants and whole-number buffers by path, whose entries may be positions.
     """
-    flow = Flow(graph)
-    shared: dict[tuple[int, tuple[int, ...]], Labels] = {}
+    flow = Flow(graph, values=values or {})
+    shared: dict[tuple[int | str, tuple[int, ...]], Labels] = {}
     for node in graph.nodes:
         if node.op == "input":
             flow.labels[node.name] = unlabeled(node.value)
         elif node.op == "tensor":
             flow.labels[node.name] = _tensor(flow, node, parameters, shared)
-            flow.vanishing.add(node.name)
+            _note_tensor(flow, node, parameters)
         elif node.op == "output":
             freeze_all(flow, node, "is an output of the network")
         else:
@@ -47,16 +61,24 @@ def _tensor(
     flow: Flow,
     node: Node,
     parameters: Mapping[str, int],
-    shared: dict[tuple[int, tuple[int, ...]], Labels],
+    shared: dict[tuple[int | str, tuple[int, ...]], Labels],
 ) -> Labels:
     shape = node.shape
-    storage = parameters.get(node.path)
-    if storage is None:
-        return (None,) * len(shape)
-    key = (storage, shape)
+    key = (parameters.get(node.path, node.path), shape)
     if key not in shared:
         shared[key] = tuple(flow.ledger.fresh(n) if n > 1 else None for n in shape)
     return shared[key]
+
+
+def _note_tensor(flow: Flow, node: Node, parameters: Mapping[str, int]) -> None:
+    """Tensors of the model are masked with a unit; those made in ``forward`` keep their values."""
+    if node.path in parameters:
+        flow.vanishing.add(node.name)
+        return
+    flow.made.add(node.path)
+    value = flow.values.get(node.path)
+    if value is not None and not value.any():
+        flow.vanishing.add(node.name)
 
 
 def _call(flow: Flow, node: Node) -> Carried:
@@ -71,14 +93,17 @@ def _unknown(flow: Flow, node: Node) -> Carried:
 
 
 def _fit(flow: Flow, node: Node, value: Value, carried: Carried) -> Carried:
-    """Drop labels of dimensions of size 1, which broadcast: their one entry must stay."""
+    """Drop labels of dimensions of size 1, which broadcast: their one entry must stay.
+
+    Those of empty dimensions have nothing to say.
+    """
     if isinstance(value, tuple) and isinstance(carried, tuple):
         pairs = zip(value, carried, strict=True)
         return tuple(_fit(flow, node, part, labels) for part, labels in pairs)
     if not isinstance(value, Spec) or carried is None:
         return carried
     assert len(carried) == len(value.shape)
-    alone = [d for d, size in enumerate(value.shape) if size == 1]
+    alone = [d for d, size in enumerate(value.shape) if size <= 1]
     return flow.freeze_dims(node, carried, alone, "is alone in its dimension")
 
 
@@ -102,19 +127,26 @@ def find(op: str) -> Rule:
 
 RULES: Mapping[str, Rule] = {
     **contractions.ROWS,
+    **attention.ROWS,
     **views.ROWS,
     **elementwise.ROWS,
+    **creation.ROWS,
+    **indexing.ROWS,
     **normalization.ROWS,
     **reductions.ROWS,
-    "aten.view.dtype": _unknown,
+    **recurrent.ROWS,
+    **dict.fromkeys(("aten.view.dtype", "aten.where.default"), _unknown),
 }
 """Operator (of one overload or all) -> rule. Pointwise operators need no row."""
 
 
 EDITS: Mapping[str, Edit] = {
     **contractions.EDITS,
+    **attention.EDITS,
     **views.EDITS,
     **elementwise.EDITS,
+    **creation.EDITS,
+    **indexing.EDITS,
     **normalization.EDITS,
     **reductions.EDITS,
 }

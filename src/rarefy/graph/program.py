@@ -7,6 +7,7 @@ parameters and buffers of its own, under the paths that they have in the user's 
 
 from __future__ import annotations
 
+import json
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -35,8 +36,8 @@ class Spec:
     dtype: torch.dtype
 
 
-Value: TypeAlias = "Spec | int | float | bool | tuple[Value, ...] | None"
-"""What a node returns: a tensor's spec, a number known at capture, or several of these."""
+Value: TypeAlias = "Spec | int | float | bool | str | tuple[Value, ...] | None"
+"""What a node returns: a tensor's spec, a number or text known at capture, or several of these."""
 
 
 @dataclass(frozen=True)
@@ -266,6 +267,13 @@ def writes(op: str) -> bool:
     return declared is not None and declared.is_mutable
 
 
+def is_random(op: str) -> bool:
+    """Whether the operator draws numbers, or is none that is known."""
+    if not is_known(op):
+        return True
+    return torch.Tag.nondeterministic_seeded in getattr(resolve(op), "tags", ())
+
+
 class _Container(nn.Module):
     """A nameless place for parameters under a dotted path."""
 
@@ -322,6 +330,7 @@ class GraphModel(nn.Module):
         for path, tensor in buffers.items():
             assign(self, path, tensor, buffer=True)
         self._in_spec = pytree.treespec_loads(graph.in_spec)
+        self._keywords = _keyword_names(graph)
         self._out_spec = pytree.treespec_loads(graph.out_spec)
         self._steps = [(n, _function(n)) for n in graph.nodes]
         self._last_use = last_use(graph)
@@ -336,7 +345,8 @@ class GraphModel(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the graph; arguments as those of the capture, of any batch size it allows."""
-        flat, spec = pytree.tree_flatten((args, kwargs))
+        ordered = {name: kwargs[name] for name in self._keywords if name in kwargs} | kwargs
+        flat, spec = pytree.tree_flatten((args, ordered))
         if spec != self._in_spec:
             raise InputError(
                 "forward(...)",
@@ -347,7 +357,7 @@ class GraphModel(nn.Module):
         given = iter(flat)
         for node, function in self._steps:
             if node.op == "input":
-                values[node.name] = next(given)
+                values[node.name] = _checked(node, next(given))
             elif node.op == "tensor":
                 values[node.name] = self.tensor(node.path)
             elif node.op == "output":
@@ -367,6 +377,25 @@ class GraphModel(nn.Module):
             flag = TRAINING_FLAG[node.op]
             args = (*args[:flag], True, *args[flag + 1 :])
         return function(*args, **substitute(node.options, lambda ref: values[ref.name]))
+
+
+def _keyword_names(graph: Graph) -> list[str]:
+    """Names of the keyword arguments, in the order of the capture."""
+    _, keywords = json.loads(graph.in_spec)[1]["children_spec"]
+    return list(json.loads(keywords["context"]))
+
+
+def _checked(node: Node, given: Any) -> Any:
+    """An argument, as long as it is what the graph was captured with where that is no tensor."""
+    known = node.value
+    if isinstance(known, Spec) or (not isinstance(given, Tensor) and given == known):
+        return given
+    raise InputError(
+        f"forward(...): argument {node.name}",
+        f"it was {known!r} when the graph was captured, which holds for that value only, and is "
+        f"{given if not isinstance(given, Tensor) else 'a tensor'!r} now",
+        "Call it as it was captured, or capture the network again",
+    )
 
 
 def _function(node: Node) -> Callable[..., Any] | None:

@@ -129,10 +129,10 @@ def _decode_node(fields: Any, before: list[Node]) -> Node:
 
 
 def _value(value: Any) -> Any:
-    """A node's value holds specs and numbers only."""
+    """A node's value holds specs, numbers and text only."""
     if isinstance(value, tuple):
         return tuple(_value(item) for item in value)
-    return _typed((Spec, int, float, type(None)), value, "value")
+    return _typed((Spec, int, float, str, type(None)), value, "value")
 
 
 # --- values ------------------------------------------------------------------------------------

@@ -9,10 +9,11 @@ from torch import Tensor, nn
 
 from rarefy.errors import InputError
 from rarefy.graph.capture import Capture, capture
-from rarefy.graph.flow import EXTENT, Flow
-from rarefy.graph.groups import Coupling, Group, group, resolve
+from rarefy.graph.flow import EXTENT, Flow, every
+from rarefy.graph.groups import Coupling, Group, group
 from rarefy.graph.labels import Atoms
 from rarefy.graph.ops import walk
+from rarefy.graph.resolution import resolve
 from rarefy.types import Inputs
 
 
@@ -114,17 +115,27 @@ def trace(model: nn.Module, example_inputs: Inputs) -> Network:
     if next(model.parameters(), None) is None:
         raise InputError("trace(model)", "the model has no parameter", "Give a network to prune")
     captured = capture(model, example_inputs)
-    flow = walk(captured.graph, storages(model))
-    coupling = resolve(flow.ledger)
+    flow = walk(captured.graph, storages(model), _positions(model, captured))
+    coupling = resolve(flow.ledger, every(tuple(flow.labels.values())))
     tensors = {
         (node.path, dim): atoms
         for node in captured.graph.nodes
-        if node.op == "tensor"
+        if node.op == "tensor" and node.path not in flow.made
         for dim, atoms in enumerate(flow.labels[node.name])
         if atoms is not None
     }
     groups = group(coupling, _in_order_of_use(captured, tensors))
     return Network(groups, _frozen(flow, coupling, tensors), flow.unknown, captured, flow, coupling)
+
+
+def _positions(model: nn.Module, captured: Capture) -> dict[str, Tensor]:
+    """Tensors that do not depend on training, whose entries may be used as positions."""
+    found = {
+        path: buffer.detach()
+        for path, buffer in model.named_buffers(remove_duplicate=False)
+        if not (buffer.is_floating_point() or buffer.is_complex())
+    }
+    return {**captured.constants, **found}
 
 
 def storages(model: nn.Module) -> dict[str, int]:

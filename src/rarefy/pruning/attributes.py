@@ -7,10 +7,10 @@ are derived and never guessed. The same numbers are what a file stores of a chan
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeAlias
 
-from torch import nn
+from torch import Tensor, nn
 
 Attributes: TypeAlias = Mapping[str, Mapping[str, "int | tuple[int, ...]"]]
 """Module path -> attribute -> value."""
@@ -43,19 +43,40 @@ def _norm(module: Any) -> dict[str, Any]:
 
 
 def _layer_norm(module: Any) -> dict[str, Any]:
-    if module.weight is None:
-        return {}
-    return {"normalized_shape": tuple(module.weight.shape)}
+    shape = module.normalized_shape if module.weight is None else module.weight.shape
+    return {"normalized_shape": tuple(shape)}
 
 
 def _group_norm(module: Any) -> dict[str, Any]:
-    size = {"num_channels": module.weight.shape[0]} if module.weight is not None else {}
-    return {**size, "num_groups": module.num_groups}
+    channels = module.num_channels if module.weight is None else module.weight.shape[0]
+    return {"num_channels": channels, "num_groups": module.num_groups}
 
 
 def _embedding(module: Any) -> dict[str, Any]:
     return {"num_embeddings": module.weight.shape[0], "embedding_dim": module.weight.shape[1]}
 
+
+def _bilinear(module: Any) -> dict[str, Any]:
+    names = ("out_features", "in1_features", "in2_features")
+    return dict(zip(names, module.weight.shape, strict=True))
+
+
+def _recurrent(module: Any) -> dict[str, Any]:
+    gates, projected = _GATES[module.mode], module.proj_size > 0
+    rows, inputs = module.weight_ih_l0.shape
+    return {
+        "input_size": inputs,
+        "hidden_size": rows // gates,
+        "proj_size": module.weight_hr_l0.shape[0] if projected else 0,
+    }
+
+
+def _recurrent_cell(module: Any) -> dict[str, Any]:
+    return {"input_size": module.weight_ih.shape[1], "hidden_size": module.weight_hh.shape[1]}
+
+
+_GATES = {"LSTM": 4, "GRU": 3, "RNN_TANH": 1, "RNN_RELU": 1}
+"""Kind of a recurrent layer -> how many gates it has: rows of a weight for each hidden unit."""
 
 _CONV = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _CONV_TRANSPOSE = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -73,6 +94,10 @@ RULES: Mapping[type[nn.Module], Callable[[Any], dict[str, Any]]] = {
     nn.RMSNorm: _layer_norm,
     nn.GroupNorm: _group_norm,
     nn.Embedding: _embedding,
+    nn.EmbeddingBag: _embedding,
+    nn.Bilinear: _bilinear,
+    nn.RNNBase: _recurrent,
+    nn.RNNCellBase: _recurrent_cell,
     nn.PReLU: lambda module: {"num_parameters": module.weight.shape[0]},
 }
 """A module type (and its subclasses) -> the attributes that its parameters' shapes imply."""
@@ -96,10 +121,58 @@ def remember(model: nn.Module, changed: Attributes) -> None:
     """Note attributes that no rule derives, so that a saved file carries them."""
     held: dict[str, dict[str, Any]] = dict(model.__dict__.get(KEY, {}))
     for path, values in changed.items():
-        if not derive(model.get_submodule(path)):
-            held[path] = {**held.get(path, {}), **values}
+        derived = derive(model.get_submodule(path))
+        own = {name: value for name, value in values.items() if name not in derived}
+        if own:
+            held[path] = {**held.get(path, {}), **own}
     if held:
         model.__dict__[KEY] = held
+
+
+BUFFERS = "_rarefy_buffers"
+"""Where a module keeps the paths of non-persistent buffers whose size surgery changed."""
+
+
+def passing(model: nn.Module) -> frozenset[str]:
+    """Paths of the non-persistent buffers of a network."""
+    return frozenset(
+        f"{path}.{name}" if path else name
+        for path, module in model.named_modules(remove_duplicate=False)
+        for name in module._non_persistent_buffers_set
+    )
+
+
+def remember_buffers(model: nn.Module, paths: Iterable[str]) -> None:
+    """Note which of these non-persistent buffers a saved file has to hold nevertheless."""
+    held = {*model.__dict__.get(BUFFERS, ()), *paths} & passing(model)
+    if held:
+        model.__dict__[BUFFERS] = tuple(sorted(held))
+
+
+def holder(module: nn.Module, name: str) -> tuple[dict[str, Any], str]:
+    """Where an attribute is kept, and its name there: ``"config.heads"`` is kept by ``config``.
+
+    Only plain objects that a module holds are looked into, one level deep.
+
+    Raises:
+        KeyError: there is no such object.
+    """
+    owner, _, leaf = name.rpartition(".")
+    if not owner:
+        return vars(module), name
+    held = vars(module)[owner]
+    if not is_plain(held):
+        raise KeyError(owner)
+    return vars(held), leaf
+
+
+def is_plain(value: object) -> bool:
+    """Whether a value is an object with numbers of its own, such as a configuration."""
+    return hasattr(value, "__dict__") and not (
+        isinstance(value, nn.Module | Tensor | type)
+        or callable(value)
+        or type(value).__module__.split(".")[0] in ("torch", "builtins", "numpy", "types")
+    )
 
 
 def refresh(model: nn.Module) -> None:

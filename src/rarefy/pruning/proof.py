@@ -6,12 +6,16 @@ zero would hide a wrong index. BatchNorm statistics are taken from the inputs an
 the signal neither dies out nor explodes on its way. The largest difference must be far below the
 outputs' own sensitivity to the inputs, since two networks that return constants are equal for
 nothing.
+
+Masking is plain zeroing of every coupled slice, in the user's own module, except that operators
+which mix entries in another way than by adding them are computed over what remains: normalization
+statistics are taken over the units that remain (:mod:`rarefy.pruning.reference`). That needs the
+captured graph, which is then held against the user's module first, unmasked.
 """
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from math import inf, isfinite, isnan
@@ -22,17 +26,24 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from rarefy.batches import batch_size, call, evaluating, map_tensors, seeded, take
+from rarefy.batches import batch_size, call, doubled, evaluating, map_tensors, seeded, take, tensors
+from rarefy.copies import copied
 from rarefy.errors import InputError, ProofError, first_line
+from rarefy.graph.capture import graph_model
 from rarefy.graph.groups import Mask
+from rarefy.graph.program import GraphModel
 from rarefy.graph.trace import Network
-from rarefy.pruning.select import Plan
-from rarefy.pruning.surgery import kept_entries
+from rarefy.pruning.plan import Plan
+from rarefy.pruning.reference import masked, mixing, over_survivors
 from rarefy.types import Inputs
 
 TOLERANCE = {torch.float64: 1e-7, torch.float32: 1e-3}
 """Precisions to try, in this order, and the largest difference that each allows, relative to how
 far the outputs move with the inputs."""
+
+ROUNDED = 1e-5
+"""What float64 allows where the smaller network rounds to float32 on its way: constants that are
+made in ``forward``, casts that a capture in float32 wrote down."""
 
 LEAST = {torch.float64: 1e-6, torch.float32: 1e-2}
 """Sensitivity that is still told from rounding, relative to the outputs' magnitude."""
@@ -42,21 +53,6 @@ EXAMPLES = 2
 
 Build = Callable[[nn.Module, Plan], nn.Module]
 """(model, plan) -> the model with the plan's units gone."""
-
-
-def masked(model: nn.Module, network: Network, plan: Plan) -> nn.Module:
-    """A copy of the model with every coupled slice of the removed units set to zero."""
-    reference = copy.deepcopy(model)
-    tensors: dict[str, Tensor] = dict(reference.named_parameters(remove_duplicate=False))
-    tensors |= dict(reference.named_buffers(remove_duplicate=False))
-    with torch.no_grad():
-        for (path, dim), kept in kept_entries(network, plan).items():
-            tensor = tensors[path]
-            gone = torch.ones(tensor.shape[dim], dtype=torch.bool)
-            gone[torch.from_numpy(kept)] = False
-            index = gone.nonzero().ravel().to(tensor.device)
-            tensor.index_fill_(dim, index, 0)
-    return reference
 
 
 @dataclass(frozen=True)
@@ -114,42 +110,120 @@ def compare(
 ) -> Comparison:
     """Run the smaller network and the masked original side by side.
 
-    A smaller network that does not run in float64, since its graph holds a cast to float32, is
-    tried in float32. Whatever ``build`` itself raises is a defect, and is not caught.
+    A graph that does not run in float64, since it holds a cast to float32, is tried in float32; one
+    that was captured for a single batch size is tried on all of the inputs. Whatever ``build``
+    itself raises is a defect, and is not caught.
+
+    Raises:
+        InputError: the network's outputs are not deterministic in eval mode, or no numbers.
+        ProofError: the captured graph, where it has to serve as reference, differs from the module.
     """
     found = Comparison(inf, "the network does not run on the example inputs in eval mode")
     for dtype in TOLERANCE:
-        inputs = _accepted(model, example_inputs, dtype)
-        if inputs is None:
-            continue
-        disturbed = _disturbed(model, inputs, dtype)
-        reference = masked(disturbed, network, plan)
-        expected = _run(reference, inputs)
-        other, moved = _elsewhere(reference, inputs, expected)
-        _check_repeats(expected, _run(reference, inputs))
-        small = build(disturbed, plan)
-        try:
-            results = _run(small, inputs), _run(small, other)
-        except Exception as failure:  # noqa: BLE001 - the user's forward may raise anything
-            fault = f"the smaller network does not run: {first_line(failure)}"
-            found = Comparison(inf, fault)
-            continue
-        difference = max(_largest(expected, results[0]), _largest(moved, results[1]))
-        error = difference / _scale(expected, moved, dtype)
-        if error <= TOLERANCE[dtype]:
-            return Comparison(error)
-        fault = f"the smaller network differs from masking by {error:.1e} of the outputs' range"
-        return Comparison(error, fault)
+        for inputs in _accepted(model, example_inputs, dtype):
+            try:
+                return _compare(model, inputs, dtype, network, plan, build)
+            except _DoesNotRunError as failure:
+                found = Comparison(inf, f"{failure.what} does not run: {first_line(failure.error)}")
+                if not failure.graph:
+                    break
     return found
 
 
-def _check_repeats(first: list[Tensor], second: list[Tensor]) -> None:
-    if any(bool(torch.isnan(tensor).any()) for tensor in first):
+class _DoesNotRunError(Exception):
+    """A network, perhaps a graph of fixed batch size or precision, does not take some inputs."""
+
+    def __init__(self, what: str, graph: bool, error: Exception) -> None:
+        super().__init__(what)
+        self.what, self.graph, self.error = what, graph, error
+
+
+def _compare(
+    model: nn.Module,
+    inputs: Inputs,
+    dtype: torch.dtype,
+    network: Network,
+    plan: Plan,
+    build: Build,
+) -> Comparison:
+    """One comparison, in one precision, on inputs that the network takes."""
+    disturbed = _disturbed(model, inputs, dtype)
+    if mixing(network, plan):
+        _check_capture(disturbed, inputs, dtype, network)
+        reference: nn.Module = over_survivors(disturbed, network, plan)
+    else:
+        reference = masked(disturbed, network, plan)
+    expected = _attempt(reference, inputs, "the masked network")
+    _check_numbers(disturbed, inputs, expected)
+    other, moved = _elsewhere(reference, inputs, expected)
+    _check_repeats(expected, _run(reference, inputs))
+    small = build(disturbed, plan)
+    with _Rounding() as rounding:
+        results = [_attempt(small, given, "the smaller network") for given in (inputs, other)]
+    difference = max(_largest(expected, results[0]), _largest(moved, results[1]))
+    error = difference / _scale(expected, moved, dtype)
+    if error <= rounding.tolerance(dtype):
+        return Comparison(error)
+    fault = f"the smaller network differs from masking by {error:.1e} of the outputs' range"
+    return Comparison(error, fault)
+
+
+def _attempt(model: nn.Module, inputs: Inputs, what: str) -> list[Tensor]:
+    try:
+        return _run(model, inputs)
+    except Exception as failure:
+        raise _DoesNotRunError(what, isinstance(model, GraphModel), failure) from failure
+
+
+def _check_capture(model: nn.Module, inputs: Inputs, dtype: torch.dtype, network: Network) -> None:
+    """The captured graph computes what the module does; else nothing is proven by it."""
+    if isinstance(model, GraphModel):
+        return
+    expected = _run(model, inputs)
+    with _Rounding() as rounding:
+        found = _attempt(graph_model(model, network.captured), inputs, "the captured graph")
+    if _largest(expected, found) == 0:  # the same operators on the same numbers, as a rule
+        return
+    _check_numbers(model, inputs, expected)
+    _check_repeats(expected, _run(model, inputs))
+    _, moved = _elsewhere(model, inputs, expected)
+    error = _largest(expected, found) / _scale(expected, moved, dtype)
+    if error <= rounding.tolerance(dtype):
+        return
+    if dtype is not list(TOLERANCE)[-1]:  # a cast to float32 in the graph may be all
+        cause = ValueError(f"it differs from the network by {error:.1e} of the outputs' range")
+        raise _DoesNotRunError("the captured graph", graph=False, error=cause)
+    raise ProofError(
+        "prune(model)",
+        f"the captured graph differs from the network by {error:.1e} of the outputs' range on the "
+        "example inputs, so nothing can be proven and nothing was returned",
+        "Let forward depend on its inputs alone: no state kept between calls, no choice by values",
+    )
+
+
+def _check_numbers(model: nn.Module, inputs: Inputs, expected: list[Tensor]) -> None:
+    """Refuse outputs that are no numbers, of the network itself or of what is left of it."""
+    if not _holds_nan(expected):
+        return
+    if _holds_nan(_run(model, inputs)):
         raise InputError(
             "prune(model)",
             "its outputs on the example inputs are no numbers, so nothing can be proven",
             "Give example inputs like those that the network was trained on",
         )
+    raise ProofError(
+        "prune(model)",
+        "without the removed units its outputs are no numbers (the variance of one entry that "
+        "remains, a division by nothing); nothing was returned",
+        "Remove less, or keep two units of each layer at least with Budget(min_keep=2)",
+    )
+
+
+def _holds_nan(outputs: list[Tensor]) -> bool:
+    return any(bool(torch.isnan(tensor).any()) for tensor in outputs)
+
+
+def _check_repeats(first: list[Tensor], second: list[Tensor]) -> None:
     if _largest(first, second) > 0:
         raise InputError(
             "prune(model)",
@@ -166,21 +240,26 @@ def _scale(first: list[Tensor], second: list[Tensor], dtype: torch.dtype) -> flo
     return max(sensitivity, magnitude * LEAST[dtype]) or 1.0
 
 
-def _accepted(model: nn.Module, example_inputs: Inputs, dtype: torch.dtype) -> Inputs | None:
-    """Few of the inputs, or all, in this precision; None where the network takes neither."""
+def _accepted(model: nn.Module, example_inputs: Inputs, dtype: torch.dtype) -> Iterator[Inputs]:
+    """Few of the inputs, all of them, and one doubled, as far as the network takes them."""
     candidate = _converted(model, dtype)
+    size = batch_size(example_inputs) if any(t.ndim for t in tensors(example_inputs)) else 0
     few = take(example_inputs, EXAMPLES)
-    for given in (few, example_inputs) if batch_size(few) == EXAMPLES else (example_inputs,):
+    more = [few, example_inputs] if size > EXAMPLES else [example_inputs]
+    if size == 1:  # the capture doubles a batch of one
+        more.append(doubled(example_inputs))
+    for given in more:
         inputs = _cast(given, dtype)
-        with suppress(Exception):  # the network's forward may raise anything
+        try:
             _run(candidate, inputs)
-            return inputs
-    return None
+        except Exception:  # noqa: BLE001 - the network's forward may raise anything
+            continue
+        yield inputs
 
 
 def _converted(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     """A copy whose real numbers have this precision."""
-    candidate = copy.deepcopy(model)
+    candidate = copied(model)
     return candidate.double() if dtype is torch.float64 else candidate.float()
 
 
@@ -204,6 +283,25 @@ def _disturbed(model: nn.Module, inputs: Inputs, dtype: torch.dtype) -> nn.Modul
 
 def _noise(like: Tensor) -> Tensor:
     return torch.randn(like.shape, dtype=torch.float64).to(like.device, like.dtype)
+
+
+class _Rounding(TorchDispatchMode):
+    """Notes whether any operator returns numbers of single precision."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.seen = False
+
+    def tolerance(self, dtype: torch.dtype) -> float:
+        """The largest difference to allow in this precision."""
+        return max(TOLERANCE[dtype], ROUNDED if self.seen else 0)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        if not self.seen:
+            leaves = pytree.tree_leaves(found)
+            self.seen = any(isinstance(t, Tensor) and t.dtype is torch.float32 for t in leaves)
+        return found
 
 
 class _Calibration(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -240,6 +338,8 @@ def _other(inputs: Inputs) -> Inputs:
     """Different inputs of the same form: disturbed numbers, indices drawn from those given."""
 
     def change(tensor: Tensor) -> Tensor:
+        if tensor.layout is not torch.strided:
+            return tensor
         if tensor.is_floating_point():
             noise = torch.randn(tensor.shape, dtype=tensor.dtype).to(tensor.device)
             return tensor * 0.9 + noise * (0.3 * tensor.abs().mean() + 0.1)

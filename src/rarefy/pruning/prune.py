@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import copy
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import inf
 
@@ -12,14 +13,21 @@ from numpy.typing import NDArray
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from rarefy.errors import InputError, ProofError
-from rarefy.graph.program import GraphModel
+from rarefy.batches import doubled, tensors
+from rarefy.copies import computed
+from rarefy.errors import InputError, ProofError, first_line
+from rarefy.graph.capture import check_runs
+from rarefy.graph.groups import Mask
+from rarefy.graph.program import GraphModel, Spec
 from rarefy.graph.trace import Frozen, Network, trace
 from rarefy.pruning.criteria import Criterion, named, scored
 from rarefy.pruning.masks import sparsify
-from rarefy.pruning.proof import Build, Comparison, compare, culprit, prove
+from rarefy.pruning.plan import Plan
+from rarefy.pruning.proof import Build, Comparison, compare, prove
+from rarefy.pruning.provenance import Equation, equations
 from rarefy.pruning.repair import repair
-from rarefy.pruning.select import Plan, select
+from rarefy.pruning.select import select
+from rarefy.pruning.sizes import Sizes
 from rarefy.pruning.surgery import cut, kept_entries, rewrite
 from rarefy.types import Budget, Data, Inputs, Width
 
@@ -94,6 +102,7 @@ def prune(
     """
     _check_arguments(model, budget, exclude)
     check_finite(model)
+    check_copies(model)
     if structure == "weight":
         if data is not None or criterion != "magnitude":
             raise InputError(
@@ -109,11 +118,45 @@ def prune(
             "Use 'channel' (units really removed) or 'weight' (single weights set to zero)",
         )
     network = trace(model, example_inputs)
-    tensors = dict(model.named_parameters(remove_duplicate=False))
-    scores = [scored(group, tensors, named(criterion)) for group in network.groups]
-    plan = select(network, model, scores, budget, exclude)
-    small = operate(model, example_inputs, network, plan, keep_class=keep_class)
-    return small if data is None else repair(model, small, data)
+    check_runs(model, example_inputs)
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    scores = [scored(group, parameters, named(criterion)) for group in network.groups]
+    sizes = Sizes(network, stated(model, network, example_inputs))
+    closed: dict[int, str] = {}
+    while True:
+        plan = select(
+            network, model, scores, budget, exclude, sizes, closed=closed, keep_class=keep_class
+        )
+        try:
+            small = operate(model, example_inputs, network, plan, sizes, keep_class=keep_class)
+        except ClassError as error:
+            if not error.groups:
+                raise
+            closed |= dict.fromkeys(error.groups, "the class does not work with fewer of them")
+        else:
+            return small if data is None else repair(model, small, data)
+
+
+def stated(model: nn.Module, network: Network, example_inputs: Inputs) -> tuple[Equation, ...]:
+    """What the user's forward states of its sizes; nothing for a graph, which states its own."""
+    if isinstance(model, GraphModel):
+        return ()
+    graph = network.captured.graph
+    specs = [n.value for n in graph.nodes if n.op == "input" and isinstance(n.value, Spec)]
+    for given in (example_inputs, doubled(example_inputs)):
+        if [s.shape for s in specs] == [tuple(t.shape) for t in tensors(given)]:
+            return equations(model, graph, given)
+    return ()
+
+
+class ClassError(ProofError):
+    """The user's class cannot be kept with these units gone.
+
+    Attributes:
+        groups: numbers of the groups because of which it cannot, where they could be found.
+    """
+
+    groups: frozenset[int] = frozenset()
 
 
 def _check_arguments(model: object, budget: object, exclude: object) -> None:
@@ -132,39 +175,104 @@ def operate(
     example_inputs: Inputs,
     network: Network,
     plan: Plan,
+    sizes: Sizes | None = None,
     *,
     keep_class: bool = False,
 ) -> nn.Module:
     """Carry out a plan with proof: on the user's class where that holds, else on the graph.
 
     Raises:
-        ProofError: neither way equals masking, or the class cannot be kept though it must be.
+        ProofError: neither way equals masking.
+        ClassError: the class cannot be kept though it must be.
     """
     kind, reason = "module", ""
-    build: Build = lambda m, p: cut(m, network, p)  # noqa: E731 - two ways behind one name
+    sizes = sizes or Sizes(network, ())
+    build: Build = lambda m, p: cut(m, network, p, sizes.solve(p).values)  # noqa: E731 - two ways
     found = Comparison(inf, "it is a graph already")
     if not isinstance(model, GraphModel):
         found = compare(model, example_inputs, network, plan, build)
     error = found.error
     if found.fault:
         if keep_class:
-            group = culprit(model, example_inputs, network, plan, build)
-            raise ProofError(
+            lost = ClassError(
                 f"prune({type(model).__name__}, keep_class=True)",
-                f"its forward does not work with other widths: {found.fault}{group}",
+                f"its forward does not work with other widths: {found.fault}",
                 "Write sizes in forward as x.shape[...] or module attributes, exclude that layer, "
                 "or accept a rewritten graph (keep_class=False)",
             )
-        kind, reason = "graph", found.fault
+            lost.groups = _breaking(model, example_inputs, network, plan, sizes, build)
+            raise lost
+        kind, reason = "graph", _reason(sizes.solve(plan).broken, found.fault)
         build = lambda m, p: rewrite(m, network, p)  # noqa: E731
         error = prove(model, example_inputs, network, plan, build)
     small = build(model, plan)
     small.eval()
     kept = kept_entries(network, plan)
+    frozen = (*network.frozen, *_left_whole(model, network, plan))
     small.pruned = Pruned(  # type: ignore[assignment]
-        kind, reason, _widths(model, kept), kept, network.frozen, error
+        kind, reason, _widths(model, kept), kept, frozen, error
     )
     return small
+
+
+def _breaking(
+    model: nn.Module,
+    example_inputs: Inputs,
+    network: Network,
+    plan: Plan,
+    sizes: Sizes,
+    build: Build,
+) -> frozenset[int]:
+    """Groups with whose units gone, and no others, the user's forward does not equal masking."""
+    for part in sizes.parts:
+        alone: Mask = plan.removed & False
+        for number in part:
+            units = network.groups[number].units
+            alone[units] = plan.removed[units]
+        if (
+            alone.any()
+            and compare(model, example_inputs, network, Plan.of(network, alone), build).fault
+        ):
+            return part
+    return frozenset()
+
+
+def _reason(broken: Sequence[Equation], fault: str) -> str:
+    """Why the class was not kept: the line that states a size, or else what went wrong."""
+    lines = dict.fromkeys(e.source for e in broken if e.source)
+    if not lines:
+        return fault
+    more = f" and {len(lines) - 1} more" if len(lines) > 1 else ""
+    return f"its forward states sizes that cannot follow: {next(iter(lines))}{more}"
+
+
+def _left_whole(model: nn.Module, network: Network, plan: Plan) -> Iterator[Frozen]:
+    """Groups that stay for the sake of the class, as frozen entries of their first tensors."""
+    held: dict[tuple[str, int, str], set[int]] = {}
+    for number, reason in plan.whole.items():
+        first = network.groups[number].members[0]
+        held.setdefault((first.path, first.dim, reason), set()).update(first.indices.ravel())
+    shapes = {path: t.shape for path, t in [*model.named_parameters(), *model.named_buffers()]}
+    for (path, dim, reason), entries in held.items():
+        yield Frozen(path, dim, len(entries), shapes[path][dim], "forward", reason, "")
+
+
+def check_copies(model: nn.Module) -> None:
+    """Refuse a network that holds what cannot be copied, since the result is a copy.
+
+    Raises:
+        InputError: names what Python says.
+    """
+    kept = [*model.parameters(), *model.buffers()]  # these can, and would take memory
+    try:
+        copy.deepcopy(model, computed(model) | {id(tensor): tensor for tensor in kept})
+    except Exception as error:
+        raise InputError(
+            f"prune({type(model).__name__})",
+            f"it cannot be copied: {first_line(error)}",
+            "Keep open files, locks, generators and computed tensors out of the attributes of "
+            "modules, or define __deepcopy__",
+        ) from error
 
 
 def check_finite(model: nn.Module) -> None:

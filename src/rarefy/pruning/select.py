@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from math import prod
 
 import numpy as np
@@ -17,32 +17,9 @@ from rarefy.graph.count import graph_macs
 from rarefy.graph.groups import Group, Mask
 from rarefy.graph.program import Spec
 from rarefy.graph.trace import Network
+from rarefy.pruning.plan import Plan, Scores
+from rarefy.pruning.sizes import Sizes
 from rarefy.types import Budget
-
-Scores = Sequence[NDArray[np.float64]]
-"""One array per group, shape (units,)."""
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What goes.
-
-    Attributes:
-        removed: for each unit of the network's coupling, whether it goes.
-        gone: for each atom, whether it goes.
-    """
-
-    removed: Mask
-    gone: Mask
-
-    @classmethod
-    def of(cls, network: Network, removed: Mask) -> Plan:
-        """The plan that removes these units and all that goes with them."""
-        return cls(removed, network.coupling.gone(removed))
-
-    def kept(self, network: Network, group: Group) -> int:
-        """Number of units of a group that stay."""
-        return int((~self.removed[group.units]).sum())
 
 
 def select(
@@ -51,6 +28,10 @@ def select(
     scores: Scores,
     budget: Budget,
     exclude: Sequence[str] = (),
+    sizes: Sizes | None = None,
+    *,
+    closed: Mapping[int, str] | None = None,
+    keep_class: bool = False,
 ) -> Plan:
     """Choose the units that go so that what remains fits the budget.
 
@@ -64,12 +45,17 @@ def select(
         scores: importance of every unit, one array per group.
         budget: what may remain.
         exclude: module or parameter paths whose outputs keep their width.
+        sizes: what the user's forward states of its sizes; the plan is one that it can carry out,
+            except where it states plain numbers.
+        closed: numbers of groups that stay whole, each with the reason.
+        keep_class: leave groups whole whose size the forward states as a plain number.
 
     Raises:
         InputError: an excluded name matches nothing; nothing can be pruned.
         BudgetError: the budget cannot be reached; the message says what can.
     """
-    open_groups = _open(network, model, exclude)
+    closed = closed or {}
+    open_groups = [g for g in _open(network, model, exclude) if g not in closed]
     if not open_groups:
         reasons = "; ".join(str(f) for f in network.frozen[:4])
         raise InputError(
@@ -80,17 +66,24 @@ def select(
         )
     accountant = _Accountant(network, model)
     floors = {g: _floor(network.groups[g], budget) for g in open_groups}
-    sizes = {g: len(network.groups[g]) for g in open_groups}
+    widths = {g: len(network.groups[g]) for g in open_groups}
     if budget.scope == "local":
-        counter = _local(sizes)
+        counter = _local(widths)
     else:
         even = [1.0] * len(network.groups)
         saved = even if budget.sparsity is not None else accountant.savings(budget)
-        counter = _global(sizes, scores, saved)
+        counter = _global(widths, scores, saved)
     choose = _chooser(network, counter, scores, floors, budget)
+
+    def plan(share: float) -> Plan:
+        found = replace(_keep_alive(network, choose(share), scores), whole=closed)
+        if sizes is None:
+            return found
+        return sizes.agree(found, scores, floors, budget.round_to, force=keep_class)
+
     if budget.sparsity is not None:
-        return _keep_alive(network, choose(budget.sparsity), scores)
-    return _fit(network, accountant, choose, budget, scores)
+        return plan(budget.sparsity)
+    return _fit(network, accountant, plan, budget)
 
 
 def _open(network: Network, model: nn.Module, exclude: Sequence[str]) -> list[int]:
@@ -248,16 +241,15 @@ def _rounded(count: int, size: int, floor: int, budget: Budget) -> int:
 def _fit(
     network: Network,
     accountant: _Accountant,
-    choose: Chooser,
+    choose: Callable[[float], Plan],
     budget: Budget,
-    scores: Scores,
 ) -> Plan:
     """The least removal that fits, by bisection over the share of units removed."""
     limit = budget.macs if budget.macs is not None else budget.params
     assert limit is not None
     total = sum(len(g) for g in network.groups)
     low, high = 0, total
-    most = _keep_alive(network, choose(1.0), scores)
+    most = choose(1.0)
     reachable = accountant.share(most, budget)
     if reachable > limit:
         name = "macs" if budget.macs is not None else "params"
@@ -270,7 +262,7 @@ def _fit(
     best = most
     while low < high:
         middle = (low + high) // 2
-        plan = _keep_alive(network, choose(middle / total), scores)
+        plan = choose(middle / total)
         if accountant.share(plan, budget) <= limit:
             best, high = plan, middle
         else:
@@ -287,7 +279,7 @@ def _keep_alive(network: Network, removed: Mask, scores: Scores) -> Plan:
     seen: set[int] = set()
     for labels in network.flow.labels.values():
         for atoms in _arrays(labels):
-            if id(atoms) in seen or not plan.gone[atoms].all():
+            if not len(atoms) or id(atoms) in seen or not plan.gone[atoms].all():
                 continue
             seen.add(id(atoms))
             units = np.unique(network.coupling.pairs(atoms)[0])

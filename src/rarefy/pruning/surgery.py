@@ -8,40 +8,55 @@ that the code computes with is read off the labels; it works for any forward, bu
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
+from rarefy.batches import evaluating
+from rarefy.copies import copied
 from rarefy.graph.capture import graph_model
 from rarefy.graph.editor import Editor
 from rarefy.graph.ops import edit
 from rarefy.graph.program import GraphModel
 from rarefy.graph.trace import Network, storages
 from rarefy.pruning import attributes
-from rarefy.pruning.select import Plan
+from rarefy.pruning.plan import Plan
+from rarefy.pruning.sizes import Values
 
 Kept = Mapping[tuple[str, int], NDArray[np.int64]]
 """(path, dimension) -> the entries that stay, for every dimension that shrinks."""
 
 
-def kept_entries(network: Network, plan: Plan) -> dict[tuple[str, int], NDArray[np.int64]]:
-    """Which entries of which parameters and buffers stay."""
+def kept_entries(
+    network: Network, plan: Plan, *, made: bool = False
+) -> dict[tuple[str, int], NDArray[np.int64]]:
+    """Which entries of which parameters and buffers stay; with ``made``, of constants too."""
     found = {}
     for node in network.captured.graph.nodes:
-        if node.op == "tensor":
+        if node.op == "tensor" and (made or node.path not in network.flow.made):
             for dim, atoms in enumerate(network.flow.labels[node.name]):
                 if atoms is not None and plan.gone[atoms].any():
                     found[node.path, dim] = np.flatnonzero(~plan.gone[atoms])
     return found
 
 
-def cut(model: nn.Module, network: Network, plan: Plan) -> nn.Module:
-    """A copy of the user's module with the units gone; the model itself is untouched."""
-    small = copy.deepcopy(model)
+def cut(model: nn.Module, network: Network, plan: Plan, values: Values | None = None) -> nn.Module:
+    """A copy of the user's module with the units gone; the model itself is untouched.
+
+    Args:
+        model: the user's module.
+        network: its trace.
+        plan: what goes.
+        values: numbers that attributes of its modules need, from :mod:`rarefy.pruning.sizes`.
+    """
+    small = copied(model)
     kept = with_aliases(model, kept_entries(network, plan))
     old = {path: _tensor(small, path) for path in dict.fromkeys(path for path, _ in kept)}
     made: dict[int, Tensor] = {}
@@ -49,9 +64,24 @@ def cut(model: nn.Module, network: Network, plan: Plan) -> nn.Module:
         if id(tensor) not in made:
             made[id(tensor)] = sliced(tensor, {d: i for (p, d), i in kept.items() if p == path})
         _replace(small, path, made[id(tensor)])
+    attributes.remember_buffers(small, old)
     _set_counts(small, network, plan)
+    _set_values(small, values or {})
+    _recompute(small)
     attributes.refresh(small)
     return small
+
+
+def _recompute(model: nn.Module) -> None:
+    """Weights that the hooks of ``torch.nn.utils.weight_norm`` and the like keep as tensors.
+
+    They would be computed anew by the next call; but their shapes are read before that.
+    """
+    for module in model.modules():
+        for hook in module._forward_pre_hooks.values():
+            if isinstance(hook, WeightNorm | SpectralNorm | BasePruningMethod):
+                with torch.no_grad(), evaluating(module):
+                    hook(module, ())
 
 
 def with_aliases(model: nn.Module, kept: Kept) -> dict[tuple[str, int], NDArray[np.int64]]:
@@ -90,22 +120,44 @@ def _tensor(model: nn.Module, path: str) -> Tensor:
 
 def _replace(model: nn.Module, path: str, tensor: Tensor) -> None:
     owner_path, _, leaf = path.rpartition(".")
-    owner = model.get_submodule(owner_path)
-    if leaf in owner._parameters:
-        owner._parameters[leaf] = tensor  # type: ignore[assignment]
-    else:
-        owner._buffers[leaf] = tensor
+    setattr(model.get_submodule(owner_path), leaf, tensor)  # recurrent layers take note of it
 
 
 def _set_counts(small: nn.Module, network: Network, plan: Plan) -> None:
-    """Attributes that state a number of units which no shape states: ``groups``."""
-    changed: dict[str, dict[str, int]] = {}
+    """Attributes that state numbers of units which no parameter's shape states: ``groups``."""
+    changed: dict[str, dict[str, int | tuple[int, ...]]] = {}
     for (name, attribute), atoms in network.flow.counts.items():
         path = network.captured.graph.by_name[name].scope
         module = small.get_submodule(path)
         if isinstance(getattr(module, attribute, None), int):
             changed.setdefault(path, {})[attribute] = int((~plan.gone[atoms]).sum())
-            setattr(module, attribute, changed[path][attribute])
+    for (name, attribute), sizes in network.flow.shapes.items():
+        path = network.captured.graph.by_name[name].scope
+        if isinstance(getattr(small.get_submodule(path), attribute, None), tuple):
+            changed.setdefault(path, {})[attribute] = tuple(
+                n if isinstance(n, int) else int((~plan.gone[n]).sum()) for n in sizes
+            )
+    for path, values in changed.items():
+        for attribute, value in values.items():
+            setattr(small.get_submodule(path), attribute, value)
+    attributes.remember(small, changed)
+
+
+def _set_values(small: nn.Module, values: Values) -> None:
+    """Attributes that the forward computes sizes with; of a tuple or list, one of its numbers."""
+    changed: dict[str, dict[str, Any]] = {}
+    for attribute, value in values.items():
+        owner, name = attributes.holder(small.get_submodule(attribute.path), attribute.name)
+        held = owner.get(name)
+        if attribute.index is not None and isinstance(held, tuple | list):
+            numbers = list(held)
+            numbers[attribute.index] = value
+            new: Any = type(held)(numbers)
+        else:
+            new = value
+        if held != new:
+            owner[name] = new
+            changed.setdefault(attribute.path, {})[attribute.name] = new
     attributes.remember(small, changed)
 
 
@@ -117,7 +169,7 @@ def rewrite(model: nn.Module, network: Network, plan: Plan) -> GraphModel:
     graph = network.captured.graph
     editor = Editor(network.flow, plan.gone)
     nodes = [edited for node in graph.nodes for edited in edit(editor, node)]
-    kept = kept_entries(network, plan)
+    kept = kept_entries(network, plan, made=True)
     whole = graph_model(model, network.captured)
 
     made: dict[int, Tensor] = {}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import difflib
 import re
 from collections.abc import Iterable, Mapping
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from rarefy.copies import copied
 from rarefy.errors import FormatError, InputError
 from rarefy.pruning import attributes
 from rarefy.storage.pack import NAMES
@@ -51,13 +51,17 @@ def sharing(paths: Iterable[str], aliases: Mapping[str, str]) -> Mapping[str, fr
 
 
 def _named(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and persistent buffers by path, shared ones under each of their paths."""
+    """Parameters and persistent buffers by path, shared ones under each of their paths.
+
+    Non-persistent buffers are among them where surgery changed their size.
+    """
+    skipped = attributes.passing(model) - set(vars(model).get(attributes.BUFFERS, ()))
     found: dict[str, Tensor] = {}
     for path, module in model.named_modules(remove_duplicate=False):
-        skipped = module._non_persistent_buffers_set
         for name, tensor in (module._parameters | module._buffers).items():
-            if tensor is not None and name not in skipped:
-                found[f"{path}.{name}" if path else name] = tensor
+            full = f"{path}.{name}" if path else name
+            if tensor is not None and full not in skipped:
+                found[full] = tensor
     return found
 
 
@@ -155,7 +159,8 @@ def apply(model: nn.Module, *settings: Settings) -> None:
         FormatError: a module or attribute does not exist, or is no integer or sequence of such.
     """
     for module, name, value in [c for given in settings for c in _changes(model, given)]:
-        setattr(module, name, value)
+        owner, leaf = attributes.holder(module, name)
+        owner[leaf] = value
 
 
 def _changes(model: nn.Module, settings: Settings) -> list[tuple[nn.Module, str, Any]]:
@@ -178,7 +183,7 @@ def _value(
     module: nn.Module, path: str, name: str, value: Any
 ) -> int | list[int] | tuple[int, ...]:
     """``value`` in the form that the attribute has, where a file may set it at all."""
-    current = vars(module).get(name) if re.fullmatch(r"[A-Za-z]\w{0,99}", name) else None
+    current = _current(module, name)
     if _is_size(current) and _is_size(value):
         return value  # type: ignore[no-any-return]
     if _is_sizes(current) and isinstance(value, list) and _is_sizes(value):
@@ -189,6 +194,17 @@ def _value(
         "integers or sequences of integers can be set",
         "Create the model as it was created before it was saved",
     )
+
+
+def _current(module: nn.Module, name: str) -> Any:
+    """The attribute's value, where the name is of a form that a file may state."""
+    if not re.fullmatch(r"(_?[A-Za-z]\w{0,99}\.)?_?[A-Za-z]\w{0,99}", name):
+        return None
+    try:
+        owner, leaf = attributes.holder(module, name)
+    except KeyError:
+        return None
+    return owner.get(leaf)
 
 
 def _is_size(value: Any) -> bool:
@@ -209,7 +225,7 @@ def clone(model: nn.Module) -> nn.Module:
         InputError: the model cannot be copied.
     """
     try:
-        return copy.deepcopy(model)
+        return copied(model)
     except Exception as error:
         raise InputError(
             f"load(model={type(model).__name__})",

@@ -159,6 +159,7 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
                 "Give an instance of that class: load(path, model)",
             )
         copy = adapt.clone(model)
+        attributes.remember_buffers(copy, contents.records)
         adapt.check_paths(copy, contents.records.keys() | index.aliases.keys(), index.class_name)
         loaded = contents.held()
     adapt.apply(copy, index.attributes, index.custom)

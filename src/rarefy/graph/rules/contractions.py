@@ -9,12 +9,83 @@ from typing import Any
 import numpy as np
 
 from rarefy.graph.editor import Edit, Editor
-from rarefy.graph.flow import EXTENT, Carried, Flow, Rule, rows
+from rarefy.graph.equations import EQUATIONS, equation, sizes
+from rarefy.graph.flow import EXTENT, Carried, Flow, Rule, Zero, freeze_all, rows, unlabeled
 from rarefy.graph.labels import Atoms, Labels
-from rarefy.graph.program import Node, Ref
+from rarefy.graph.program import Node, Ref, schema
+
+NOT_ZERO = "is summed over, and masked units do not give zero"
+"""Reason to freeze both sides of a sum."""
+
+
+# --- sums of products by letter ----------------------------------------------------------------
+
+
+def by_letter(flow: Flow, node: Node) -> Carried:
+    """Matrix products of all kinds: what shares a letter goes together.
+
+    Along a letter that is summed over, masked units must add nothing: one of the factors of a
+    product is zero there, or all terms of a difference.
+    """
+    found = equation(node, lambda ref: len(flow.shape(ref)))
+    if found is None:
+        freeze_all(flow, node, "multiplies in a way that rarefy does not follow")
+        return unlabeled(node.value)
+    size = sizes(found, flow.shape)
+    carried: dict[str, Atoms | None] = {}
+    for letter in found.letters:
+        sides = [
+            (operand, flow.of(operand)[d])
+            for operand, letters in found.operands
+            for d, own in enumerate(letters)
+            if own == letter and flow.shape(operand)[d] == size[letter] > 1
+        ]
+        silent = (all if found.differs else any)(flow.zero(operand) for operand, _ in sides)
+        if found.differs and len(sides) < len(found.operands):  # one is broadcast along it
+            silent = False
+        if letter not in found.result and not silent:
+            for _, atoms in sides:
+                flow.freeze(node, atoms, NOT_ZERO)
+        carried[letter] = flow.tie(node, *(atoms for _, atoms in sides))
+    labels = tuple(carried[letter] for letter in found.result)
+    return labels if found.added is None else _plus(flow, node, labels, found.added)
+
+
+def _plus(flow: Flow, node: Node, labels: Labels, added: Ref) -> Labels:
+    """Labels of a sum with an operand that is aligned with the last dimensions."""
+    other, shape = flow.of(added), flow.shape(added)
+    first = len(labels) - len(other)
+    return tuple(
+        flow.tie(node, label, other[d - first])
+        if d >= first and shape[d - first] == size > 1
+        else label
+        for d, (label, size) in enumerate(zip(labels, node.shape, strict=True))
+    )
+
+
+def _kron(flow: Flow, node: Node) -> Carried:
+    """Every entry of one times the other: each dimension is merged from two."""
+    ranks = len(node.shape)
+    sides = []
+    for arg in node.args[:2]:
+        labels, shape = flow.of(arg), flow.shape(arg)
+        pad = ranks - len(shape)
+        sides.append(((None,) * pad + labels, (1,) * pad + shape))
+    (a, n), (b, m) = sides
+    return tuple(flow.ledger.merge([a[d], b[d]], [n[d], m[d]]) for d in range(ranks))
+
+
+def _pairwise_distance(flow: Flow, node: Node) -> Carried:
+    freeze_all(flow, node, "adds a small number to every difference that it sums over")
+    return unlabeled(node.value)
+
+
+# --- convolutions ------------------------------------------------------------------------------
 
 
 def _convolution(flow: Flow, node: Node) -> Carried:
+    if node.argument("transposed"):
+        return _conv_transpose(flow, node)
     x, weight = node.args[:2]
     groups = flow.number(node.argument("groups"))
     labels, kernel = flow.of(x), flow.of(weight)
@@ -26,24 +97,26 @@ def _convolution(flow: Flow, node: Node) -> Carried:
     elif flow.shape(weight)[1] == 1:
         out = _depthwise(flow, node, labels[channel], kernel[0], n)
     else:
-        out = _grouped(flow, node, labels[channel], kernel, groups, flow.shape(weight))
+        out = _grouped(flow, node, labels[channel], groups)
     out = _with_bias(flow, node, out, node.argument("bias"))
     return _conv_result(flow, node, labels, channel, out)
 
 
 def _conv_transpose(flow: Flow, node: Node) -> Carried:
+    """The kernel is (inputs, outputs per group, ...)."""
     x, weight = node.args[:2]
     groups = flow.number(node.argument("groups"))
     labels, kernel = flow.of(x), flow.of(weight)
     channel = len(labels) - len(kernel) + 1
-    out: Atoms | None
+    n, per_group = flow.shape(weight)[:2]
+    _contract(flow, node, (x, channel), (weight, 0))
     if groups == 1:
-        _contract(flow, node, (x, channel), (weight, 0))
         out = kernel[1]
     else:
-        for atoms in (labels[channel], kernel[0], kernel[1]):
-            flow.freeze(node, atoms, "grouped transposed convolution")
-        out = None
+        group, _ = flow.ledger.split(labels[channel], (groups, n // groups))
+        if group is not None:
+            flow.counts[node.name, "groups"] = group
+        out = flow.ledger.merge([group, kernel[1]], [groups, per_group])
     out = _with_bias(flow, node, out, node.argument("bias"))
     return _conv_result(flow, node, labels, channel, out)
 
@@ -58,14 +131,21 @@ def _both(
 def _contract(flow: Flow, node: Node, first: tuple[Any, int], second: tuple[Any, int]) -> None:
     """Both sides of a sum of products go together, if masked units add nothing to it."""
     sides = [flow.of(arg)[dim] for arg, dim in (first, second)]
-    if not (flow.zero(first[0]) or flow.zero(second[0])):
-        for atoms in sides:
-            flow.freeze(node, atoms, "is summed over, and masked units do not give zero")
+    _need_zero(flow, node, (first[0], second[0]), sides)
     flow.tie(node, *_both(sides[0], sides[1], flow.shape(first[0])[first[1]]))
 
 
+def _need_zero(
+    flow: Flow, node: Node, operands: tuple[Any, Any], sides: list[Atoms | None]
+) -> None:
+    """Freeze what is summed over where neither operand is zero at masked units."""
+    if not any(flow.zero(operand) for operand in operands):
+        for atoms in sides:
+            flow.freeze(node, atoms, NOT_ZERO)
+
+
 def _with_bias(flow: Flow, node: Node, out: Atoms | None, bias: Any) -> Atoms | None:
-    if not isinstance(bias, Ref):
+    if not isinstance(bias, Ref) or flow.shape(bias) == (1,):
         return out
     label = flow.of(bias)[0]
     return flow.tie(node, out, label) if out is not None or label is not None else None
@@ -74,37 +154,29 @@ def _with_bias(flow: Flow, node: Node, out: Atoms | None, bias: Any) -> Atoms | 
 def _depthwise(
     flow: Flow, node: Node, channels: Atoms | None, filters: Atoms | None, n: int
 ) -> Atoms | None:
+    """One group per channel; of channels that cannot change, a position in all can go."""
     if channels is None or filters is None:
-        return flow.tie(node, *_both(channels, filters, n))
+        groups = flow.number(node.argument("groups"))
+        flow.freeze(node, channels, "meets filters that cannot change")
+        group, _ = flow.ledger.split(filters, (groups, n // groups))
+        flow.freeze(node, group, "filters channels that cannot change")
+        return filters
     flow.counts[node.name, "groups"] = channels
     return flow.tie(node, filters, np.repeat(channels, n // len(channels)))
 
 
-def _grouped(
-    flow: Flow,
-    node: Node,
-    channels: Atoms | None,
-    kernel: Labels,
-    groups: int,
-    shape: tuple[int, ...],
-) -> Atoms | None:
+def _grouped(flow: Flow, node: Node, channels: Atoms | None, groups: int) -> Atoms | None:
     """A grouped convolution keeps groups of equal size: whole groups go, or a position in all."""
-    per_group = shape[1]
+    x, weight = node.args[:2]
+    kernel = flow.of(weight)
+    filters, per_group = flow.shape(weight)[:2]
     group_in, position_in = flow.ledger.split(channels, (groups, per_group))
-    group_out, _ = flow.ledger.split(kernel[0], (groups, shape[0] // groups))
-    if channels is None:
-        flow.freeze(node, group_out, "grouped convolution of channels that cannot change")
-        flow.freeze(node, kernel[1], "grouped convolution of channels that cannot change")
-        return kernel[0]
-    if group_in is None or (group_out is None and shape[0] > groups):
-        flow.freeze(node, channels, "grouped convolution of coupled groups")
-        flow.freeze(node, kernel[0], "grouped convolution of coupled groups")
-        return None
-    flow.tie(node, *_both(position_in, kernel[1], per_group))
-    if group_out is None:  # one filter a group: the filters are the groups
-        group_out = kernel[0]
-    flow.counts[node.name, "groups"] = group_in
-    flow.tie(node, group_in, group_out)
+    group_out, _ = flow.ledger.split(kernel[0], (groups, filters // groups))
+    _need_zero(flow, node, (x, weight), [position_in, kernel[1]])
+    flow.tie(node, position_in, kernel[1])
+    both = flow.tie(node, group_in, group_out)
+    if both is not None:
+        flow.counts[node.name, "groups"] = both
     return kernel[0]
 
 
@@ -118,93 +190,132 @@ def _conv_result(
     return (*kept[:channel], out, *kept[channel + 1 :])
 
 
-def _linear(flow: Flow, node: Node) -> Carried:
-    x, weight = node.args[:2]
-    labels, kernel = flow.of(x), flow.of(weight)
-    _contract(flow, node, (x, -1), (weight, -1))
-    if len(kernel) == 1:
-        return labels[:-1]
-    return (*labels[:-1], _with_bias(flow, node, kernel[0], node.argument("bias")))
-
-
-def _addmm(flow: Flow, node: Node) -> Carried:
-    bias, x, weight = node.args[:3]
-    rows, columns = flow.of(x), flow.of(weight)
-    _contract(flow, node, (x, 1), (weight, 0))
-    return (rows[0], _with_bias(flow, node, columns[1], bias))
-
-
-def _matmul(flow: Flow, node: Node) -> Carried:
-    first, second = node.args[:2]
-    a, b = flow.of(first), flow.of(second)
-    shapes = flow.shape(first), flow.shape(second)
-    rows = len(b) - 2 if len(b) > 1 else 0
-    _contract(flow, node, (first, -1), (second, rows))
-    head_a, head_b = a[:-2], b[:-2]
-    lead = []
-    depth = max(len(head_a), len(head_b))
-    for d in range(depth):
-        sides = []
-        for head, shape in ((head_a, shapes[0]), (head_b, shapes[1])):
-            e = d - depth + len(head)
-            if e >= 0 and shape[e] > 1:
-                sides.append(head[e])
-        lead.append(flow.tie(node, *sides) if sides else None)
-    tail = (a[-2:-1] if len(a) > 1 else ()) + (b[-1:] if len(b) > 1 else ())
-    return (*lead, *tail)
-
-
-def _attention(flow: Flow, node: Node) -> Carried:
-    """Scaled dot-product attention (B, ..., H, L, D): heads go together, values' D carries."""
-    q, k, v = (flow.of(a) for a in node.args[:3])
-    for labels in (q, k):
-        flow.freeze(node, labels[-1], "attention scales by the size of its heads")
-        flow.freeze(node, labels[-2], "attention normalizes over positions")
-    flow.freeze(node, v[-2], "attention normalizes over positions")
-    lead = []
-    for d in range(len(q) - 2):
-        size = node.shape[d]
-        sides = [
-            labels[d]
-            for labels, arg in zip((q, k, v), node.args[:3], strict=True)
-            if flow.shape(arg)[d] == size and size > 1
-        ]
-        if sides and len(sides) == 3:
-            lead.append(flow.tie(node, *sides))
-        else:  # grouped queries: heads of unequal number
-            for labels in (q, k, v):
-                flow.freeze(node, labels[d], "heads are shared between queries")
-            lead.append(None)
-    for atoms in flow.of(node.argument("attn_mask")):
-        flow.freeze(node, atoms, "is an attention mask")
-    return (*lead, None, v[-1])
+# --- look-ups and transforms --------------------------------------------------------------------
 
 
 def _embedding(flow: Flow, node: Node) -> Carried:
+    """Rows by index: what is looked up are positions or words, which are no units."""
     table, index = flow.of(node.args[0]), flow.of(node.args[1])
     flow.freeze(node, table[0], "is looked up by index")
-    return (*index, table[1])
+    for atoms in index:
+        flow.freeze(node, atoms, "is used as positions")
+    return (*(None,) * len(index), table[1])
 
+
+def _embedding_bag(flow: Flow, node: Node) -> Carried:
+    table = flow.of(node.args[0])
+    freeze_all(flow, replace(node, args=node.args[1:]), "says which rows are summed")
+    flow.freeze(node, table[0], "is looked up by index")
+    assert isinstance(node.value, tuple)
+    return ((None, table[1]), *(unlabeled(part) for part in node.value[1:]))
+
+
+def _fourier(flow: Flow, node: Node) -> Carried:
+    """Every frequency depends on all entries; dimensions that are not transformed carry."""
+    labels = flow.of(node.args[0])
+    dims = node.argument("dim")
+    if dims is None:
+        wanted = node.argument("s")
+        dims = range(-len(wanted), 0) if wanted is not None else range(len(labels))
+    dims = [dims] if isinstance(dims, int) else list(dims)
+    return flow.freeze_dims(node, labels, dims, "is transformed along")
+
+
+_FORWARD = "conv1d conv2d conv3d convolution _convolution _convolution_mode"
+_TRANSPOSED = "conv_transpose1d conv_transpose2d conv_transpose3d"
+_FOURIER = (
+    "fft_fft fft_ifft fft_rfft fft_irfft fft_hfft fft_ihfft fft_fft2 fft_ifft2 fft_rfft2 "
+    "fft_irfft2 fft_fftn fft_ifftn fft_rfftn fft_irfftn fft_fftshift fft_ifftshift"
+)
 
 ROWS: Mapping[str, Rule] = {
-    **rows(_convolution, "conv1d conv2d conv3d"),
-    **rows(_conv_transpose, "conv_transpose1d conv_transpose2d conv_transpose3d"),
-    **rows(_linear, "linear"),
-    **rows(_addmm, "addmm"),
-    **rows(_matmul, "matmul mm bmm"),
-    **rows(_attention, "scaled_dot_product_attention"),
+    **rows(by_letter, " ".join(EQUATIONS)),
+    **rows(_kron, "kron"),
+    **rows(_pairwise_distance, "pairwise_distance"),
+    **rows(_convolution, _FORWARD),
+    **rows(_conv_transpose, _TRANSPOSED),
     **rows(_embedding, "embedding"),
+    **rows(_embedding_bag, "embedding_bag"),
+    **rows(_fourier, _FOURIER),
 }
 """Operator -> rule."""
 
 
+def with_argument(node: Node, name: str, value: Any) -> Node:
+    """The node with another value of the argument that its operator's declaration calls so."""
+    declared = schema(node.op)
+    names = [formal.name for formal in declared.arguments] if declared else []
+    position = names.index(name) if name in names else len(node.args)
+    if position < len(node.args):
+        return replace(node, args=(*node.args[:position], value, *node.args[position + 1 :]))
+    return replace(node, kwargs={**node.options, name: value})
+
+
 def _edit_groups(editor: Editor, node: Node) -> Node:
     atoms = editor.flow.counts.get((node.name, "groups"))
-    if atoms is None:
+    if atoms is None or editor.hit(atoms) is None:
         return node
-    groups = editor.left(0, atoms)
-    return replace(node, args=(*node.args[:6], groups, *node.args[7:]))
+    return with_argument(node, "groups", editor.left(0, atoms))
 
 
-EDITS: Mapping[str, Edit] = dict.fromkeys(("conv1d", "conv2d", "conv3d"), _edit_groups)
+EDITS: Mapping[str, Edit] = dict.fromkeys(f"{_FORWARD} {_TRANSPOSED}".split(), _edit_groups)
 """Operator -> how the sizes in its arguments follow the labels."""
+
+
+# --- where the results are zero ----------------------------------------------------------------
+
+
+def _product_is_zero(flow: Flow, node: Node) -> bool:
+    """Along every labelled dimension one factor is zero, and so is what is added."""
+    found = equation(node, lambda ref: len(flow.shape(ref)))
+    if found is None:
+        return False
+    size = sizes(found, flow.shape)
+    for d, (letter, atoms) in enumerate(zip(found.result, flow.of(Ref(node.name)), strict=True)):
+        factors = [
+            operand
+            for operand, letters in found.operands
+            if letter in letters and flow.shape(operand)[letters.index(letter)] == size[letter]
+        ]
+        if atoms is not None and not any(flow.zero(operand) for operand in factors):
+            return False
+        if atoms is not None and not _is_added_zero(flow, found.added, len(found.result) - d):
+            return False
+    return True
+
+
+def _is_added_zero(flow: Flow, added: Ref | None, place: int) -> bool:
+    """Whether what is added vanishes along a labelled dimension, counted from the last."""
+    if added is None:
+        return True
+    labels = flow.of(added)
+    return flow.zero(added) and len(labels) >= place and labels[-place] is not None
+
+
+def _convolution_is_zero(flow: Flow, node: Node) -> bool:
+    """Rows of the kernel and bias give zero outputs; so do masked examples without a bias."""
+    x, weight = node.args[:2]
+    bias = node.argument("bias")
+    channel = len(flow.of(x)) - len(flow.of(weight)) + 1
+    examples = any(atoms is not None for atoms in flow.of(x)[:channel])
+    if examples and not (flow.zero(x) and bias is None):
+        return False
+    return flow.zero(weight) and (bias is None or flow.zero(bias))
+
+
+def _kron_is_zero(flow: Flow, node: Node) -> bool:
+    return all(flow.zero(x) or all(a is None for a in flow.of(x)) for x in node.args[:2])
+
+
+def _first_is_zero(flow: Flow, node: Node) -> bool:
+    return flow.zero(node.args[0])
+
+
+ZEROS: Mapping[str, Zero] = {
+    **dict.fromkeys(EQUATIONS.keys() - {"cdist"}, _product_is_zero),
+    **dict.fromkeys(f"{_FORWARD} {_TRANSPOSED}".split(), _convolution_is_zero),
+    **dict.fromkeys(_FOURIER.split(), _first_is_zero),
+    **dict.fromkeys(("embedding", "embedding_bag"), _first_is_zero),
+    "kron": _kron_is_zero,
+}
+"""Operator -> whether its value is zero at masked units."""

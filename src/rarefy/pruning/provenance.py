@@ -1,0 +1,619 @@
+"""Where the sizes in a forward come from: attributes, shapes of tensors, or plain numbers.
+
+The user's forward is run once on whole numbers that remember their origin: attributes of modules,
+and the extents of tensors, and what is computed from these. Each size that a call states
+(``x.view(b, self.heads, -1)``) and each equality that the code tests becomes an
+:class:`Equation`. They say which attribute must follow when a dimension shrinks, found by its
+origin and not by comparing values: two attributes that happen to be equal are never confused.
+"""
+
+from __future__ import annotations
+
+import operator
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from types import FrameType, FunctionType
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import multi_head_attention_forward
+from torch.overrides import TorchFunctionMode
+
+from rarefy.batches import call, evaluating, map_tensors, unchanged
+from rarefy.graph.program import Graph, Node, Spec, Value
+from rarefy.pruning.attributes import is_plain
+from rarefy.types import Inputs
+
+
+@dataclass(frozen=True)
+class Number:
+    """A number written in the code, or one whose origin was lost."""
+
+    value: int
+
+
+@dataclass(frozen=True)
+class Attribute:
+    """A whole number, ``index``-th of a tuple or list, that a module holds at ``path``."""
+
+    path: str
+    name: str
+    index: int | None
+    value: int
+
+
+@dataclass(frozen=True)
+class Extent:
+    """The size of a tensor along a dimension: the ``part``-th result of a node of the graph."""
+
+    node: str
+    part: int | None
+    dim: int
+
+
+@dataclass(frozen=True)
+class Apply:
+    """An operation of whole-number arithmetic."""
+
+    op: str
+    left: Expression
+    right: Expression
+
+
+Expression: TypeAlias = "Number | Attribute | Extent | Apply"
+
+
+@dataclass(frozen=True)
+class Equation:
+    """Two expressions that the forward needs to be equal.
+
+    Attributes:
+        left, right: the two.
+        source: the line of code that needs it, where known.
+        yields: whether it is better to leave units in place than to break it: nothing would fail,
+            but the network would compute something else (a softmax scaled by another number).
+    """
+
+    left: Expression
+    right: Expression
+    source: str = ""
+    yields: bool = False
+
+    @property
+    def literal(self) -> bool:
+        """Whether one side is written in the code as a plain number."""
+        return any(all(isinstance(x, Number) for x in leaves(s)) for s in (self.left, self.right))
+
+
+OPERATIONS: Mapping[str, Callable[[int, int], int]] = {
+    name: getattr(operator, name) for name in "add sub mul floordiv mod".split()
+} | {"ceildiv": lambda a, b: -(-a // b)}
+"""Whole-number arithmetic that is followed."""
+
+TESTS: Mapping[str, Callable[[int, int], bool]] = {
+    name: getattr(operator, name) for name in "eq lt le gt ge".split()
+}
+"""Comparisons, which decide what a forward does: they have to come out as they did."""
+
+
+def leaves(expression: Expression) -> Iterator[Number | Attribute | Extent]:
+    """What an expression is computed from."""
+    if isinstance(expression, Apply):
+        yield from leaves(expression.left)
+        yield from leaves(expression.right)
+    else:
+        yield expression
+
+
+class Sized(int):
+    """A whole number that remembers where it comes from."""
+
+    origin: Expression
+    recorder: _Recorder | None
+
+    @classmethod
+    def of(cls, value: int, origin: Expression, recorder: _Recorder | None = None) -> Sized:
+        """A number with its origin; equalities that hold are told to ``recorder``."""
+        made = cls(value)
+        made.origin, made.recorder = origin, recorder
+        return made
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    __hash__ = int.__hash__
+
+    def __float__(self) -> float:
+        self.used()
+        return float(int(self))
+
+    def __pow__(self, exponent: Any, modulus: Any = None) -> Any:
+        self.used()
+        return pow(int(self), exponent, modulus)
+
+    def used(self) -> None:
+        """Tell the recorder that the value itself matters, not only as a size."""
+        if self.recorder is not None:
+            self.recorder.value_matters(self)
+
+
+def _arithmetic(name: str, reflected: bool) -> Callable[[Sized, Any], Any]:
+    plain = getattr(int, f"__{'r' if reflected else ''}{name}__")
+
+    def compute(self: Sized, other: Any) -> Any:
+        value = plain(self, other)
+        if type(value) is not int:
+            return value
+        sides = (origin(other), self.origin) if reflected else (self.origin, origin(other))
+        return Sized.of(value, Apply(name, *sides), self.recorder)
+
+    return compute
+
+
+for _name in "add sub mul floordiv mod".split():
+    setattr(Sized, f"__{_name}__", _arithmetic(_name, reflected=False))
+    setattr(Sized, f"__r{_name}__", _arithmetic(_name, reflected=True))
+
+
+def _comparison(name: str) -> Callable[[Sized, Any], Any]:
+    plain = getattr(int, f"__{name}__")
+
+    def compare(self: Sized, other: Any) -> Any:
+        outcome = plain(self, other)
+        if self.recorder is not None and isinstance(outcome, bool):
+            self.recorder.compared(name, self, other, outcome)
+        return outcome
+
+    return compare
+
+
+for _name in TESTS:
+    setattr(Sized, f"__{_name}__", _comparison(_name))
+
+
+def origin(number: int) -> Expression:
+    """Where a whole number comes from."""
+    return number.origin if isinstance(number, Sized) else Number(int(number))
+
+
+# --- the run -----------------------------------------------------------------------------------
+
+
+def equations(model: nn.Module, graph: Graph, inputs: Inputs) -> tuple[Equation, ...]:
+    """What the forward of ``model`` needs of the sizes of its tensors.
+
+    The network is run once in eval mode and left as it was. Where it does not run on numbers that
+    remember their origin, there are no equations.
+
+    Args:
+        model: the user's module.
+        graph: its capture.
+        inputs: what it is called with, of the batch size of the capture.
+    """
+    recorder = _Recorder(graph, model)
+    with (
+        evaluating(model),
+        unchanged(model),
+        _sized_attributes(model, recorder),
+        suppress(Exception),
+    ):
+        given = map_tensors(_given, inputs)
+        with recorder:
+            call(model, given)
+        return recorder.found()
+    recorder.needed = None
+    return ()
+
+
+def _given(tensor: Tensor) -> Tensor:
+    """A copy of an input, whose sizes are plain numbers."""
+    copy = tensor.clone()
+    setattr(copy, _ORIGIN, (None, None))
+    return copy
+
+
+def _tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
+    parameters = list(model.named_parameters(remove_duplicate=False))
+    return [*reversed([*parameters, *model.named_buffers(remove_duplicate=False)])]
+
+
+@contextmanager
+def _sized_attributes(model: nn.Module, recorder: _Recorder) -> Iterator[None]:
+    """Whole numbers in the attributes of all modules remember where they come from."""
+    held = [(vars(module), dict(vars(module))) for module in model.modules()]
+    owners = {id(module): path for path, module in model.named_modules()}
+    configs: dict[int, tuple[dict[str, Any], dict[str, Any]]] = {}
+    try:
+        for module in model.modules():
+            path = owners[id(module)]
+            for name, value in list(vars(module).items()):
+                vars(module)[name] = _sized(value, path, name, recorder)
+                if is_plain(value) and id(value) not in configs:
+                    inner = vars(value)
+                    configs[id(value)] = (inner, dict(inner))
+                    for key, number in list(inner.items()):
+                        inner[key] = _sized(number, path, f"{name}.{key}", recorder)
+        yield
+    finally:
+        for values, before in [*held, *configs.values()]:
+            _restore(values, before)
+
+
+def _sized(value: Any, path: str, name: str, recorder: _Recorder) -> Any:
+    if type(value) is int:
+        return Sized.of(value, Attribute(path, name, None, value), recorder)
+    if type(value) in (tuple, list, torch.Size) and value and all(type(v) is int for v in value):
+        made = [Sized.of(v, Attribute(path, name, i, v), recorder) for i, v in enumerate(value)]
+        return type(value)(made)
+    return value
+
+
+def _restore(values: dict[str, Any], before: Mapping[str, Any]) -> None:
+    """Put back what was replaced; what the forward itself has set stays, as plain numbers."""
+    for name, value in list(values.items()):
+        if _holds_sized(value) and name in before and _plain(value) == before[name]:
+            values[name] = before[name]
+        elif _holds_sized(value):
+            values[name] = _plain(value)
+
+
+def _holds_sized(value: Any) -> bool:
+    many = isinstance(value, tuple | list)
+    return isinstance(value, Sized) or (many and any(isinstance(v, Sized) for v in value))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Sized):
+        return int(value)
+    if isinstance(value, tuple | list) and _holds_sized(value):
+        return type(value)([_plain(v) for v in value])
+    return value
+
+
+_ORIGIN = "_rarefy_result"
+"""Attribute of a tensor: the node, and which of its results, that the tensor is."""
+
+_LOST = "?"
+"""In place of a node: the tensor was made by a call that no node could be paired with."""
+
+
+class _Recorder(TorchFunctionMode):
+    """Watches the calls of a forward and pairs them with the nodes of its graph.
+
+    The k-th call of a kind by one module with results of one shape is the k-th such node; where
+    their numbers differ, none of them is paired.
+    """
+
+    def __init__(self, graph: Graph, model: nn.Module) -> None:
+        super().__init__()
+        self.graph = graph
+        self.paths = {id(tensor): path for path, tensor in _tensors(model)}
+        self.modules = {path: id(m) for path, m in model.named_modules(remove_duplicate=False)}
+        self.nodes: dict[_Token, list[str]] = {}
+        for node in graph.calls:
+            caller = self.modules.get(node.scope.partition("@")[0], id(model))
+            token = (caller, _kind(node.kind), _shapes(node.value))
+            self.nodes.setdefault(token, []).append(node.name)
+        self.reader = {n.path: n.name for n in graph.nodes if n.op == "tensor"}
+        self.met: dict[_Token, int] = {}
+        self.taken: set[str] = set()
+        self.needed: list[Equation] | None = []
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func == _SHAPE:
+            return torch.Size(self.extents(args[0]))
+        if func is torch.Tensor.size and isinstance(args[0], Tensor):
+            sizes = self.extents(args[0])
+            dim = args[1] if len(args) > 1 else kwargs.get("dim")
+            return torch.Size(sizes) if dim is None else sizes[dim]
+        if func is multi_head_attention_forward and isinstance(func, FunctionType):
+            with self:
+                return _opened(func)(*args, **kwargs)
+        result = func(*args, **kwargs)
+        self.note(getattr(func, "__name__", ""), args, kwargs, result)
+        return result
+
+    def extents(self, tensor: Tensor) -> list[int]:
+        """The sizes of a tensor, as numbers that know it."""
+        shape = torch._C.TensorBase.size(tensor)
+        path = self.paths.get(id(tensor))
+        node, part = (self.reader.get(path), None) if path else getattr(tensor, _ORIGIN, (_LOST, 0))
+        if node is None:
+            return list(shape)
+        return [Sized.of(n, Extent(node, part, d), self) for d, n in enumerate(shape)]
+
+    def compared(self, name: str, first: int, second: int, outcome: bool) -> None:
+        """Note how a comparison came out; two sizes that are equal have to stay so."""
+        sides = origin(first), origin(second)
+        sized = all(any(not isinstance(x, Number) for x in leaves(side)) for side in sides)
+        if name == "eq" and outcome and sized:
+            self.need(Equation(*sides))
+        else:
+            self.need(Equation(Apply(name, *sides), Number(int(outcome)), yields=True))
+
+    def value_matters(self, number: Sized) -> None:
+        """Note that the code computes with a size as with any number."""
+        self.need(Equation(number.origin, Number(int(number)), yields=True))
+
+    def need(self, equation: Equation) -> None:
+        """Note an equation, unless the run is over and a number of it has survived in a cache."""
+        if self.needed is not None:
+            self.needed.append(equation)
+
+    def note(self, name: str, args: Any, kwargs: Mapping[str, Any], result: Any) -> None:
+        """Pair a call with its node, mark its results, and write down the sizes that it states."""
+        value = _value(result)
+        if value is None:
+            return
+        node = self.indexed(args, value) if name == "__getitem__" else self.next(name, value)
+        if node is None:
+            return
+        results = enumerate(result) if isinstance(result, tuple | list) else [(None, result)]
+        for part, tensor in results:
+            if isinstance(tensor, Tensor):
+                setattr(tensor, _ORIGIN, (node.name, part))
+        if _kind(name) in _ARITHMETIC:
+            for number in args[:2]:
+                if isinstance(number, Sized):
+                    number.used()
+        stated = STATED.get(_kind(name))
+        if stated:
+            for size, part, dim in stated(_Call(args, kwargs, value, self.extents)):
+                if _states(size, value, part, dim):
+                    stating = Equation(origin(size), Extent(node.name, part, dim), node.source)
+                    self.need(stating)
+
+    def next(self, name: str, value: Value) -> Node | None:
+        """The node of a call: the next of its kind, by the same module, of the same shapes."""
+        token = (id(_running()), _kind(name), _shapes(value))
+        number = self.met[token] = self.met.get(token, -1) + 1
+        names = self.nodes.get(token, [])
+        return self.graph.by_name[names[number]] if number < len(names) else None
+
+    def indexed(self, args: Any, value: Value) -> Node | None:
+        """The last node of the chain that an indexing expression became."""
+        source = getattr(args[0], _ORIGIN, (_LOST, None))[0] or _LOST
+        items = args[1] if isinstance(args[1], tuple) else (args[1],)
+        steps = sum(1 for item in items if item is not Ellipsis)
+        ends = [self.graph.by_name[source]] if source in self.graph.by_name else []
+        found = None
+        for _ in range(steps):
+            ends = [u for n in ends for u in self.graph.users[n.name] if u.kind in _INDEXING]
+            ends = [u for u in ends if u.op != "operator.getitem" and u.name not in self.taken]
+            fit = [u for u in ends if _shapes(u.value) == _shapes(value)]
+            found = fit[0] if fit else found
+        if found is not None:
+            self.taken.add(found.name)
+        return found
+
+    def found(self) -> tuple[Equation, ...]:
+        """The equations between sizes whose tensors were all paired for sure."""
+        sure = {t for t, names in self.nodes.items() if self.met.get(t, -1) + 1 == len(names)}
+        unsure = {n for t, names in self.nodes.items() if t not in sure for n in names}
+        doubtful = unsure - self.taken | {_LOST}
+
+        def known(equation: Equation) -> bool:
+            found = (*leaves(equation.left), *leaves(equation.right))
+            return not any(isinstance(x, Extent) and x.node in doubtful for x in found)
+
+        needed, self.needed = self.needed or (), None
+        return tuple(dict.fromkeys(e for e in needed if known(e)))
+
+
+_SHAPE = torch.Tensor.shape.__get__  # type: ignore[attr-defined]
+
+_Token: TypeAlias = "tuple[int, str, tuple[tuple[int, ...], ...]]"
+"""Identity of the calling module, kind of call, shapes of the results."""
+
+
+def _opened(function: FunctionType) -> FunctionType:
+    """The function of ``torch.nn.functional`` that computes with sizes, its own calls in sight."""
+    never = dict.fromkeys(
+        ("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic"),
+        lambda *_: False,
+    )
+    made = FunctionType(
+        function.__code__,
+        {**function.__globals__, **never},
+        function.__name__,
+        function.__defaults__,
+        function.__closure__,
+    )
+    made.__kwdefaults__ = function.__kwdefaults__
+    return made
+
+
+def _running() -> nn.Module | None:
+    """The innermost module whose forward is being run."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_code is not equations.__code__:
+        if frame.f_code is _CALL:
+            module = frame.f_locals["self"]
+            assert isinstance(module, nn.Module)
+            return module
+        frame = frame.f_back
+    return None
+
+
+_CALL = nn.Module._call_impl.__code__
+
+
+_ARITHMETIC = frozenset("add sub mul div pow rpow rdiv rtruediv".split())
+
+_INDEXING = frozenset("select slice index unsqueeze".split())
+"""What an indexing expression becomes, a node for each of its items."""
+
+_SAME = {
+    "split_with_sizes": "split",
+    "unsafe_split": "split",
+    "truediv": "div",
+    "true_divide": "div",
+    "divide": "div",
+    "multiply": "mul",
+    "subtract": "sub",
+    "_to_copy": "to",
+    "radd": "add",
+    "rmul": "mul",
+    "iadd": "add",
+    "imul": "mul",
+    "isub": "sub",
+    "rsub": "sub",
+    "swapaxes": "transpose",
+}
+"""Names of one operation in Python and in ATen."""
+
+
+def _kind(name: str) -> str:
+    bare = name.strip("_") if name.startswith("__") else name.removesuffix("_")
+    return _SAME.get(bare, bare)
+
+
+def _states(size: Any, value: Value, part: int | None, dim: int) -> bool:
+    """Whether ``size`` is the size of that result (and not -1, nor beyond the end of a slice)."""
+    result = value[part] if isinstance(value, tuple) and part is not None else value
+    return isinstance(size, int) and isinstance(result, Spec) and result.shape[dim] == int(size)
+
+
+def _value(result: Any) -> Value:
+    if isinstance(result, Tensor):
+        return Spec(tuple(torch._C.TensorBase.size(result)), result.dtype)
+    if isinstance(result, tuple | list) and any(isinstance(r, Tensor) for r in result):
+        return tuple(_value(r) for r in result)
+    return None
+
+
+def _shapes(value: Value) -> tuple[tuple[int, ...], ...]:
+    if isinstance(value, Spec):
+        return (value.shape,)
+    if isinstance(value, tuple):
+        return tuple(v.shape if isinstance(v, Spec) else () for v in value)
+    return ()
+
+
+# --- which arguments state a size --------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Call:
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    value: Value
+    extents: Callable[[Tensor], list[int]]
+
+    def argument(self, position: int, *names: str, default: Any = None) -> Any:
+        """An argument by position or by one of its names."""
+        if position < len(self.args):
+            return self.args[position]
+        return next((self.kwargs[n] for n in names if n in self.kwargs), default)
+
+    @property
+    def rank(self) -> int:
+        """Number of dimensions of the result, or of its first part."""
+        first = self.value[0] if isinstance(self.value, tuple) else self.value
+        return len(first.shape) if isinstance(first, Spec) else 0
+
+
+_Stated: TypeAlias = "Iterator[tuple[Any, int | None, int]]"
+"""(size, part of the result, dimension) of each size that a call states of its result."""
+
+
+def _flat(sizes: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(sizes[0]) if len(sizes) == 1 and isinstance(sizes[0], tuple | list) else sizes
+
+
+def _all_sizes(call: _Call) -> _Stated:
+    """view(x, sizes), reshape, expand: one size for each dimension of the result."""
+    named = call.kwargs.get("shape", call.kwargs.get("size"))
+    sizes = _flat(call.args[1:]) if named is None else named
+    for back, size in enumerate(reversed(sizes)):
+        yield size, None, call.rank - 1 - back
+
+
+def _made_sizes(call: _Call) -> _Stated:
+    """zeros(sizes), x.new_zeros(sizes): the sizes come first."""
+    given = call.args[1:] if call.args and isinstance(call.args[0], Tensor) else call.args
+    nested = bool(given) and isinstance(given[0], tuple | list)
+    sizes = call.kwargs.get("size") or _flat(given[:1] if nested else given)
+    for dim, size in enumerate(sizes[: call.rank]):
+        yield size, None, dim
+
+
+def _unflattened(call: _Call) -> _Stated:
+    sizes = call.argument(2, "sizes")
+    first = call.argument(1, "dim") % (call.rank - len(sizes) + 1)
+    for offset, size in enumerate(sizes):
+        yield size, None, first + offset
+
+
+def _part_sizes(call: _Call) -> _Stated:
+    """split: a list of sizes, or one for all parts but the last."""
+    sizes = call.argument(1, "split_size_or_sections", "split_size", "split_sizes")
+    dim = call.argument(2, "dim", default=0)
+    assert isinstance(call.value, tuple)
+    if isinstance(sizes, int):
+        sizes = [sizes] * max(len(call.value) - 1, 1)
+    for part, size in enumerate(sizes):
+        yield size, part, dim % call.rank
+
+
+def _chunks(call: _Call) -> _Stated:
+    """chunk: all parts but the last have the size that the number of parts gives."""
+    number, dim = call.argument(1, "chunks"), call.argument(2, "dim", default=0) % call.rank
+    whole = call.extents(call.args[0])[dim]
+    each = Apply("ceildiv", origin(whole), origin(number))
+    assert isinstance(call.value, tuple)
+    for part in range(len(call.value) - 1):
+        yield Sized.of(-(-int(whole) // int(number)), each), part, dim
+
+
+def _normalized(call: _Call) -> _Stated:
+    shape = call.argument(1, "normalized_shape")
+    shape = [shape] if isinstance(shape, int) else shape
+    for offset, size in enumerate(shape):
+        yield size, None, call.rank - len(shape) + offset
+
+
+def _narrowed(call: _Call) -> _Stated:
+    yield call.argument(3, "length"), None, call.argument(1, "dim") % call.rank
+
+
+def _indexed(call: _Call) -> _Stated:
+    """x[..., a:b]: the difference of bounds that are not negative."""
+    items = call.args[1] if isinstance(call.args[1], tuple) else (call.args[1],)
+    consumed = sum(1 for i in items if i is not None and i is not Ellipsis)
+    dim = 0
+    for item in items:
+        if item is Ellipsis:
+            dim += call.args[0].dim() - consumed
+        elif isinstance(item, slice):
+            start, stop = item.start or 0, item.stop
+            plain = item.step in (None, 1) and isinstance(start, int) and isinstance(stop, int)
+            if plain and start >= 0 and stop > 0:
+                yield stop - start, None, dim
+            dim += 1
+        elif item is None:
+            dim += 1
+        elif not isinstance(item, int):
+            return
+
+
+STATED: Mapping[str, Callable[[_Call], _Stated]] = {
+    **dict.fromkeys(("view", "reshape", "expand", "broadcast_to"), _all_sizes),
+    **dict.fromkeys(
+        "zeros ones empty full new_zeros new_ones new_empty new_full".split(), _made_sizes
+    ),
+    "unflatten": _unflattened,
+    "split": _part_sizes,
+    "chunk": _chunks,
+    "layer_norm": _normalized,
+    "rms_norm": _normalized,
+    "narrow": _narrowed,
+    "getitem": _indexed,
+}
+"""Kind of call -> the sizes that its arguments state."""

@@ -1,0 +1,139 @@
+"""What a smaller network is held against: the original with the removed units masked.
+
+Plain masking sets every coupled slice of a unit to zero in a copy of the user's module
+(:func:`masked`). It is the reference wherever no operator mixes entries that go with entries that
+stay in another way than by adding them.
+
+A layer norm, a mean over channels or a softmax over units means something else over zeros than
+over fewer entries. By convention such operators (``Flow.over_survivors``) are computed over the
+units that remain: a layer norm that loses half of its entries normalizes by the mean and variance
+of the other half. Their reference is the captured graph of the masked original in which these
+operators, and only these, see the surviving entries of their operands and give zeros for the
+others (:class:`SurvivorModel`). That is a convention, not an identity: with fewer units in a
+normalization, its statistics change, which zeroing in the original network would not show.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rarefy.copies import copied
+from rarefy.graph.capture import graph_model
+from rarefy.graph.editor import Editor
+from rarefy.graph.flow import Flow, every
+from rarefy.graph.groups import Mask
+from rarefy.graph.labels import Atoms
+from rarefy.graph.ops import edit
+from rarefy.graph.program import GraphModel, Node, resolve
+from rarefy.graph.trace import Network
+from rarefy.pruning.plan import Plan
+from rarefy.pruning.surgery import kept_entries
+
+
+def masked(model: nn.Module, network: Network, plan: Plan) -> nn.Module:
+    """A copy of the model with every coupled slice of the removed units set to zero.
+
+    Constants made in ``forward`` are no parameters: they keep their values.
+    """
+    reference = copied(model)
+    tensors: dict[str, Tensor] = dict(reference.named_parameters(remove_duplicate=False))
+    tensors |= dict(reference.named_buffers(remove_duplicate=False))
+    with torch.no_grad():
+        for (path, dim), kept in kept_entries(network, plan).items():
+            if path not in tensors:
+                continue
+            tensor = tensors[path]
+            gone = torch.ones(tensor.shape[dim], dtype=torch.bool)
+            gone[torch.from_numpy(kept)] = False
+            index = gone.nonzero().ravel().to(tensor.device)
+            tensor.index_fill_(dim, index, 0)
+    return reference
+
+
+def mixing(network: Network, plan: Plan) -> frozenset[str]:
+    """Nodes that are computed over survivors and that lose entries under this plan."""
+    flow = network.flow
+
+    def loses(name: str) -> bool:
+        touched = (name, *flow.graph.by_name[name].inputs)
+        return any(
+            bool(plan.gone[atoms].any())
+            for value in touched
+            for atoms in every(flow.labels.get(value))
+        )
+
+    return frozenset(filter(loses, flow.over_survivors))
+
+
+def over_survivors(model: nn.Module, network: Network, plan: Plan) -> SurvivorModel:
+    """The masked model's graph, with mixing operators computed over what remains."""
+    whole = graph_model(masked(model, network, plan), network.captured)
+    return SurvivorModel(whole, network.flow, plan.gone, mixing(network, plan))
+
+
+_Change = Callable[[Tensor, int, Tensor, Atoms], Tensor]
+"""(tensor, dimension, entries that stay, atoms of that dimension) -> another tensor."""
+
+
+class SurvivorModel(GraphModel):
+    """A graph of full size some of whose operators see surviving entries only.
+
+    Args:
+        whole: the graph with masked tensors.
+        flow: the walk over that graph.
+        gone: for each atom, whether it goes.
+        nodes: names of the operators to compute over what remains.
+    """
+
+    def __init__(self, whole: GraphModel, flow: Flow, gone: Mask, nodes: frozenset[str]) -> None:
+        super().__init__(
+            whole.graph,
+            dict(whole.named_parameters(remove_duplicate=False)),
+            dict(whole.named_buffers(remove_duplicate=False)),
+        )
+        self._labels = flow.labels
+        self._editor = Editor(flow, gone)
+        self._edited = {name: edit(self._editor, flow.graph.by_name[name]) for name in nodes}
+
+    def step(self, node: Node, function: Callable[..., Any], values: Mapping[str, Any]) -> Any:
+        """Run one call; on survivors, and with zeros for the others, where it mixes entries."""
+        edited = self._edited.get(node.name)
+        if edited is None:
+            return super().step(node, function, values)
+        local = {
+            name: self._each(_survivors, values[name], self._labels.get(name))
+            for name in node.inputs
+        }
+        for small in edited:
+            if small.op == "tensor":
+                local[small.name] = self._editor.constants[small.path]
+            else:
+                local[small.name] = super().step(small, resolve(small.op), local)
+        return self._each(_among_zeros, local[node.name], self._labels.get(node.name))
+
+    def _each(self, change: _Change, value: Any, labels: Any) -> Any:
+        """Apply ``change`` along every dimension, of every tensor, that loses entries."""
+        if labels is None:
+            return value
+        if not isinstance(value, Tensor):
+            pairs = zip(value, labels, strict=True)
+            return tuple(self._each(change, part, own) for part, own in pairs)
+        for dim, atoms in enumerate(labels):
+            gone = self._editor.hit(atoms)
+            if gone is not None:
+                kept = torch.from_numpy((~gone).nonzero()[0]).to(value.device)
+                value = change(value, dim, kept, atoms)
+        return value
+
+
+def _survivors(tensor: Tensor, dim: int, kept: Tensor, atoms: Atoms) -> Tensor:
+    return tensor.index_select(dim, kept)
+
+
+def _among_zeros(tensor: Tensor, dim: int, kept: Tensor, atoms: Atoms) -> Tensor:
+    shape = (*tensor.shape[:dim], len(atoms), *tensor.shape[dim + 1 :])
+    return tensor.new_zeros(shape).index_copy(dim, kept, tensor)

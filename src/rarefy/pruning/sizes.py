@@ -1,0 +1,373 @@
+"""A plan and what a forward states of its sizes -> attributes that follow, and where it fails.
+
+:func:`solve` gives every attribute the value that the smaller tensors need, or names the equations
+that no value satisfies. :func:`agree` changes a plan so that the user's own forward can carry it
+out: groups that must shrink together (the width of a stream and the heads inside it) do so by one
+share, and those that cannot follow are left whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import combinations
+from math import gcd
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rarefy.graph.groups import Mask
+from rarefy.graph.labels import Atoms
+from rarefy.graph.program import Spec
+from rarefy.graph.trace import Network
+from rarefy.pruning.plan import Plan, Scores
+from rarefy.pruning.provenance import (
+    OPERATIONS,
+    TESTS,
+    Apply,
+    Attribute,
+    Equation,
+    Expression,
+    Extent,
+    Number,
+    leaves,
+)
+
+Values = Mapping[Attribute, int]
+"""The attributes whose new value is known."""
+
+
+@dataclass(frozen=True)
+class Solution:
+    """What a plan means for a forward.
+
+    Attributes:
+        values: the value that every attribute needs.
+        broken: equations that do not hold, whatever the attributes are.
+    """
+
+    values: Values
+    broken: tuple[Equation, ...]
+
+
+class Sizes:
+    """What the forward of a network states of its sizes, as far as pruning can change it.
+
+    Args:
+        network: the trace.
+        equations: of its forward.
+    """
+
+    def __init__(self, network: Network, equations: Sequence[Equation]) -> None:
+        self.network = network
+        self.clusters = tuple(_clusters(network, [*equations, *_scales(network)]))
+
+    @cached_property
+    def parts(self) -> tuple[frozenset[int], ...]:
+        """Numbers of groups, those together that the forward's sizes couple."""
+        coupled = [frozenset(c.groups) for c in self.clusters]
+        single = set(range(len(self.network.groups))).difference(*coupled)
+        return (*coupled, *(frozenset([g]) for g in sorted(single)))
+
+    def solve(self, plan: Plan) -> Solution:
+        """The attributes that fit a plan, and the equations that nothing fits."""
+        values: dict[Attribute, int] = {}
+        broken: list[Equation] = []
+        for cluster in self.clusters:
+            found = cluster.solve(plan)
+            values |= found.values
+            broken += found.broken
+        return Solution(values, tuple(broken))
+
+    def agree(
+        self,
+        plan: Plan,
+        scores: Scores,
+        floors: Mapping[int, int],
+        round_to: int = 1,
+        *,
+        force: bool = False,
+    ) -> Plan:
+        """A plan near the one given that the forward can carry out.
+
+        Where the code states a plain number, nothing is changed unless ``force`` is given: such
+        groups would have to stay whole.
+
+        Args:
+            plan: what should go.
+            scores: importance of every unit, one array per group.
+            floors: the number of units that each group keeps at least; groups without stay whole.
+            round_to: what the number of kept units is a multiple of, in groups with more units.
+            force: leave units in place also where the code states a plain number.
+        """
+        for cluster in self.clusters:
+            broken = cluster.solve(plan).broken
+            literal = any(e.literal and not e.yields for e in broken)
+            if broken and (force or not literal):
+                plan = cluster.settle(plan, scores, floors, round_to, broken[0])
+        return plan
+
+
+class _Cluster:
+    """Equations that share attributes or groups of units."""
+
+    def __init__(self, network: Network, equations: Sequence[Equation], groups: Sequence[int]):
+        self.network = network
+        self.equations = tuple(equations)
+        self.groups = tuple(groups)
+
+    def solve(self, plan: Plan) -> Solution:
+        """Give values to attributes, one equation after the other."""
+        values: dict[Attribute, int] = {}
+        broken: list[Equation] = []
+        pending = list(self.equations)
+        while pending:
+            later = [e for e in pending if not self._settled(e, plan, values, broken)]
+            if len(later) == len(pending):  # several unknown: one of them stays as it is
+                unknown = next(a for a in _attributes(later[0]) if a not in values)
+                values[unknown] = unknown.value
+            pending = later
+        return Solution(values, tuple(broken))
+
+    def _settled(
+        self, equation: Equation, plan: Plan, values: dict[Attribute, int], broken: list[Equation]
+    ) -> bool:
+        """Check an equation or solve it for its one unknown; whether that could be done."""
+        left = self._value(equation.left, plan, values)
+        right = self._value(equation.right, plan, values)
+        if left is not None and right is not None:
+            if left != right:
+                broken.append(equation)
+            return True
+        unknown = [a for a in _attributes(equation) if a not in values]
+        if len(unknown) != 1 or (left is None and right is None) or _is_test(equation):
+            return False
+        side, target = (equation.left, right) if left is None else (equation.right, left)
+        assert target is not None
+        found = self._invert(side, target, plan, values)
+        if found is None:
+            broken.append(equation)
+        else:
+            values[unknown[0]] = found
+        return True
+
+    def _value(self, expression: Expression, plan: Plan, values: Values) -> int | None:
+        """The value under a plan; None where an attribute is not known yet."""
+        if isinstance(expression, Number):
+            return expression.value
+        if isinstance(expression, Attribute):
+            return values.get(expression)
+        if isinstance(expression, Extent):
+            size, atoms = _extent(self.network, expression)
+            return size if atoms is None else size - int(plan.gone[atoms].sum())
+        left = self._value(expression.left, plan, values)
+        right = self._value(expression.right, plan, values)
+        if left is None or right is None:
+            return None
+        if expression.op in TESTS:
+            return int(TESTS[expression.op](left, right))
+        if right == 0 and expression.op not in ("add", "sub", "mul"):
+            return None
+        return OPERATIONS[expression.op](left, right)
+
+    def _invert(
+        self, expression: Expression, target: int, plan: Plan, values: Values
+    ) -> int | None:
+        """The value of the one unknown attribute that makes ``expression`` equal ``target``."""
+        if isinstance(expression, Attribute):
+            return target if target > 0 else None
+        assert isinstance(expression, Apply)
+        left = self._value(expression.left, plan, values)
+        right = self._value(expression.right, plan, values)
+        op = expression.op
+        if left is None and right is not None:
+            back = {"add": target - right, "sub": target + right, "floordiv": target * right}
+            if op == "mul" and right and target % right == 0:
+                back["mul"] = target // right
+            known = back.get(op)
+            return None if known is None else self._invert(expression.left, known, plan, values)
+        if right is None and left is not None:
+            back = {"add": target - left, "sub": left - target}
+            if op == "mul" and left and target % left == 0:
+                back["mul"] = target // left
+            if op == "floordiv" and target and left % target == 0:
+                back["floordiv"] = left // target
+            known = back.get(op)
+            return None if known is None else self._invert(expression.right, known, plan, values)
+        return None
+
+    # --- plans that hold -----------------------------------------------------------------------
+
+    def settle(
+        self,
+        plan: Plan,
+        scores: Scores,
+        floors: Mapping[int, int],
+        round_to: int,
+        cause: Equation,
+    ) -> Plan:
+        """The first plan that holds: all groups by one share, or without those of some kind."""
+        share = self._share(plan)
+        for whole in self._left_whole():
+            shrinking = [g for g in self.groups if self._kind(g) not in whole and g in floors]
+            for gone in _shares([self._size(g) for g in shrinking], share):
+                counts = {g: round(self._size(g) * gone) for g in shrinking}
+                if not self._allowed(counts, floors, round_to):
+                    continue
+                candidate = self._with(plan, counts, scores, cause)
+                if not self.solve(candidate).broken:
+                    return candidate
+        return plan
+
+    def _allowed(self, counts: Mapping[int, int], floors: Mapping[int, int], to: int) -> bool:
+        """Whether groups keep what they must, in multiples where these are asked for."""
+        kept = {g: self._size(g) - n for g, n in counts.items()}
+        rounded = all(n % to == 0 or self._size(g) <= to for g, n in kept.items())
+        return rounded and all(n >= floors[g] for g, n in kept.items())
+
+    def _size(self, group: int) -> int:
+        return len(self.network.groups[group])
+
+    def _share(self, plan: Plan) -> float:
+        """Share of the units that goes."""
+        units = self._units
+        return float(plan.removed[units].mean()) if len(units) else 0.0
+
+    @cached_property
+    def _units(self) -> Atoms:
+        found = [self.network.groups[g].units for g in self.groups]
+        return np.concatenate(found) if found else np.zeros(0, np.int64)
+
+    def _left_whole(self) -> Iterator[frozenset[tuple[int, int]]]:
+        """Kinds of groups that stay whole, the fewest units first; in the end all of them."""
+        held: dict[tuple[int, int], int] = {}
+        for g in self.groups:
+            held[self._kind(g)] = held.get(self._kind(g), 0) + self._size(g)
+        few = range(len(held) + 1) if len(held) <= MOST_KINDS else (0, 1, len(held))
+        choices = [frozenset(c) for r in few for c in combinations(sorted(held), r)]
+        return iter(sorted(choices, key=lambda c: sum(held[kind] for kind in c)))
+
+    def _kind(self, group: int) -> tuple[int, int]:
+        """Groups of one kind stay whole or shrink together: all heads, all positions in heads.
+
+        The number of units, and how far the entries of a unit are from each other.
+        """
+        indices = self.network.groups[group].members[0].indices
+        apart = int(indices[0, 1] - indices[0, 0]) if indices.shape[1] > 1 else 0
+        return self._size(group), apart
+
+    def _with(self, plan: Plan, counts: Mapping[int, int], scores: Scores, cause: Equation) -> Plan:
+        """The plan with this many units of each group removed, those of the least scores."""
+        removed: Mask = plan.removed.copy()
+        removed[self._units] = False
+        for g, count in counts.items():
+            order = np.argsort(scores[g], kind="stable")
+            removed[self.network.groups[g].units[order[:count]]] = True
+        reason = "has to fit other sizes in the forward"
+        if cause.source:
+            reason += f" (at {cause.source})"
+        whole = {
+            g: reason for g in self.groups if not counts.get(g) and _any(plan, self.network, g)
+        }
+        return Plan.of(self.network, removed, {**plan.whole, **whole})
+
+
+def _any(plan: Plan, network: Network, group: int) -> bool:
+    """Whether the plan would take a unit of the group."""
+    return bool(plan.removed[network.groups[group].units].any())
+
+
+def _shares(sizes: Sequence[int], wanted: float) -> Iterator[float]:
+    """Shares that take whole numbers of units of all groups, the nearest to ``wanted`` first."""
+    if not sizes:
+        yield 0.0
+        return
+    step = gcd(*sizes)
+    around = sorted(range(1, step), key=lambda n: (abs(n / step - wanted), n))
+    yield from (n / step for n in around[:MOST_SHARES])
+
+
+MOST_SHARES = 16
+"""How many shares are tried before groups are left whole."""
+
+MOST_KINDS = 6
+"""Number of kinds of groups up to which all ways to leave some whole are tried."""
+
+
+def _is_test(equation: Equation) -> bool:
+    return isinstance(equation.left, Apply) and equation.left.op in TESTS
+
+
+def _attributes(equation: Equation) -> Iterator[Attribute]:
+    """Attributes in an equation, each as often as it stands there."""
+    for side in (equation.left, equation.right):
+        yield from (x for x in leaves(side) if isinstance(x, Attribute))
+
+
+def _extent(network: Network, extent: Extent) -> tuple[int, Atoms | None]:
+    """The size of a tensor along a dimension, and the labels there."""
+    value, labels = network.captured.graph.by_name[extent.node].value, None
+    carried = network.flow.labels.get(extent.node)
+    if extent.part is not None and isinstance(value, tuple):
+        value = value[extent.part]
+        carried = carried[extent.part] if carried is not None else None
+    assert isinstance(value, Spec)
+    if carried:
+        labels = carried[extent.dim]
+    return value.shape[extent.dim], labels
+
+
+def _scales(network: Network) -> Iterator[Equation]:
+    """Attention that divides by the root of its heads' size needs that size as it was."""
+    for name in network.flow.implicit_scale:
+        query = network.captured.graph.by_name[name].args[0].name
+        rank = len(network.captured.graph.by_name[query].shape)
+        extent = Extent(query, None, rank - 1)
+        yield Equation(extent, Number(_extent(network, extent)[0]), yields=True)
+
+
+def _clusters(network: Network, equations: Sequence[Equation]) -> Iterator[_Cluster]:
+    """Equations that can be broken at all, joined where they share an attribute or a group."""
+    owner = _owners(network)
+    parent: dict[object, object] = {}
+
+    def root(key: object) -> object:
+        while parent.setdefault(key, key) != key:
+            key = parent[key]
+        return key
+
+    keys: list[list[object]] = []
+    for equation in equations:
+        found = [x for s in (equation.left, equation.right) for x in leaves(s)]
+        held = {x for x in found if isinstance(x, Attribute)}
+        touched = {g for x in found if isinstance(x, Extent) for g in _touched(network, owner, x)}
+        keys.append([*held, *touched])
+        for key in keys[-1][1:]:
+            parent[root(key)] = root(keys[-1][0])
+    together: dict[object, tuple[list[Equation], set[int]]] = {}
+    for equation, own in zip(equations, keys, strict=True):
+        if own:
+            members, groups = together.setdefault(root(own[0]), ([], set()))
+            members.append(equation)
+            groups |= {g for g in own if isinstance(g, int)}
+    for members, groups in together.values():
+        if groups:
+            yield _Cluster(network, members, sorted(groups))
+
+
+def _owners(network: Network) -> NDArray[np.int64]:
+    """For each unit, its group; -1 for units that belong to none."""
+    owner = np.full(network.coupling.units, -1, np.int64)
+    for number, group in enumerate(network.groups):
+        owner[group.units] = number
+    return owner
+
+
+def _touched(network: Network, owner: NDArray[np.int64], extent: Extent) -> set[int]:
+    """Groups whose units shrink an extent."""
+    atoms = _extent(network, extent)[1]
+    if atoms is None:
+        return set()
+    units = np.unique(network.coupling.pairs(atoms)[0])
+    return {int(g) for g in np.unique(owner[units]) if g >= 0}

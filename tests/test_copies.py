@@ -1,0 +1,61 @@
+"""Copies share nothing, and hold the values of what was computed."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from rarefy.copies import computed, copied
+
+torch.set_num_threads(1)
+
+
+class Caching(nn.Module):
+    """Keeps tensors that it computed, plainly and nested."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(2, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.last = self.layer(x)
+        self.parts = {"all": [self.last * 2, x]}
+        return self.last
+
+
+def test_computed_tensors_are_copied_by_value() -> None:
+    net, x = Caching(), torch.ones(1, 2)
+    net(x)
+    with pytest.raises(RuntimeError, match="graph leaves"):
+        copy.deepcopy(net)
+    assert len(computed(net)) == 2
+    twin = copied(net)
+    assert torch.equal(twin.last, net.last)
+    assert torch.equal(twin.parts["all"][0], 2 * net.last)
+    assert not twin.last.requires_grad
+    assert net.last.requires_grad, "the network itself is untouched"
+    assert torch.equal(twin(x), net(x))
+
+
+def test_a_copy_shares_nothing() -> None:
+    net = Caching()
+    twin = copied(net)
+    with torch.no_grad():
+        twin.layer.weight.zero_()
+    assert net.layer.weight.abs().sum() > 0
+    assert type(twin) is Caching
+
+
+def test_shared_parameters_stay_shared() -> None:
+    net = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    net[1].weight = net[0].weight
+    twin = copied(net)
+    assert twin[0].weight is twin[1].weight
+    assert twin[0].weight is not net[0].weight
+
+
+@pytest.mark.filterwarnings("ignore:.*is deprecated in favor of:FutureWarning")
+def test_weight_norm_can_be_copied() -> None:
+    layer, x = nn.utils.weight_norm(nn.Linear(2, 3)), torch.ones(1, 2)
+    assert torch.equal(copied(layer)(x), layer(x))
