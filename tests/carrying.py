@@ -73,4 +73,4 @@ def check_proven(net: nn.Module, x: object, network: Network) -> None:
     for removed in removals(network):
         plan = Plan.of(network, removed)
         if leaves_entries(network, plan):
-            assert prove(net, x, network, plan, lambda m, p: rewrite(m, network, p)) < 1e-5
+            assert prove(net, x, network, plan, lambda m, p: rewrite(m, network, p)) < 1e-3

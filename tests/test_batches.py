@@ -1,6 +1,7 @@
 """The data convention."""
 
 import random
+from collections import namedtuple
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,6 +13,7 @@ from rarefy.batches import (
     batch_size,
     batches,
     call,
+    doubled,
     evaluating,
     logits,
     map_tensors,
@@ -19,6 +21,7 @@ from rarefy.batches import (
     split_batch,
     take,
     tensors,
+    unchanged,
 )
 from rarefy.errors import DataError, InputError
 
@@ -79,6 +82,45 @@ def test_tensors_are_mapped_counted_and_taken() -> None:
     assert take({"x": X, "k": torch.tensor(1)}, 2)["x"].shape == (2, 2)
     with pytest.raises(DataError):
         batch_size((torch.tensor(1),))
+
+
+def test_single_examples_are_doubled_and_others_are_not() -> None:
+    first, second = tensors(doubled((X[:1], torch.ones(2, 2))))
+    assert torch.equal(first, torch.cat([X[:1], X[:1]]))
+    assert second.shape == (2, 2)
+
+
+def test_sparse_batches_are_taken() -> None:
+    assert torch.equal(take(X.to_sparse(), 2).to_dense(), X[:2])
+
+
+def test_structures_are_kept_by_map_tensors() -> None:
+    Pair = namedtuple("Pair", "a b")
+    nested = {"list": [X], "tuple": (X, None), "named": Pair(X, 1)}
+    mapped = map_tensors(lambda t: t + 1, nested)
+    assert [type(v) for v in mapped.values()] == [list, tuple, Pair]
+    assert torch.equal(mapped["named"].a, X + 1)
+
+
+def test_unchanged_undoes_what_is_written_also_after_an_error() -> None:
+    net = nn.BatchNorm1d(2)
+    net.cache = {"list": [1]}
+    held, mean = net.running_mean, net.running_mean.clone()
+
+    def change() -> None:
+        net.running_mean += 1
+        net.running_var = torch.zeros(5)
+        net.cache["list"].append(2)
+        net.new = 3
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError), unchanged(net):
+        change()
+    assert net.running_mean is held
+    assert torch.equal(held, mean)
+    assert net.running_var.shape == (2,)
+    assert net.cache == {"list": [1]}
+    assert not hasattr(net, "new")
 
 
 @pytest.mark.parametrize("data", [[], [X[:0]], iter([]), X, {"x": X}, 3])

@@ -1,6 +1,14 @@
 """What is captured computes the same, and the model stays as it was."""
 
+import logging
+import random
+import sys
 import warnings
+from collections import OrderedDict, namedtuple
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import lru_cache
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -177,10 +185,276 @@ def test_inputs_of_no_use_are_refused(inputs, words) -> None:
         capture(Net(FUNCTIONS["plain"]), inputs)
 
 
-def test_nested_graphs_are_named() -> None:
-    def autocast(net, x):
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            return net.conv(x)
+# --- inputs and outputs of every form ------------------------------------------------------------
 
-    with pytest.raises(CaptureError, match="nested graph"):
-        capture(Net(autocast), X)
+
+@dataclass
+class Pair:
+    """A dataclass that pytree does not know."""
+
+    x: object
+    y: object = None
+
+
+Named = namedtuple("Named", "x y")
+
+
+@pytest.mark.parametrize(
+    ("function", "inputs"),
+    [
+        (lambda net, p: net.conv(p.x) * p.y, (Named(X, 2.0),)),
+        (lambda net, p: net.conv(p.x) * p.y.y, (Pair(X, Pair(X, 3)),)),
+        (lambda net, xs: net.conv([*xs, xs[0]][-1]), ([X, X],)),
+        (lambda net, a, b: net.conv(a * b), [X, X]),
+        (lambda net, *, x, on=False, how="": net.conv(x) if on else x, {"on": True, "x": X}),
+        (lambda net, d, k: net.conv(d["x"]) * k[0], {"k": (2, "z", None), "d": {"x": X}}),
+        (lambda net, x, **more: net.conv(x) + more["z"], {"z": 1.0, "x": X}),
+        (
+            lambda net, ids: net.conv(F.one_hot(ids, 6).float()),
+            (torch.arange(36).view(2, 3, 6) % 6,),
+        ),
+        (lambda net, x: net.conv(x), X.transpose(2, 3)),
+        (lambda net, x: net.conv(x.to_dense()), X.to_sparse()),
+        (lambda net, n: net.conv(torch.ones(n, 3, 4, 4)), (2,)),
+        (lambda net, x, t: net.conv(x) * t, (X, torch.tensor(2.0))),
+        (lambda net, x, t: net.conv(x) * t, (X, torch.ones(1, 1, 1, 1) * 2)),
+        (lambda net, x, mask: mask @ net.conv(x), (X[:1], torch.rand(6, 6))),
+        (lambda net, x: net.conv(x).view(1, -1), X[:1]),
+    ],
+)
+def test_arguments_keep_their_structure(function, inputs) -> None:
+    net = Net(function)
+    graph = graph_model(net, capture(net, inputs))
+    torch.testing.assert_close(call(graph, inputs), call(net, inputs), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda net, x: Pair(net.conv(x), {"k": Pair(x)}),
+        lambda net, x: Named(net.conv(x), [x]),
+        lambda net, x: (net.conv(x), None, 3, "text"),
+        lambda net, x: OrderedDict(a=net.conv(x)),
+        lambda net, x: net.conv(x).sum(),
+        lambda net, x: x,
+        lambda net, x: None,
+    ],
+)
+def test_outputs_keep_their_structure(function) -> None:
+    net = Net(function)
+    found, expected = graph_model(net, capture(net, X))(X), net(X)
+    assert type(found) is type(expected)
+    assert repr(found) == repr(expected)
+
+
+def test_a_graph_refuses_other_values_than_those_it_was_captured_with() -> None:
+    net = Net(lambda net, x, n, mask=None: net.conv(x) * n if mask is None else x)
+    graph = graph_model(net, capture(net, {"x": X, "n": 2, "mask": None}))
+    torch.testing.assert_close(graph(n=2, mask=None, x=X), net(X, 2))
+    with pytest.raises(InputError, match="2 when"):
+        graph(x=X, n=3, mask=None)
+    with pytest.raises(InputError, match="None when"):
+        graph(x=X, n=2, mask=X)
+
+
+def test_a_branch_on_the_batch_size_is_that_of_the_inputs_where_it_fixes_them() -> None:
+    net = Net(lambda net, x: net.conv(x).view(1, 2, -1))
+    graph = graph_model(net, capture(net, X[:1]))
+    torch.testing.assert_close(graph(X[:1]), net(X[:1]))
+
+
+def test_two_inputs_of_one_size_are_told_apart() -> None:
+    net = Net(lambda net, x, y: (net.conv(x).view(x.shape[0], -1), y.view(y.shape[0], -1)))
+    graph = graph_model(net, capture(net, (X, torch.rand(2, 5))))
+    given = X.repeat(2, 1, 1, 1), torch.rand(3, 5)
+    torch.testing.assert_close(graph(*given), net(*given))
+
+
+# --- networks of every form ----------------------------------------------------------------------
+
+
+def small() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 4))
+
+
+def hooked() -> nn.Module:
+    net = small()
+    net[0].register_forward_hook(lambda module, args, output: output * 2)
+    net[2].register_forward_pre_hook(lambda module, args: (args[0] - 1,))
+    net.register_forward_hook(lambda module, args, output: output + 1)
+    return net
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        hooked,
+        lambda: nn.DataParallel(small()),
+        lambda: small().bfloat16(),
+        lambda: torch.fx.symbolic_trace(small()),
+        lambda: nn.Sequential(small(), nn.BatchNorm1d(4, track_running_stats=False)),
+        lambda: nn.TransformerEncoder(nn.TransformerEncoderLayer(4, 2, 6, batch_first=True), 1),
+    ],
+)
+def test_wrapped_hooked_and_other_networks(make) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        net = make()
+    net.eval()
+    x = torch.rand(3, 2, 4) if isinstance(net, nn.TransformerEncoder) else torch.rand(3, 4)
+    x = x.to(next(net.parameters()).dtype)
+    before = torch.backends.mha.get_fastpath_enabled()
+    graph = graph_model(net, capture(net, x))
+    assert torch.backends.mha.get_fastpath_enabled() == before
+    with torch.no_grad():
+        torch.testing.assert_close(graph(x), net(x))
+
+
+def test_a_mask_of_a_transformer_is_an_input_like_any_other() -> None:
+    net = nn.TransformerEncoder(nn.TransformerEncoderLayer(4, 2, 6, batch_first=True), 1).eval()
+    inputs = torch.rand(1, 5, 4), nn.Transformer.generate_square_subsequent_mask(5)
+    captured = capture(net, inputs)
+    graph = graph_model(net, captured)
+    assert not any("fwd" in node.kind for node in captured.graph.calls)
+    assert not net._forward_pre_hooks
+    for mask in (inputs[1], torch.zeros(5, 5)):
+        with torch.no_grad():
+            torch.testing.assert_close(graph(inputs[0], mask), net(inputs[0], mask))
+
+
+def test_no_values_are_needed() -> None:
+    with torch.device("meta"):
+        net, x = small(), torch.rand(2, 4)
+    assert [n.kind for n in capture(net, x).graph.calls] == ["linear", "relu", "linear"]
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: torch.compile(small()), "torch.compile"),
+        (lambda: nn.Sequential(torch.compile(small())), r"Sequential\.0"),
+        (lambda: torch.jit.script(small()), "TorchScript"),
+        (lambda: nn.Sequential(nn.LazyLinear(4)), "lazy"),
+        (lambda: torch.export.export(small(), (torch.rand(2, 4),)).module(), "eval mode"),
+    ],
+)
+def test_what_is_no_plain_network_is_refused(make, words) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        net = make()
+    with pytest.raises(InputError, match=words):
+        capture(net, torch.rand(2, 4))
+
+
+@pytest.mark.parametrize("x", [X.double(), X.long(), X[0, 0, 0, 0], X[:, :2]])
+def test_inputs_that_do_not_fit_are_told_with_their_line(x) -> None:
+    with pytest.raises(InputError, match=r"does not run on them .*test_capture\.py"):
+        capture(Net(lambda net, x: net.conv(x)), x)
+
+
+def test_a_device_that_does_not_fit_is_told() -> None:
+    with pytest.raises(CaptureError, match="to one device"):
+        capture(Net(lambda net, x: net.conv(x)), X.to("meta"))
+
+
+# --- the second route ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda net, x: net.conv(x) * float(x.max()),
+        lambda net, x: torch.from_numpy(net.conv(x).numpy()),
+    ],
+)
+def test_numbers_and_numpy_are_followed_and_hold_for_other_values(function) -> None:
+    net = Net(function)
+    graph = graph_model(net, capture(net, X))
+    with torch.no_grad():
+        torch.testing.assert_close(graph(X + 1), net(X + 1))
+
+
+@pytest.mark.parametrize(
+    ("function", "remedy"),
+    [
+        (lambda net, x: net.conv(x) if x.sum() > 0 else x, "torch.where"),
+        (lambda net, x: [net.conv(x) for _ in range(int(x.abs().sum()))], "torch.where"),
+        (lambda net, x: SimpleNamespace(value=net.conv(x)), "dataclasses"),
+    ],
+)
+def test_what_no_route_carries_says_what_to_do_and_torch_keeps_quiet(
+    function, remedy, capfd, caplog
+) -> None:
+    with pytest.raises(CaptureError, match=remedy):
+        capture(Net(function), X)
+    assert capfd.readouterr() == ("", "")
+    assert not [r for r in caplog.records if r.levelno >= logging.WARNING]
+
+
+def test_what_forward_writes_to_stderr_is_passed_on(capsys) -> None:
+    def talks(net, x):
+        print("hello", file=sys.stderr)
+        return net.conv(x)
+
+    capture(Net(talks), X)
+    assert "hello" in capsys.readouterr().err
+
+
+# --- nothing changes -----------------------------------------------------------------------------
+
+
+@lru_cache
+def _table(width: int) -> torch.Tensor:
+    return torch.arange(float(width))
+
+
+def remembers(net, x):
+    net.calls = getattr(net, "calls", 0) + 1
+    net.last = net.conv(x)
+    net.hidden = net.hidden + 1
+    net.memory["x"] = net.last
+    net.memory.setdefault("all", []).append(x)
+    return net.last * _table(6)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [remembers, lambda net, x: remembers(net, x) if x.sum() > 9 else remembers(net, x) + 1],
+)
+def test_what_forward_leaves_in_the_model_is_undone(function) -> None:
+    net = Net(function)
+    net.memory = {}
+    held = dict(vars(net)), dict(net._buffers), net.hidden.clone()
+    _table.cache_clear()
+    with suppress(CaptureError):  # the second one, which is run in earnest before it is refused
+        capture(net, X)
+    assert vars(net) == held[0]
+    assert all(net._buffers[name] is tensor for name, tensor in held[1].items())
+    assert torch.equal(net.hidden, held[2])
+    assert net.memory == {}
+    assert type(_table(6)) is torch.Tensor
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0])
+def test_global_state_is_left_alone(value) -> None:
+    def state() -> tuple:
+        return (
+            torch.get_rng_state().tolist(),
+            random.getstate(),
+            torch.get_default_dtype(),
+            torch.is_grad_enabled(),
+            torch.is_autocast_enabled("cpu"),
+            list(warnings.filters),
+            logging.root.manager.disable,
+            logging.getLogger("torch").level,
+            sys.stderr,
+        )
+
+    def draws(net, x):
+        random.random()
+        return net.conv(x) + torch.rand(6) if value else net.conv(x) if x.sum() > 0 else x
+
+    before = state()
+    with suppress(CaptureError):
+        capture(Net(draws), X)
+    assert state() == before

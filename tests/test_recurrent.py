@@ -13,7 +13,7 @@ from rarefy.graph.rules.recurrent import GATES, ROWS
 from rarefy.graph.trace import Network, trace
 from rarefy.pruning.plan import Plan
 from rarefy.pruning.proof import prove
-from rarefy.pruning.surgery import cut, rewrite
+from rarefy.pruning.surgery import rewrite
 
 torch.set_num_threads(1)
 pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections")
@@ -118,6 +118,34 @@ class Speech(nn.Module):
         return self.out(self.rnn(y)[0]).log_softmax(-1)
 
 
+class Residual(nn.Module):
+    """Recurrent layers that are normalized and added to their inputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.out = nn.Linear(5, 8), nn.Linear(8, 3)
+        self.rnns = nn.ModuleList(nn.GRU(8, 8, batch_first=True) for _ in range(2))
+        self.norms = nn.ModuleList(nn.LayerNorm(8) for _ in range(2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.inner(x)
+        for rnn, norm in zip(self.rnns, self.norms, strict=True):
+            y = y + rnn(norm(y))[0]
+        return self.out(y)
+
+
+class Translator(nn.Module):
+    """One LSTM hands its last state to another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reader, self.out = nn.LSTM(5, 12, batch_first=True), nn.Linear(12, 4)
+        self.writer = nn.LSTM(5, 12, batch_first=True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.out(self.writer(x, self.reader(x)[1])[0])
+
+
 def check(net: nn.Module, inputs=X) -> tuple[Network, nn.Module]:
     """Prune by half, as a module and as a graph, and hold the module against masking by hand."""
     network = trace(net, inputs)
@@ -128,7 +156,6 @@ def check(net: nn.Module, inputs=X) -> tuple[Network, nn.Module]:
         removed[group.units[::2]] = len(group) > 1
     plan = Plan.of(network, removed)
     assert prove(net, inputs, network, plan, lambda m, p: rewrite(m, network, p)) < 1e-4
-    assert prove(net, inputs, network, plan, lambda m, p: cut(m, network, p)) < 1e-7
     reference = copy.deepcopy(net)
     state = dict(reference.named_parameters()) | dict(reference.named_buffers())
     for (path, dim), kept in small.pruned.kept.items():
@@ -149,10 +176,8 @@ def sizes(network: Network) -> dict[str, list[int]]:
 
 OPTIONS = {
     "one": {"batch_first": True},
-    "time first": {},
-    "without bias": {"bias": False},
+    "time first, without bias": {"bias": False},
     "two layers": {"num_layers": 2, "dropout": 0.1},
-    "both directions": {"bidirectional": True, "batch_first": True},
     "two layers in both directions": {"num_layers": 2, "bidirectional": True, "batch_first": True},
 }
 
@@ -204,6 +229,19 @@ def test_unbatched_sequences() -> None:
 def test_last_states() -> None:
     network, _ = check(seeded(LastState))
     assert sizes(network) == {"rnn": [12]}
+
+
+def test_states_handed_on_tie_the_units_of_both() -> None:
+    network = trace(seeded(Translator), X)
+    assert [len(g) for g in network.groups] == [12]
+
+
+def test_residual_layers_share_one_width() -> None:
+    net = seeded(Residual)
+    network = trace(net, X)
+    assert [len(g) for g in network.groups] == [8]
+    small = rf.prune(net, X, HALF, criterion="random")
+    assert [rnn.hidden_size for rnn in small.rnns] == [4, 4]
 
 
 @pytest.mark.parametrize("learned", [True, False])
@@ -286,8 +324,9 @@ def test_a_single_hidden_unit_stays() -> None:
         (Speech, torch.randn(2, 10, 16, generator=torch.Generator().manual_seed(1))),
         (lambda: Layers(nn.LSTM, proj_size=6, num_layers=2, batch_first=True), X),
         (lambda: Cells(nn.LSTMCell, 3), X),
+        (Translator, X),
     ],
-    ids=["classifier", "speech", "projections", "cells"],
+    ids=["classifier", "speech", "projections", "cells", "translator"],
 )
 def test_networks_are_saved_loaded_copied_trained_and_exported(build, inputs, tmp_path) -> None:
     _, small = check(seeded(build), inputs)
@@ -304,6 +343,17 @@ def test_networks_are_saved_loaded_copied_trained_and_exported(build, inputs, tm
         rf.export(small, tmp_path / "small.onnx", inputs)
     small.train()(inputs).sum().backward()
     assert all(p.grad is not None and p.grad.shape == p.shape for p in small.parameters())
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+def test_graphs_drop_between_layers_in_training_only(kind, tmp_path) -> None:
+    net = seeded(Layers, kind, num_layers=2, dropout=0.5, batch_first=True)
+    network = trace(net, X)
+    small = rewrite(net, network, Plan.of(network, np.arange(network.coupling.units) % 2 == 0))
+    assert torch.equal(small(X), small(X))
+    loaded = rf.load(rf.save(small, tmp_path / "small.safetensors"))
+    assert torch.equal(loaded(X), small(X))
+    assert not torch.equal(small.train()(X), small(X))
 
 
 def test_packed_sequences_have_no_rule() -> None:

@@ -223,11 +223,13 @@ def check(ledger: Ledger, gone: np.ndarray) -> None:
 
 @settings(max_examples=300, deadline=None)
 @given(ledgers(), st.integers(0, 2**32 - 1))
-def test_whatever_is_removed_the_ledger_holds(drawn, seed) -> None:
-    ledger, _ = drawn
-    coupling = resolve(ledger)
+def test_whatever_is_removed_the_ledger_and_a_part_of_each_line_hold(drawn, seed) -> None:
+    ledger, lines = drawn
+    coupling = resolve(ledger, lines)
     generator = np.random.default_rng(seed)
     removals = [np.arange(coupling.units) == u for u in range(min(coupling.units, 12))]
+    for removed in removals:
+        assert not any(coupling.gone(removed)[line].all() for line in lines)
     removals += [generator.random(coupling.units) < 0.4 for _ in range(4)]
     for removed in removals:
         check(ledger, coupling.gone(removed))

@@ -110,6 +110,18 @@ class Computed(nn.Module):
         return self.out(F.linear(x, self.weight * self.scale).relu())
 
 
+class Recurrent(nn.Module):
+    """A recurrent layer whose recurrent weight is normalized."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rnn = parametrizations.weight_norm(nn.GRU(5, 16), "weight_hh_l0")
+        self.out = nn.Linear(16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.rnn(x.unsqueeze(0))[0]).squeeze(0)
+
+
 class Scale(nn.Module):
     """A parametrization with a parameter of its own."""
 
@@ -165,6 +177,7 @@ NETWORKS = {
     "buffers and frozen layers": (Buffers, X, [16]),
     "lists and dictionaries": (Lists, X, [16]),
     "computed weight": (Computed, X, [16]),
+    "recurrent weight": (Recurrent, X, [16]),
     "scale": (parametrized(Scale), X, TWO),
     "clamp": (parametrized(Clamp), X, TWO),
     "softplus": (parametrized(Softplus), X, TWO),

@@ -112,6 +112,67 @@ def test_keep_class_leaves_whole_what_the_code_states_and_names_it() -> None:
     assert any("conv" in f.path and f.operator == "forward" for f in small.pruned.frozen)
 
 
+class Folds(nn.Module):
+    """With half of the units, ``view(-1, 8)`` makes one row of two examples: it fits by chance."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.out = nn.Linear(5, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.a(x).view(-1, 8).tanh().reshape(x.shape[0], -1))
+
+
+def test_a_number_that_fits_one_batch_size_by_chance_does_not_pass() -> None:
+    model, x = Folds(), torch.randn(4, 5)
+    small = rf.prune(model, x, Budget(sparsity=0.5), criterion="random")
+    assert small.pruned.kind == "graph"
+    assert small(x[:3]).shape == (3, 3)
+
+
+class Fourier(nn.Module):
+    """A ramp made from an attribute that also divides: neither may shrink in the class."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.width = 8
+        self.a, self.b, self.out = nn.Linear(5, 8), nn.Linear(8, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        ramp = torch.arange(self.width) / self.width
+        return self.out(torch.relu(self.b(torch.sin(self.a(x) * ramp))))
+
+
+def test_what_would_compute_something_else_stays_and_the_class_too() -> None:
+    torch.manual_seed(0)
+    model, x = Fourier(), torch.randn(4, 5)
+    small = rf.prune(model, x, Budget(sparsity=0.5, scope="local"), criterion="random")
+    assert small.pruned.kind == "module"
+    assert (small.a.out_features, small.b.out_features) == (8, 3)
+    assert any(f.path == "a.weight" and f.operator == "forward" for f in small.pruned.frozen)
+
+
+class Blurred(nn.Module):
+    """A depthwise filter whose number of groups is an attribute of another name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.channels = 8
+        self.first, self.last = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 4, 1)
+        self.register_buffer("kernel", torch.rand(8, 1, 3, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = nn.functional.conv2d(self.first(x), self.kernel, groups=self.channels)
+        return self.last(x).mean((2, 3))
+
+
+def test_the_groups_of_a_convolution_follow_under_any_name() -> None:
+    model, x = Blurred(), torch.randn(2, 3, 6, 6)
+    small = rf.prune(model, x, Budget(sparsity=0.5), criterion="random")
+    assert small.pruned.kind == "module"
+    assert small.channels == small.first.out_channels == len(small.kernel) == 4
+
+
 class Config:
     def __init__(self) -> None:
         self.inner, self.halves = 16, [8, 8]
@@ -174,8 +235,8 @@ def test_excluded_groups_are_not_touched_to_make_others_fit() -> None:
     assert small.a.out_features == 8
 
 
-class Ramp(nn.Module):
-    """Adds a tensor made with a number in the code, in a way that no rule of sizes knows."""
+class Reversed(nn.Module):
+    """Numbers its units in the code, in a way that no rule of sizes knows."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -184,16 +245,16 @@ class Ramp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.hidden(torch.relu(self.first(x)))
-        return self.out(torch.relu(x) * torch.linspace(0.5, 1, 8))
+        return self.out(torch.relu(x)[:, [7, 6, 5, 4, 3, 2, 1, 0]])
 
 
 def test_keep_class_finds_the_groups_that_break_a_forward_by_trying() -> None:
     torch.manual_seed(0)
     budget = Budget(sparsity=0.5, scope="local")
-    model, x = Ramp(), torch.randn(2, 4)
+    model, x = Reversed(), torch.randn(2, 4)
     assert rf.prune(model, x, budget, criterion="random").pruned.kind == "graph"
     small = rf.prune(model, x, budget, criterion="random", keep_class=True)
-    assert isinstance(small, Ramp)
+    assert isinstance(small, Reversed)
     assert small.first.out_features == 3
     assert small.hidden.out_features == 8
     assert any(f.path == "hidden.weight" and f.operator == "forward" for f in small.pruned.frozen)

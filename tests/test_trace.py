@@ -1,11 +1,15 @@
 """What can go, and what cannot and why."""
 
+import threading
+
 import pytest
 import torch
 from torch import nn
 
 from rarefy.errors import InputError
 from rarefy.graph.trace import trace
+from rarefy.pruning.prune import prune
+from rarefy.types import Budget
 
 torch.set_num_threads(1)
 X = torch.randn(2, 3, 8, 8)
@@ -71,30 +75,29 @@ def test_flattened_channels_take_all_their_positions() -> None:
     assert {m.path: m.indices.shape for m in group.members}["2.weight"] == (5, 36)
 
 
+class Between(nn.Module):
+    """A function between two layers."""
+
+    def __init__(self, function) -> None:
+        super().__init__()
+        self.first, self.last, self.function = nn.Linear(5, 8), nn.Linear(8, 2), function
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(self.function(self.first(x)))
+
+
 @pytest.mark.parametrize(
-    ("layer", "operator"),
+    ("function", "operator"),
     [
-        (nn.LayerNorm(8), "layer_norm"),
-        (nn.RMSNorm(8), "rms_norm"),
-        (nn.LSTM(8, 8, batch_first=True), "lstm"),
-        (nn.GRU(8, 8, batch_first=True), "gru"),
-        (nn.Softmax(-1), "softmax"),
-        (nn.utils.parametrizations.weight_norm(nn.Linear(8, 8)), "linear"),
-        (nn.utils.parametrizations.spectral_norm(nn.Linear(8, 8)), ""),
+        (lambda x: torch.fft.fft(x).abs(), "fft"),
+        (lambda x: x.sort(-1)[0], "sort"),
+        (lambda x: torch.linalg.pinv(x).transpose(1, 2), "linalg_pinv"),
+        (lambda x: torch.linalg.svd(x)[2][:, :1] + x, "linalg_svd"),
     ],
-    ids=lambda v: v if isinstance(v, str) else type(v).__name__,
+    ids=lambda v: v if isinstance(v, str) else "",
 )
-def test_what_cannot_be_carried_is_frozen_and_named(layer, operator) -> None:
-    class Sequence(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.first, self.layer, self.last = nn.Linear(5, 8), layer, nn.Linear(8, 2)
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            y = self.layer(self.first(x))
-            return self.last(y[0] if isinstance(y, tuple) else y)
-
-    network = trace(Sequence(), torch.randn(2, 4, 5))
+def test_what_cannot_be_carried_is_frozen_and_named(function, operator) -> None:
+    network = trace(Between(function), torch.randn(2, 4, 5))
     assert not any(m.path == "first.weight" for g in network.groups for m in g.members)
     held = [f for f in network.frozen if f.path == "first.weight" and f.dim == 0]
     assert len(held) == 1
@@ -102,17 +105,10 @@ def test_what_cannot_be_carried_is_frozen_and_named(layer, operator) -> None:
 
 
 def test_operators_without_a_rule_are_counted() -> None:
-    class Sorted(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.a, self.b = nn.Linear(4, 6), nn.Linear(6, 2)
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.b(self.a(x).sort(1)[0])
-
-    network = trace(Sorted(), torch.randn(2, 4))
-    assert network.unknown == {"aten.sort.default": 1}
-    assert "operators without a rule: aten.sort.default (1x)" in str(network)
+    net = Between(lambda x: torch.linalg.pinv(x).transpose(1, 2))
+    network = trace(net, torch.randn(2, 4, 5))
+    assert network.unknown == {"aten.linalg_pinv.atol_rtol_tensor": 1}
+    assert "operators without a rule: aten.linalg_pinv.atol_rtol_tensor (1x)" in str(network)
 
 
 def test_channels_that_are_read_by_position_stay_and_others_go() -> None:
@@ -138,3 +134,44 @@ def test_what_is_no_network_with_parameters_is_refused(wrong) -> None:
 def test_inputs_that_do_not_fit_are_refused() -> None:
     with pytest.raises(InputError, match=r"float32 \(2, 2, 8, 8\)"):
         trace(Block(), X[:, :2])
+
+
+def test_a_network_without_values_is_traced_but_not_pruned() -> None:
+    with torch.device("meta"):
+        net, x = Block(), torch.rand(2, 3, 8, 8)
+    assert [len(g) for g in trace(net, x).groups] == [8, 6]
+    with pytest.raises(InputError, match="no values"):
+        prune(net, x, Budget(sparsity=0.5))
+
+
+def test_nothing_is_computed_and_pruning_captures_once(monkeypatch) -> None:
+    calls = []
+    export = torch.export.export
+    monkeypatch.setattr(torch.export, "export", lambda *a, **k: calls.append(0) or export(*a, **k))
+    prune(Block(), X, Budget(sparsity=0.5))
+    assert len(calls) == 1
+
+
+def test_values_of_the_inputs_are_checked_where_they_are_needed() -> None:
+    net = nn.Sequential(nn.Embedding(5, 8), nn.Linear(8, 6), nn.Linear(6, 2))
+    ids = torch.tensor([[1, 7], [0, 2]])
+    assert [len(g) for g in trace(net, ids).groups] == [8, 6]
+    with pytest.raises(InputError, match=r"does not run on them .*index out of range"):
+        prune(net, ids, Budget(sparsity=0.5))
+
+
+def test_a_network_that_cannot_be_copied_is_refused() -> None:
+    net = Block()
+    net.lock = threading.Lock()
+    assert len(trace(net, X).groups) == 2
+    with pytest.raises(InputError, match=r"cannot be copied.*lock"):
+        prune(net, X, Budget(sparsity=0.5))
+
+
+def test_a_network_that_draws_numbers_is_refused_and_stays_as_it_was() -> None:
+    net = Between(lambda x: x + torch.rand(8))
+    before = {k: v.clone() for k, v in net.state_dict().items()}
+    with pytest.raises(InputError, match="two equal calls"):
+        prune(net, torch.rand(2, 5), Budget(sparsity=0.5))
+    assert net.training
+    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())

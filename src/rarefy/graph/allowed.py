@@ -29,11 +29,12 @@ isposinf isreal le leaky_relu lerp less less_equal lgamma log log10 log1p log2 l
 logaddexp logaddexp2 logical_and logical_not logical_or logical_xor logit lt masked_fill maximum
 minimum mish mul multiply nan_to_num ne neg negative nextafter not_equal polygamma positive pow
 prelu rad2deg real reciprocal relu relu6 remainder round rrelu rsqrt rsub selu sgn sigmoid sign
-signbit silu sin sinc sinh softplus softshrink special_digamma special_entr special_erf special_erfc special_erfcx
+signbit silu sin sinc sinh softplus softshrink special_digamma special_entr
+special_erf special_erfc special_erfcx
 special_erfinv special_exp2 special_expit special_expm1 special_gammaln special_i0e special_i1
 special_log1p special_log_ndtr special_logit special_ndtr special_ndtri special_round special_sinc
-special_multigammaln special_polygamma special_psi
-special_xlogy special_xlog1py sqrt square sub subtract tan tanh threshold true_divide trunc where xlogy
+special_multigammaln special_polygamma special_psi special_xlogy special_xlog1py sqrt square sub
+subtract tan tanh threshold true_divide trunc where xlogy
 __and__ __or__ __xor__ __lshift__ __rshift__ fake_quantize_per_tensor_affine
 fake_quantize_per_channel_affine fake_quantize_per_tensor_affine_cachemask
 fake_quantize_per_channel_affine_cachemask
@@ -95,7 +96,8 @@ squeeze_copy stack swapaxes swapdims t t_copy take take_along_dim tensor_split t
 transpose_copy tril triu unbind unflatten unfold unsafe_chunk unsafe_split
 unsafe_split_with_sizes unsqueeze unsqueeze_copy view view_as view_as_complex view_as_real
 view_copy vsplit vstack zero zeros zeros_like _reshape_alias_copy _unsafe_view _to_copy to type_as
-arange bartlett_window blackman_window bucketize eye kaiser_window mH row_stack hann_window hamming_window linspace logspace scalar_tensor tril_indices
+arange bartlett_window blackman_window bucketize eye hann_window hamming_window kaiser_window
+linspace logspace mH row_stack scalar_tensor tril_indices
 triu_indices bernoulli multinomial normal rand rand_like randint randint_like randn randn_like
 randperm polar complex trapz vander
 """

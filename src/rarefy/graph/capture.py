@@ -407,6 +407,11 @@ _CAUSES = (
         "them out of forward",
     ),
     (
+        "same device",
+        "its parameters and the example inputs are on different devices",
+        "Move the network and the inputs to one device",
+    ),
+    (
         "not a known type",
         "its forward returns an object that torch.export cannot take apart",
         "Return tensors, tuples, lists, dictionaries or dataclasses",

@@ -294,10 +294,14 @@ def assign(root: nn.Module, path: str, tensor: Tensor, *, buffer: bool = False) 
         module.register_parameter(leaf, nn.Parameter(tensor))
 
 
-TRAINING_FLAG = {"aten.batch_norm.default": 5} | {
-    f"aten.{name}.default": 2
-    for base in ("dropout", "alpha_dropout", "feature_dropout", "feature_alpha_dropout")
-    for name in (base, f"{base}_")
+TRAINING_FLAG = {
+    "aten.batch_norm.default": 5,
+    **{f"aten.{name}.input": 6 for name in ("lstm", "gru", "rnn_tanh", "rnn_relu")},
+    **{
+        f"aten.{name}.default": 2
+        for base in ("dropout", "alpha_dropout", "feature_dropout", "feature_alpha_dropout")
+        for name in (base, f"{base}_")
+    },
 }
 """Operators that act differently in training, and which argument says so."""
 

@@ -125,14 +125,16 @@ def _decode_node(fields: Any, before: list[Node]) -> Node:
     if kwargs is not None:
         decoded = {k: decode(v) for k, v in _typed(dict, kwargs, "kwargs").items()}
     arguments = tuple(decode(arg) for arg in _typed(list, args, "args"))
-    return Node(name, op, arguments, decoded, _value(decode(value)), scope, source)
+    return Node(name, op, arguments, decoded, _value(decode(value), op), scope, source)
 
 
-def _value(value: Any) -> Any:
-    """A node's value holds specs, numbers and text only."""
+def _value(value: Any, op: str) -> Any:
+    """A node's value holds specs and numbers only, that of an argument may be text."""
     if isinstance(value, tuple):
-        return tuple(_value(item) for item in value)
-    return _typed((Spec, int, float, str, type(None)), value, "value")
+        return tuple(_value(item, op) for item in value)
+    if isinstance(value, str) and op == "input":
+        return value
+    return _typed((Spec, int, float, type(None)), value, "value")
 
 
 # --- values ------------------------------------------------------------------------------------

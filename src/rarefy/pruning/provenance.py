@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from math import prod
 from types import FrameType, FunctionType
 from typing import Any, TypeAlias
 
@@ -47,11 +48,15 @@ class Attribute:
 
 @dataclass(frozen=True)
 class Extent:
-    """The size of a tensor along a dimension: the ``part``-th result of a node of the graph."""
+    """The size of a tensor along a dimension: the ``part``-th result of a node of the graph.
+
+    With the name of an argument in place of a dimension, what that argument of the node counts
+    (the groups of a convolution).
+    """
 
     node: str
     part: int | None
-    dim: int
+    dim: int | str
 
 
 @dataclass(frozen=True)
@@ -315,6 +320,8 @@ class _Recorder(TorchFunctionMode):
         if func is multi_head_attention_forward and isinstance(func, FunctionType):
             with self:
                 return _opened(func)(*args, **kwargs)
+        if func in (torch.Tensor.numel, torch.Tensor.nelement):
+            return prod(self.extents(args[0]))
         result = func(*args, **kwargs)
         self.note(getattr(func, "__name__", ""), args, kwargs, result)
         return result
@@ -474,9 +481,11 @@ def _kind(name: str) -> str:
     return _SAME.get(bare, bare)
 
 
-def _states(size: Any, value: Value, part: int | None, dim: int) -> bool:
+def _states(size: Any, value: Value, part: int | None, dim: int | str) -> bool:
     """Whether ``size`` is the size of that result (and not -1, nor beyond the end of a slice)."""
     result = value[part] if isinstance(value, tuple) and part is not None else value
+    if isinstance(dim, str):
+        return isinstance(size, Sized)
     return isinstance(size, int) and isinstance(result, Spec) and result.shape[dim] == int(size)
 
 
@@ -519,8 +528,8 @@ class _Call:
         return len(first.shape) if isinstance(first, Spec) else 0
 
 
-_Stated: TypeAlias = "Iterator[tuple[Any, int | None, int]]"
-"""(size, part of the result, dimension) of each size that a call states of its result."""
+_Stated: TypeAlias = "Iterator[tuple[Any, int | None, int | str]]"
+"""(size, part of the result, dimension or argument) of each size that a call states."""
 
 
 def _flat(sizes: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -603,6 +612,14 @@ def _indexed(call: _Call) -> _Stated:
             return
 
 
+def _convolved(call: _Call) -> _Stated:
+    yield call.argument(6, "groups", default=1), None, "groups"
+
+
+def _group_normalized(call: _Call) -> _Stated:
+    yield call.argument(1, "num_groups"), None, "num_groups"
+
+
 STATED: Mapping[str, Callable[[_Call], _Stated]] = {
     **dict.fromkeys(("view", "reshape", "expand", "broadcast_to"), _all_sizes),
     **dict.fromkeys(
@@ -614,6 +631,8 @@ STATED: Mapping[str, Callable[[_Call], _Stated]] = {
     "layer_norm": _normalized,
     "rms_norm": _normalized,
     "narrow": _narrowed,
+    **dict.fromkeys(("conv1d", "conv2d", "conv3d"), _convolved),
+    "group_norm": _group_normalized,
     "getitem": _indexed,
 }
 """Kind of call -> the sizes that its arguments state."""

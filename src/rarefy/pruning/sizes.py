@@ -61,7 +61,8 @@ class Sizes:
 
     def __init__(self, network: Network, equations: Sequence[Equation]) -> None:
         self.network = network
-        self.clusters = tuple(_clusters(network, [*equations, *_scales(network)]))
+        stated = [e for e in equations if _is_known(network, e)]
+        self.clusters = tuple(_clusters(network, [*stated, *_lasting(network)]))
 
     @cached_property
     def parts(self) -> tuple[frozenset[int], ...]:
@@ -307,6 +308,9 @@ def _attributes(equation: Equation) -> Iterator[Attribute]:
 
 def _extent(network: Network, extent: Extent) -> tuple[int, Atoms | None]:
     """The size of a tensor along a dimension, and the labels there."""
+    if isinstance(extent.dim, str):
+        counted = network.flow.counts[extent.node, extent.dim]
+        return len(counted), counted
     value, labels = network.captured.graph.by_name[extent.node].value, None
     carried = network.flow.labels.get(extent.node)
     if extent.part is not None and isinstance(value, tuple):
@@ -318,13 +322,39 @@ def _extent(network: Network, extent: Extent) -> tuple[int, Atoms | None]:
     return value.shape[extent.dim], labels
 
 
-def _scales(network: Network) -> Iterator[Equation]:
-    """Attention that divides by the root of its heads' size needs that size as it was."""
+def _is_known(network: Network, equation: Equation) -> bool:
+    """Whether all that an equation counts was counted in the walk over the graph."""
+    found = [x for s in (equation.left, equation.right) for x in leaves(s)]
+    named = [(x.node, x.dim) for x in found if isinstance(x, Extent) and isinstance(x.dim, str)]
+    return all(name in network.flow.counts for name in named)
+
+
+def _lasting(network: Network) -> Iterator[Equation]:
+    """What a forward needs as it was, whatever it states.
+
+    Attention divides by the root of its heads' size where no other scale is given, and a tensor
+    whose entries differ (a ramp, a constant) comes out with all of them.
+    """
+    graph = network.captured.graph
     for name in network.flow.implicit_scale:
-        query = network.captured.graph.by_name[name].args[0].name
-        rank = len(network.captured.graph.by_name[query].shape)
-        extent = Extent(query, None, rank - 1)
-        yield Equation(extent, Number(_extent(network, extent)[0]), yields=True)
+        query = graph.by_name[name].args[0].name
+        yield from _stays(network, Extent(query, None, len(graph.by_name[query].shape) - 1))
+    for node in graph.nodes:
+        made = node.op == "tensor" and node.path in network.flow.made
+        if (made or node.kind in RAMPS) and isinstance(node.value, Spec):
+            for dim in range(len(node.shape)):
+                yield from _stays(network, Extent(node.name, None, dim))
+
+
+RAMPS = frozenset("arange linspace logspace eye".split())
+"""Operators that make a tensor of entries that differ."""
+
+
+def _stays(network: Network, extent: Extent) -> Iterator[Equation]:
+    size, labels = _extent(network, extent)
+    if labels is not None:
+        source = network.captured.graph.by_name[extent.node].source
+        yield Equation(extent, Number(size), source, yields=True)
 
 
 def _clusters(network: Network, equations: Sequence[Equation]) -> Iterator[_Cluster]:

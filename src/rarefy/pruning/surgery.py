@@ -181,5 +181,6 @@ def rewrite(model: nn.Module, network: Network, plan: Plan) -> GraphModel:
 
     parameters = {p: small(p, t) for p, t in whole.named_parameters(remove_duplicate=False)}
     buffers = {p: small(p, t) for p, t in whole.named_buffers(remove_duplicate=False)}
-    buffers |= editor.constants
+    device = next((tensor.device for tensor in parameters.values()), torch.device("cpu"))
+    buffers |= {path: tensor.to(device) for path, tensor in editor.constants.items()}
     return GraphModel(graph.with_nodes(nodes), parameters, buffers)

@@ -57,7 +57,8 @@ POLES: Mapping[str, Callable[[Node], Any]] = {
         "lgamma special_gammaln mvlgamma special_multigammaln acosh arccosh special_ndtri "
         "special_bessel_y0 special_bessel_y1 special_modified_bessel_k0 "
         "special_modified_bessel_k1 special_scaled_modified_bessel_k0 "
-        "special_scaled_modified_bessel_k1 igamma igammac special_gammainc special_gammaincc".split(),
+        "special_scaled_modified_bessel_k1 igamma igammac special_gammainc "
+        "special_gammaincc".split(),
         _base,
     ),
     **dict.fromkeys(("polygamma", "special_polygamma"), _divisor),

@@ -205,6 +205,10 @@ def _split(flow: Flow, node: Node) -> Carried:
     labels = flow.of(node.args[0])
     dim = _along_split(flow, node)
     assert isinstance(node.value, tuple)
+    sizes = [part.shape[dim] for part in node.value if isinstance(part, Spec)]
+    if sum(sizes) != flow.shape(node.args[0])[dim]:
+        freeze_all(flow, node, "is taken apart at places that overlap")
+        return unlabeled(node.value)
     found: list[Labels] = []
     start = 0
     for part in node.value:
@@ -411,8 +415,8 @@ def _new_last(flow: Flow, node: Node) -> Carried:
 
 def _first_carries(flow: Flow, node: Node) -> Carried:
     """Entry by entry, looked up in the other tensors."""
-    for name in node.inputs[1:]:
-        for atoms in flow.of(Ref(name)):
+    for arg in (*node.args[1:], *node.options.values()):
+        for atoms in flow.of(arg):
             flow.freeze(node, atoms, "is searched in")
     return flow.of(node.args[0])
 
