@@ -138,8 +138,8 @@ def main() -> None:
     print("# Speed of the analysis\n")
     print("    python benchmarks/speed.py > benchmarks/speed.md\n")
     print(
-        f"PyTorch {torch.__version__}, one thread of {platform.machine()}; load of the machine at the "
-        f"beginning: {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores. CPU seconds, and MB above "
+        f"PyTorch {torch.__version__}, one thread of {platform.machine()}; load of the "
+        f"machine at the beginning: {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores. CPU seconds, and MB above "
         "the model; see the head of the script for what they are.\n"
     )
     print("| network | units | capture, s | coupling, s | MB | Torch-Pruning, s | MB |")

@@ -489,7 +489,9 @@ def tasks(chosen: argparse.Namespace, held: Mapping[str, Record]) -> Iterator[Ta
         again = bool(chosen.redo) and matches(name, chosen.redo)
         again |= chosen.failed and old is not None and bool(faults(old))
         if old is None or again:
-            yield name, build, {**RAREFY, **(ONNX if chosen.onnx else {})}, chosen.seconds
+            steps = {**RAREFY, **(ONNX if chosen.onnx else {})}
+            wanted = chosen.steps or steps
+            yield name, build, {n: s for n, s in steps.items() if n in wanted}, chosen.seconds
         if chosen.torch_pruning and (old is None or "torch-pruning" not in old["steps"]):
             yield name, build, OTHER, 60.0
 
@@ -516,6 +518,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", default=[], help="names or parts of names")
     parser.add_argument("--redo", nargs="+", default=[], help="measure these again")
     parser.add_argument("--failed", action="store_true", help="measure again what has a fault")
+    parser.add_argument("--steps", nargs="+", help=f"only these of: {', '.join(RAREFY)}")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--seconds", type=float, default=300, help="limit of one network")
     parser.add_argument("--memory", type=int, default=16, help="limit of one network, in GB")

@@ -79,7 +79,7 @@ TIMM = """
 aimv2_large_patch14_224:depth=2 bat_resnext26ts beit3_base_patch16_224:depth=2
 beit_base_patch16_224:depth=2 beitv2_base_patch16_224:depth=2 botnet26t_256 caformer_s18
 cait_xxs24_224:depth=4 coat_lite_tiny coat_tiny coatnet_nano_rw_224 coatnet_rmlp_nano_rw_224
-coatnext_nano_rw_224 convformer_s18 convit_tiny:depth=4 convmixer_768_32:depth=4 convnext_atto
+coatnext_nano_rw_224 convformer_s18 convit_tiny:depth=4 convmixer_768_32 convnext_atto
 convnext_atto_ols convnext_zepto_rms convnextv2_atto cpubone_nano crossvit_9_240
 crossvit_9_dagger_240 cs3darknet_focus_s cs3sedarknet_l csatv2_21m cspdarknet53 cspnext_tiny
 cspresnet50 cspresnext50 darknet17 darknetaa53 davit_tiny deit3_small_patch16_224:depth=2
@@ -120,6 +120,10 @@ xception41 xcit_nano_12_p16_224
 """A small variant of each family, with options that make it smaller after the colon."""
 
 
+SIDES = (64, 128)
+"""Image sizes to try before a model's own, where that is not fixed."""
+
+
 def _timm(row: str) -> Network:
     import timm
 
@@ -128,10 +132,11 @@ def _timm(row: str) -> Network:
     model: Any = timm.create_model(name, pretrained=False, **options)
     settings = model.pretrained_cfg
     size = tuple(settings["input_size"])
-    if not settings.get("fixed_input_size") and size[-1] > 128:
-        small = torch.randn(2, 3, 128, 128)
-        if _takes(model, small):
-            return model, small
+    if not settings.get("fixed_input_size"):
+        for side in SIDES:
+            small = torch.randn(2, size[0], side, side)
+            if side < size[-1] and _takes(model, small):
+                return model, small
     return model, torch.randn(2, *size)
 
 

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from rarefy.graph.program import GraphModel
 from rarefy.graph.trace import Network, trace
 from rarefy.pruning.plan import Plan
 from rarefy.pruning.proof import prove
@@ -57,6 +58,17 @@ def leaves_entries(network: Network, plan: Plan) -> bool:
 def prunable(network: Network) -> set[tuple[str, int]]:
     """(path, dimension) of everything that can shrink."""
     return {(m.path, m.dim) for g in network.groups for m in g.members}
+
+
+def halved(net: nn.Module, x: object = X, share: float = 0.4) -> GraphModel:
+    """The rewritten graph without a share of every group's units, proven."""
+    network = trace(net, x)
+    removed = np.zeros(network.coupling.units, bool)
+    for group in network.groups:
+        removed[group.units[: int(share * len(group))]] = True
+    plan = Plan.of(network, removed)
+    prove(net, x, network, plan, lambda m, p: rewrite(m, network, p))
+    return rewrite(net, network, plan)
 
 
 def check_carried(net: nn.Module, x: object = X) -> Network:

@@ -1,15 +1,16 @@
 """Tensors made in ``forward`` shrink with what they meet, and never make positions go."""
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 import rarefy as rf
-from carrying import Net, X, check_carried, prunable
+from carrying import Net, X, check_carried, halved, prunable
 from rarefy.graph.trace import trace
 from rarefy.pruning.plan import Plan
-from rarefy.pruning.surgery import rewrite
+from rarefy.pruning.surgery import kept_entries, rewrite
 
 torch.set_num_threads(1)
 
@@ -106,8 +107,9 @@ def test_constants_are_no_units_and_no_members() -> None:
     owned = {name for name, _ in net.named_parameters()} | {"order"}
     assert {m.path for g in network.groups for m in g.members} <= owned
     assert {f.path for f in network.frozen} <= owned
-    small = rf.prune(net, X, rf.Budget(sparsity=0.5), criterion="random")
-    assert {path for path, _ in small.pruned.kept} <= owned
+    plan = Plan.of(network, np.ones(network.coupling.units, bool))
+    assert {path for path, _ in kept_entries(network, plan)} <= owned
+    assert ("lifted_tensor_0", 0) in kept_entries(network, plan, made=True)
 
 
 def test_a_made_tensor_meets_nothing_and_makes_no_group() -> None:
@@ -151,16 +153,14 @@ def test_sequences_keep_their_length(sizes) -> None:
 
 
 def test_no_uninitialized_memory_is_saved(tmp_path) -> None:
-    small = rf.prune(Net(written_empty, 8), X, rf.Budget(sparsity=0.5), criterion="random")
-    assert small.pruned.kind == "graph"
+    small = halved(Net(written_empty, 8))
     again = rf.load(rf.save(small, tmp_path / "small.safetensors"))
     assert torch.equal(again(X), small(X))
 
 
 def test_the_batch_stays_free() -> None:
     net = Net(lambda n, y, z: torch.ones(y.shape[0], 8) * y + torch.zeros(y.shape[0], 1), 8)
-    small = rf.prune(net, X, rf.Budget(sparsity=0.5), criterion="random")
-    assert small.pruned.kind == "graph"
+    small = halved(net)
     whole = small(torch.cat([X, X + 1]))
     assert torch.allclose(whole, torch.cat([small(X), small(X + 1)]), atol=1e-6)
 
@@ -190,8 +190,8 @@ def test_images_keep_their_size() -> None:
 def test_a_pruned_graph_is_pruned_and_saved_again(tmp_path) -> None:
     """What stays of a table is selected from the whole; so is what stays of that."""
     net = Net(lambda n, y, z: y * torch.arange(8) + z * torch.tensor([8.0, 7, 6, 5, 4, 3, 2, 1]), 8)
-    once = rf.prune(net, X, rf.Budget(sparsity=0.4, scope="local"), criterion="random")
-    twice = rf.prune(once, X, rf.Budget(sparsity=0.4, scope="local"), criterion="random")
+    once = halved(net)
+    twice = halved(once)
     assert once.tensor("y.weight").shape[0] == 5
     assert twice.tensor("y.weight").shape[0] == 3
     again = rf.load(rf.save(twice, tmp_path / "small.safetensors"))
@@ -205,9 +205,8 @@ def test_new_names_do_not_clash() -> None:
     net.register_buffer("arange_entries", torch.ones(8))
     net.function = lambda n, y, z: y * torch.arange(8) * n.arange_entries + z * torch.arange(8)
     network = trace(net, X)
-    removed = network.coupling.units * [False]
-    removed[int(network.groups[0].units[1])] = True
-    small = rewrite(net, network, Plan.of(network, __import__("numpy").array(removed)))
+    removed = np.arange(network.coupling.units) == network.groups[0].units[1]
+    small = rewrite(net, network, Plan.of(network, removed))
     names = [node.name for node in small.graph.nodes]
     assert len(names) == len(set(names))
     assert small(X).shape == (3, 2)

@@ -5,8 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import rarefy as rf
-from carrying import Net, X, check_carried, check_proven, prunable
+from carrying import Net, X, check_carried, check_proven, halved, prunable
 from rarefy.graph.flow import Flow
 from rarefy.graph.ops import walk
 from rarefy.graph.program import Ref
@@ -178,8 +177,8 @@ def test_heads_of_a_table_of_relative_positions_go_and_rows_stay() -> None:
 
 def test_an_index_can_be_pruned_again() -> None:
     net = Net(lambda n, y, z: y[:, n.order] * z.roll(1, 1), 8)
-    once = rf.prune(net, X, rf.Budget(sparsity=0.3, scope="local"), criterion="random")
-    twice = rf.prune(once, X, rf.Budget(sparsity=0.3, scope="local"), criterion="random")
+    once = halved(net)
+    twice = halved(once)
     assert twice.tensor("y.weight").shape[0] < once.tensor("y.weight").shape[0] < 8
 
 

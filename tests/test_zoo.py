@@ -207,7 +207,7 @@ def test_later_lines_replace_or_add_to_earlier_ones(tmp_path: Path) -> None:
 
 def chosen(**options: Any) -> argparse.Namespace:
     given = {"only": ["own/*"], "redo": [], "failed": False, "onnx": False, "torch_pruning": False}
-    return argparse.Namespace(**{**given, "seconds": 9.0, **options})
+    return argparse.Namespace(**{**given, "seconds": 9.0, "steps": None, **options})
 
 
 def test_a_run_continues_where_it_stopped() -> None:
@@ -217,6 +217,8 @@ def test_a_run_continues_where_it_stopped() -> None:
     assert "own/tcn" in [name for name, *_ in zoo.tasks(chosen(failed=True), held)]
     again = [name for name, *_ in zoo.tasks(chosen(only=["dncnn"], redo=["own/dn*"]), held)]
     assert again == ["own/dncnn"]
+    few = list(zoo.tasks(chosen(only=["dncnn"], steps=["build", "trace"]), {}))
+    assert [list(steps) for _, _, steps, _ in few] == [["build", "trace"]]
     both = list(zoo.tasks(chosen(only=["own/dncnn"], torch_pruning=True, onnx=True), {}))
     assert [list(steps)[-1] for _, _, steps, _ in both] == ["onnx", "torch-pruning"]
 

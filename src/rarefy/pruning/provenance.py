@@ -338,8 +338,7 @@ class _Recorder(TorchFunctionMode):
     def compared(self, name: str, first: int, second: int, outcome: bool) -> None:
         """Note how a comparison came out; two sizes that are equal have to stay so."""
         sides = origin(first), origin(second)
-        sized = all(any(not isinstance(x, Number) for x in leaves(side)) for side in sides)
-        if name == "eq" and outcome and sized:
+        if name == "eq" and outcome:
             self.need(Equation(*sides))
         else:
             self.need(Equation(Apply(name, *sides), Number(int(outcome)), yields=True))

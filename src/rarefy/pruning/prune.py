@@ -6,6 +6,7 @@ import copy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import inf
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,14 +16,14 @@ from torch.nn.parameter import is_lazy
 
 from rarefy.batches import doubled, tensors
 from rarefy.copies import computed
-from rarefy.errors import InputError, ProofError, first_line
+from rarefy.errors import BudgetError, InputError, ProofError, first_line
 from rarefy.graph.capture import check_runs
 from rarefy.graph.groups import Mask
 from rarefy.graph.program import GraphModel, Spec
 from rarefy.graph.trace import Frozen, Network, trace
 from rarefy.pruning.criteria import Criterion, named, scored
 from rarefy.pruning.masks import sparsify
-from rarefy.pruning.plan import Plan
+from rarefy.pruning.plan import Plan, Scores
 from rarefy.pruning.proof import Build, Comparison, compare, prove
 from rarefy.pruning.provenance import Equation, equations
 from rarefy.pruning.repair import repair
@@ -81,7 +82,8 @@ def prune(
         data: batches (labels are not needed) with which the smaller network is repaired by least
             squares, its BatchNorm statistics moved along (:func:`~rarefy.pruning.repair.repair`).
         exclude: paths of modules or parameters whose own outputs keep their width.
-        keep_class: raise rather than return a rewritten graph.
+        keep_class: never return a rewritten graph: units that the forward holds in place with
+            numbers of its own stay, and are named in ``pruned.frozen``.
 
     Returns:
         A new network in eval mode. Where units were removed, its attribute ``pruned`` is a
@@ -124,9 +126,7 @@ def prune(
     sizes = Sizes(network, stated(model, network, example_inputs))
     closed: dict[int, str] = {}
     while True:
-        plan = select(
-            network, model, scores, budget, exclude, sizes, closed=closed, keep_class=keep_class
-        )
+        plan = _plan(network, model, scores, budget, exclude, sizes, closed, keep_class)
         try:
             small = operate(model, example_inputs, network, plan, sizes, keep_class=keep_class)
         except ClassError as error:
@@ -135,6 +135,41 @@ def prune(
             closed |= dict.fromkeys(error.groups, "the class does not work with fewer of them")
         else:
             return small if data is None else repair(model, small, data)
+
+
+def _plan(
+    network: Network,
+    model: nn.Module,
+    scores: Scores,
+    budget: Budget,
+    exclude: Sequence[str],
+    sizes: Sizes,
+    closed: Mapping[int, str],
+    keep_class: bool,
+) -> Plan:
+    """A plan that the user's forward can carry out; where none does it, one for the graph.
+
+    Raises:
+        ClassError: the class has to be kept, and nothing can go then.
+        BudgetError, InputError: see :func:`~rarefy.pruning.select.select`.
+    """
+    options: dict[str, Any] = {"closed": closed, "keep_class": keep_class}
+    try:
+        plan = select(network, model, scores, budget, exclude, sizes, **options)
+    except BudgetError:
+        if keep_class:
+            raise
+        return select(network, model, scores, budget, exclude)
+    if plan.removed.any() or not plan.whole:
+        return plan
+    if keep_class:
+        raise ClassError(
+            f"prune({type(model).__name__}, keep_class=True)",
+            f"its forward holds all units in place: {next(iter(plan.whole.values()))}",
+            "Write sizes in forward as x.shape[...] or module attributes, or accept a rewritten "
+            "graph (keep_class=False)",
+        )
+    return select(network, model, scores, budget, exclude)
 
 
 def stated(model: nn.Module, network: Network, example_inputs: Inputs) -> tuple[Equation, ...]:
