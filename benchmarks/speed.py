@@ -112,7 +112,8 @@ def run(tool: str, name: str) -> dict[str, float] | str:
     except subprocess.TimeoutExpired:
         return f"over {LIMIT} s"
     if done.returncode:
-        return done.stderr.strip().splitlines()[-1].partition(":")[0].rpartition(".")[2]
+        error = done.stderr.strip().splitlines()[-1].partition(":")[0].rpartition(".")[2]
+        return f"fails ({error})"
     found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
     return found
 
@@ -139,8 +140,8 @@ def main() -> None:
     print("    python benchmarks/speed.py > benchmarks/speed.md\n")
     print(
         f"PyTorch {torch.__version__}, one thread of {platform.machine()}; load of the "
-        f"machine at the beginning: {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores. CPU seconds, and MB above "
-        "the model; see the head of the script for what they are.\n"
+        f"machine at the beginning: {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores. "
+        "CPU seconds, and MB above the model; see the head of the script for what they are.\n"
     )
     print("| network | units | capture, s | coupling, s | MB | Torch-Pruning, s | MB |")
     print("|---|---:|---:|---:|---:|---:|---:|")

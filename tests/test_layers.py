@@ -15,6 +15,7 @@ STAGES = [
     {"errors"},
     {"types", "schedules", "files", "environment", "progress", "process"},
     {"batches"},
+    {"copies"},
     {"graph"},
     {"pruning"},
     {"distillation"},
@@ -34,9 +35,12 @@ RANK = {room: rank for rank, rooms in enumerate(STAGES) for room in rooms}
 FILES = sorted(p for p in ROOT.rglob("*.py") if p != ROOT / "__init__.py")
 OPTIONAL = "onnx onnxruntime onnxscript sklearn transformers timm accelerate torchvision".split()
 GRAPH = (
-    "program allowed serialize labels flow editor rules zeros ops groups capture trace count"
+    "program allowed serialize labels flow editor equations rules zeros ops groups resolution "
+    "convert capture trace count"
 ).split()
-PRUNING = "criteria attributes plan provenance sizes select surgery masks reference proof repair prune".split()
+PRUNING = (
+    "criteria attributes plan provenance sizes select surgery masks reference proof repair prune"
+).split()
 
 
 def imports(file: Path) -> set[str]:

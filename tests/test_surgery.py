@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from rarefy.graph.trace import trace
-from rarefy.pruning.proof import masked, prove
 from rarefy.pruning.plan import Plan
+from rarefy.pruning.proof import masked, prove
 from rarefy.pruning.surgery import cut, kept_entries, rewrite, sliced, with_aliases
 
 torch.set_num_threads(1)

@@ -94,13 +94,13 @@ def graph_model(model: nn.Module, captured: Capture) -> GraphModel:
     """The captured network as a module that shares its tensors with ``model``.
 
     Raises:
-        CaptureError: the graph holds an operator that is not ATen's, which only eager PyTorch runs.
+        CaptureError: the graph holds an operator that PyTorch does not find by its name.
     """
     for node in captured.graph.calls:
         if not is_known(node.op):
             raise CaptureError(
                 f"graph of {type(model).__name__}",
-                f"it calls {node.op}, which is not an ATen operator"
+                f"it calls {node.op}, which is no registered operator"
                 + (f" (at {node.source})" if node.source else ""),
                 "Take that call out of the network, or compress the parts around it",
             )

@@ -102,16 +102,21 @@ class Coupling:
         return columns[np.repeat(start[components], lengths) + offsets], positions
 
 
-def group(coupling: Coupling, tensors: Mapping[tuple[str, int], Atoms]) -> tuple[Group, ...]:
+def group(
+    coupling: Coupling, tensors: Mapping[tuple[str, int], Atoms], among: Mask | None = None
+) -> tuple[Group, ...]:
     """Units with equal footprints, in the order of their first tensors.
 
     Args:
         coupling: the resolved ledger.
         tensors: (path, dim) -> atoms, of all parameters and buffers in order of use.
+        among: which units to group; all where it is not given.
     """
     held = [_by_unit(*coupling.pairs(atoms)) for atoms in tensors.values()]
     kind = _kinds(held, coupling.units)
     order = np.argsort(kind, kind="stable")
+    if among is not None:
+        order = order[among[order]]
     members = np.split(order, np.flatnonzero(np.diff(kind[order])) + 1)
     footprint: dict[int, list[tuple[int, int]]] = {}
     for number, entries in enumerate(held):

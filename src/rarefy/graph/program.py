@@ -205,7 +205,9 @@ def is_known(op: str) -> bool:
 
 
 def resolve(op: str) -> Callable[..., Any]:
-    """The function behind an operator's name; only ATen's and :data:`SCALAR_OPS` are known.
+    """The function behind an operator's name: one of :data:`SCALAR_OPS`, of ATen, of a library.
+
+    Operators of libraries are those registered in this process; a stored graph may call none.
 
     Raises:
         FormatError: the name is not that of such an operator.
@@ -214,14 +216,14 @@ def resolve(op: str) -> Callable[..., Any]:
         return SCALAR_OPS[op]
     namespace, _, rest = op.partition(".")
     name, _, overload = rest.partition(".")
-    if namespace == "aten" and name.isidentifier() and overload.isidentifier():
-        packet = getattr(torch.ops.aten, name, None)
+    if all(part.isidentifier() for part in (namespace, name, overload)):
+        packet = getattr(getattr(torch.ops, namespace, None), name, None)
         found = getattr(packet, overload, None)
         if isinstance(found, torch._ops.OpOverload):
             return found
     raise FormatError(
         f"operator {op!r}",
-        "it is not an ATen operator that this version of PyTorch has",
+        "it is not an operator that this version of PyTorch has",
         "Use the PyTorch version that wrote the file, or a newer one",
     )
 
@@ -259,6 +261,14 @@ def shares_memory(op: str) -> bool:
     if declared is None or kind(op) in _MAY_RETURN_INPUT:
         return True
     return any(value.alias_info is not None for value in declared.returns)
+
+
+def is_view(op: str) -> bool:
+    """Whether the result is a view of an argument, by the operator's declaration."""
+    declared = schema(op)
+    if declared is None:
+        return op == "operator.getitem"
+    return not declared.is_mutable and any(v.alias_info is not None for v in declared.returns)
 
 
 def writes(op: str) -> bool:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from rarefy.errors import InputError
@@ -13,6 +15,7 @@ from rarefy.graph.flow import EXTENT, Flow, every
 from rarefy.graph.groups import Coupling, Group, group
 from rarefy.graph.labels import Atoms
 from rarefy.graph.ops import walk
+from rarefy.graph.program import is_view
 from rarefy.graph.resolution import resolve
 from rarefy.types import Inputs
 
@@ -124,8 +127,34 @@ def trace(model: nn.Module, example_inputs: Inputs) -> Network:
         for dim, atoms in enumerate(flow.labels[node.name])
         if atoms is not None
     }
-    groups = group(coupling, _in_order_of_use(captured, tensors))
-    return Network(groups, _frozen(flow, coupling, tensors), flow.unknown, captured, flow, coupling)
+    groups = group(coupling, _in_order_of_use(captured, tensors), _read(flow, coupling))
+    frozen = (*_frozen(flow, coupling, tensors), *_unread(flow, coupling, tensors))
+    return Network(groups, frozen, flow.unknown, captured, flow, coupling)
+
+
+def _read(flow: Flow, coupling: Coupling) -> NDArray[np.bool_]:
+    """Units that are computed with, and not only cut away by a view: rows of a table of positions
+    beyond the length of these inputs are needed for longer ones."""
+    read = np.zeros(len(coupling.fixed), np.bool_)
+    for node in flow.graph.calls:
+        for name in () if is_view(node.op) else node.inputs:
+            for atoms in every(flow.labels.get(name)):
+                read[coupling.component[atoms]] = True
+    found: NDArray[np.bool_] = coupling.affects.T @ read.astype(np.int32) > 0
+    return found
+
+
+def _unread(
+    flow: Flow, coupling: Coupling, tensors: Mapping[tuple[str, int], Atoms]
+) -> Iterator[Frozen]:
+    """Entries that these inputs do not reach."""
+    read = _read(flow, coupling)
+    for (path, dim), atoms in tensors.items():
+        units, positions = coupling.pairs(atoms)
+        beyond = np.unique(positions[~read[units]])
+        if len(beyond):
+            reason = "is not read for inputs like these"
+            yield Frozen(path, dim, len(beyond), len(atoms), "views", reason, "")
 
 
 def _positions(model: nn.Module, captured: Capture) -> dict[str, Tensor]:

@@ -336,9 +336,14 @@ class _Recorder(TorchFunctionMode):
         return [Sized.of(n, Extent(node, part, d), self) for d, n in enumerate(shape)]
 
     def compared(self, name: str, first: int, second: int, outcome: bool) -> None:
-        """Note how a comparison came out; two sizes that are equal have to stay so."""
+        """Note how a comparison came out.
+
+        Two sizes that are equal have to stay so, and one that is asked to be a plain number has to
+        be that; any other comparison (of a remainder, say) has to come out as it did.
+        """
         sides = origin(first), origin(second)
-        if name == "eq" and outcome:
+        sized = [any(not isinstance(x, Number) for x in leaves(side)) for side in sides]
+        if name == "eq" and outcome and (all(sized) or isinstance(sides[0], Extent)):
             self.need(Equation(*sides))
         else:
             self.need(Equation(Apply(name, *sides), Number(int(outcome)), yields=True))

@@ -35,7 +35,9 @@ def known(flow: Flow, arg: Any) -> Any:
     if arg.name not in flow.constant:
         return None
     if arg.name not in flow.known:
-        flow.known[arg.name] = _computed(flow, flow.graph.by_name[arg.name])
+        found = _computed(flow, flow.graph.by_name[arg.name])
+        without_values = isinstance(found, Tensor) and found.is_meta
+        flow.known[arg.name] = None if without_values else found
     return flow.known[arg.name]
 
 
