@@ -175,3 +175,25 @@ def test_a_network_that_draws_numbers_is_refused_and_stays_as_it_was() -> None:
         prune(net, torch.rand(2, 5), Budget(sparsity=0.5))
     assert net.training
     assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
+
+
+class Positions(nn.Module):
+    """Reads as many rows of a table as the sequence is long."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(1, 40, 8))
+        self.first, self.last = nn.Linear(5, 8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.last(torch.relu(self.first(x) + self.table[:, : x.shape[1]]))
+
+
+def test_rows_of_a_table_that_these_inputs_do_not_reach_stay() -> None:
+    model, x = Positions(), torch.randn(2, 13, 5)
+    network = trace(model, x)
+    assert [len(group) for group in network.groups] == [8]
+    (beyond,) = [f for f in network.frozen if "not read" in f.reason]
+    assert (beyond.path, beyond.dim, beyond.entries, beyond.size) == ("table", 1, 27, 40)
+    small = prune(model, x, Budget(sparsity=0.5), criterion="random")
+    assert small(torch.randn(2, 40, 5)).shape == (2, 40, 3)

@@ -104,9 +104,17 @@ class Sizes:
         """
         for cluster in self.clusters:
             broken = cluster.solve(plan).broken
-            literal = any(e.literal and not e.yields for e in broken)
-            if broken and (force or not literal):
+            if not broken:
+                continue
+            if force or not any(_is_hard(e) for e in broken):
                 plan = cluster.settle(plan, scores, floors, round_to, broken[0])
+                continue
+            yielding = _Cluster(
+                self.network, [e for e in cluster.equations if not _is_hard(e)], cluster.groups
+            )
+            found = yielding.settle(plan, scores, floors, round_to, broken[0])
+            if not cluster.solve(found).broken:  # what else has to stay holds the number, too
+                plan = found
         return plan
 
 
@@ -294,6 +302,11 @@ MOST_SHARES = 16
 
 MOST_KINDS = 6
 """Number of kinds of groups up to which all ways to leave some whole are tried."""
+
+
+def _is_hard(equation: Equation) -> bool:
+    """Whether the code states a plain number, so that only leaving units in place satisfies it."""
+    return equation.literal and not equation.yields
 
 
 def _is_test(equation: Equation) -> bool:

@@ -63,6 +63,19 @@ def _plus(flow: Flow, node: Node, labels: Labels, added: Ref) -> Labels:
     )
 
 
+def _grouped_product(flow: Flow, node: Node) -> Carried:
+    """Each row of (T, K) times the matrix, of (E, K, N), of the expert that it is sent to."""
+    x, weight = node.args[:2]
+    labels, experts = flow.of(x), flow.of(weight)
+    if (len(labels), len(experts)) != (2, 3) or node.argument("bias") is not None:
+        freeze_all(flow, node, "multiplies in a way that rarefy does not follow")
+        return unlabeled(node.value)
+    flow.freeze(node, experts[0], "experts are chosen by the routing")
+    flow.freeze(node, labels[0], "is sent to an expert by its position")
+    _contract(flow, node, (x, 1), (weight, 1))
+    return (None, experts[2])
+
+
 def _kron(flow: Flow, node: Node) -> Carried:
     """Every entry of one times the other: each dimension is merged from two."""
     ranks = len(node.shape)
@@ -237,6 +250,8 @@ ROWS: Mapping[str, Rule] = {
     **rows(_embedding, "embedding"),
     **rows(_embedding_bag, "embedding_bag"),
     **rows(_fourier, _FOURIER),
+    "aten._grouped_mm": _grouped_product,
+    "transformers.grouped_mm_fallback": _grouped_product,
 }
 """Operator -> rule."""
 
@@ -311,11 +326,16 @@ def _first_is_zero(flow: Flow, node: Node) -> bool:
     return flow.zero(node.args[0])
 
 
+def _second_is_zero(flow: Flow, node: Node) -> bool:
+    return flow.zero(node.args[1])
+
+
 ZEROS: Mapping[str, Zero] = {
     **dict.fromkeys(EQUATIONS.keys() - {"cdist"}, _product_is_zero),
     **dict.fromkeys(f"{_FORWARD} {_TRANSPOSED}".split(), _convolution_is_zero),
     **dict.fromkeys(_FOURIER.split(), _first_is_zero),
     **dict.fromkeys(("embedding", "embedding_bag"), _first_is_zero),
+    **dict.fromkeys(("_grouped_mm", "grouped_mm_fallback"), _second_is_zero),
     "kron": _kron_is_zero,
 }
 """Operator -> whether its value is zero at masked units."""
