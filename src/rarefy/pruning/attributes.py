@@ -12,6 +12,8 @@ from typing import Any, TypeAlias
 
 from torch import Tensor, nn
 
+from rarefy.batches import evaluating
+
 Attributes: TypeAlias = Mapping[str, Mapping[str, "int | tuple[int, ...]"]]
 """Module path -> attribute -> value."""
 
@@ -112,8 +114,12 @@ def derive(module: nn.Module) -> dict[str, int | tuple[int, ...]]:
 
 
 def read(model: nn.Module) -> dict[str, dict[str, int | tuple[int, ...]]]:
-    """Derived attributes of every module of ``model``, by path."""
-    found = {path: derive(module) for path, module in model.named_modules()}
+    """Derived attributes of every module of ``model``, by path.
+
+    In eval mode: a weight that is computed from others may change them in training.
+    """
+    with evaluating(model):
+        found = {path: derive(module) for path, module in model.named_modules()}
     return {path: attributes for path, attributes in found.items() if attributes}
 
 
