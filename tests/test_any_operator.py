@@ -191,16 +191,6 @@ def test_any_operator_is_carried_or_frozen(name) -> None:
             check(net)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("seed", range(2))
-@pytest.mark.parametrize("name", [n for n in NAMES if overloads(n)])
-def test_any_operator_on_many_arguments_is_carried_or_frozen(name, seed) -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        for net in islice(cases(name, seed), 2):
-            check(net)
-
-
 def test_the_cases_reach_most_operators() -> None:
     names = NAMES[::12]
     reached = [n for n in names if next(cases(n, 0), None) is not None]

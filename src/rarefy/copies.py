@@ -6,6 +6,7 @@ import copy
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from rarefy.batches import tensors
@@ -13,12 +14,16 @@ from rarefy.batches import tensors
 Model = TypeVar("Model", bound=nn.Module)
 
 
-def copied(model: Model) -> Model:
+def copied(model: Model, instead: Mapping[int, Any] | None = None) -> Model:
     """A deep copy of a network that shares nothing with it.
 
     PyTorch refuses to copy a tensor that was computed from others with gradients, such as the
     ``weight`` that ``torch.nn.utils.weight_norm`` keeps beside ``weight_g`` and ``weight_v``, or a
     cache that ``forward`` left behind. Of these the copy holds the values.
+
+    Args:
+        model: the network.
+        instead: what the copy is to hold in place of some objects, by their identity.
 
     Example:
         >>> import torch
@@ -27,7 +32,23 @@ def copied(model: Model) -> Model:
         >>> copied(layer).last.requires_grad
         False
     """
-    return copy.deepcopy(model, computed(model))
+    return copy.deepcopy(model, computed(model) | dict(instead or {}))
+
+
+def converted(model: Model, dtype: torch.dtype) -> Model:
+    """A copy whose real parameters and buffers have this precision.
+
+    Parameters are converted on their way, so that none is held twice.
+    """
+    instead = {
+        id(parameter): nn.Parameter(
+            parameter.detach().to(dtype, copy=True), requires_grad=parameter.requires_grad
+        )
+        for parameter in model.parameters()
+        if type(parameter) is nn.Parameter and parameter.is_floating_point()
+    }
+    candidate = copied(model, instead)
+    return candidate.double() if dtype is torch.float64 else candidate.float()
 
 
 def computed(model: nn.Module) -> dict[int, Any]:

@@ -15,11 +15,11 @@ captured graph, which is then held against the user's module first, unmasked.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import suppress
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from math import inf, isfinite, isnan
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +27,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rarefy.batches import batch_size, call, doubled, evaluating, map_tensors, seeded, take, tensors
-from rarefy.copies import copied
+from rarefy.copies import converted
 from rarefy.errors import InputError, ProofError, first_line
 from rarefy.graph.capture import graph_model
 from rarefy.graph.groups import Mask
@@ -69,9 +69,22 @@ class Comparison:
 
 
 def prove(
-    model: nn.Module, example_inputs: Inputs, network: Network, plan: Plan, build: Build
+    model: nn.Module,
+    example_inputs: Inputs,
+    network: Network,
+    plan: Plan,
+    build: Build,
+    masking: Masking | None = None,
 ) -> float:
     """Hold ``build(model, plan)`` against masking.
+
+    Args:
+        model: the network.
+        example_inputs: what it was traced with.
+        network: its trace.
+        plan: what goes.
+        build: makes the smaller network.
+        masking: what masking gives, where that has been computed for this plan already.
 
     Returns:
         The largest difference, relative to the outputs' sensitivity to the inputs.
@@ -80,7 +93,7 @@ def prove(
         InputError: the network's outputs are not deterministic in eval mode.
         ProofError: the difference is above :data:`TOLERANCE`; the message names the group.
     """
-    found = compare(model, example_inputs, network, plan, build)
+    found = (masking or Masking(model, example_inputs, network, plan)).compare(build)
     if not found.fault:
         return found.error
     group = culprit(model, example_inputs, network, plan, build)
@@ -108,89 +121,205 @@ def culprit(
 def compare(
     model: nn.Module, example_inputs: Inputs, network: Network, plan: Plan, build: Build
 ) -> Comparison:
-    """Run the smaller network and the masked original side by side.
+    """Run the smaller network and the masked original side by side; see :class:`Masking`."""
+    return Masking(model, example_inputs, network, plan).compare(build)
 
-    A graph that does not run in float64, since it holds a cast to float32, is tried in float32; one
-    that was captured for a single batch size is tried on all of the inputs. Whatever ``build``
-    itself raises is a defect, and is not caught.
 
-    Raises:
-        InputError: the network's outputs are not deterministic in eval mode, or no numbers.
-        ProofError: the captured graph, where it has to serve as reference, differs from the module.
+class Masking:
+    """What masking gives under one plan, computed once for all networks that are held against it.
+
+    Args:
+        model: the network, which is left as it is.
+        example_inputs: what it was traced with.
+        network: its trace.
+        plan: what is masked.
     """
-    found = Comparison(inf, "the network does not run on the example inputs in eval mode")
-    for dtype in TOLERANCE:
-        for inputs in _accepted(model, example_inputs, dtype):
+
+    def __init__(
+        self, model: nn.Module, example_inputs: Inputs, network: Network, plan: Plan
+    ) -> None:
+        self._model, self._network, self._plan = model, network, plan
+        self._candidates = _candidates(example_inputs)
+        self._refused: set[tuple[torch.dtype, int]] = set()
+        self._disturbed: tuple[torch.dtype, nn.Module] | None = None
+        self._case: tuple[tuple[torch.dtype, int], _Case] | None = None
+
+    def compare(self, build: Build) -> Comparison:
+        """Run the smaller network on the same inputs as the masked one.
+
+        A graph that does not run in float64, since it holds a cast to float32, is tried in float32;
+        one that was captured for a single batch size is tried on all of the inputs. Whatever
+        ``build`` itself raises is a defect, and is not caught.
+
+        Raises:
+            InputError: the network's outputs are not deterministic in eval mode, or no numbers.
+            ProofError: the captured graph, where it has to serve as reference, differs from the
+                module.
+        """
+        found = Comparison(inf, "the network does not run on the example inputs in eval mode")
+        for dtype in TOLERANCE:
+            for number in range(len(self._candidates)):
+                try:
+                    case = self._prepared(dtype, number)
+                    if case is not None:
+                        return case.against(build)
+                except _DoesNotRunError as failure:
+                    found = Comparison(
+                        inf, f"{failure.what} does not run: {first_line(failure.error)}"
+                    )
+                    if failure.final:
+                        return found
+                    if not failure.graph:
+                        break
+        return found
+
+    def _prepared(self, dtype: torch.dtype, number: int) -> _Case | None:
+        """The masked network's outputs on some of the inputs; None where it does not take them."""
+        key = (dtype, number)
+        if key in self._refused:
+            return None
+        if self._case is None or self._case[0] != key:
+            self._case = None  # what it holds goes before more is made
+            if self._disturbed is None or self._disturbed[0] is not dtype:
+                self._disturbed = None
+                self._disturbed = dtype, _disturbed(self._model, dtype)
+            inputs = _cast(self._candidates[number], dtype)
             try:
-                return _compare(model, inputs, dtype, network, plan, build)
-            except _DoesNotRunError as failure:
-                found = Comparison(inf, f"{failure.what} does not run: {first_line(failure.error)}")
-                if not failure.graph:
-                    break
-    return found
+                case = _Case(self._disturbed[1], inputs, dtype, self._network, self._plan)
+            except _RefusedError:
+                self._refused.add(key)
+                return None
+            self._case = key, case
+        return self._case[1]
+
+
+class _RefusedError(Exception):
+    """The network does not take some inputs."""
 
 
 class _DoesNotRunError(Exception):
-    """A network, perhaps a graph of fixed batch size or precision, does not take some inputs."""
+    """A network, perhaps a graph of fixed batch size or precision, does not take some inputs.
 
-    def __init__(self, what: str, graph: bool, error: Exception) -> None:
+    Attributes:
+        final: whether other inputs or another precision cannot change that: the whole network
+            takes these, and the user's class with fewer units does not.
+    """
+
+    def __init__(self, what: str, graph: bool, error: Exception, *, final: bool = False) -> None:
         super().__init__(what)
-        self.what, self.graph, self.error = what, graph, error
+        self.what, self.graph, self.error, self.final = what, graph, error, final
 
 
-def _compare(
-    model: nn.Module,
-    inputs: Inputs,
-    dtype: torch.dtype,
-    network: Network,
-    plan: Plan,
-    build: Build,
-) -> Comparison:
-    """One comparison, in one precision, on inputs that the network takes."""
-    disturbed = _disturbed(model, inputs, dtype)
-    if mixing(network, plan):
-        _check_capture(disturbed, inputs, dtype, network)
-        reference: nn.Module = over_survivors(disturbed, network, plan)
-    else:
-        reference = masked(disturbed, network, plan)
-    expected = _attempt(reference, inputs, "the masked network")
-    _check_numbers(disturbed, inputs, expected)
-    other, moved = _elsewhere(reference, inputs, expected)
-    _check_repeats(expected, _run(reference, inputs))
-    small = build(disturbed, plan)
-    with _Rounding() as rounding:
-        results = [_attempt(small, given, "the smaller network") for given in (inputs, other)]
-    difference = max(_largest(expected, results[0]), _largest(moved, results[1]))
-    difference = max(difference, _in_larger_batch(reference, small, other))
-    error = difference / _scale(expected, moved, dtype)
-    if error <= rounding.tolerance(dtype):
-        return Comparison(error)
-    fault = f"the smaller network differs from masking by {error:.1e} of the outputs' range"
-    return Comparison(error, fault)
+class _Case:
+    """The masked network's outputs on inputs that it takes, in one precision.
+
+    The masked network itself is not kept, since its tensors are as large as the network's.
+
+    Raises:
+        _RefusedError: the network does not take the inputs.
+        _DoesNotRunError: it does, and with its units masked it does not.
+        InputError, ProofError: the outputs are no numbers.
+    """
+
+    def __init__(
+        self, model: nn.Module, inputs: Inputs, dtype: torch.dtype, network: Network, plan: Plan
+    ) -> None:
+        self.model, self.inputs, self.dtype = model, inputs, dtype
+        self.network, self.plan = network, plan
+        self.mixing = bool(mixing(network, plan))
+        self.checked = False
+        calibrates = any("batch_norm" in node.kind for node in network.captured.graph.calls)
+        if calibrates and not _takes(model, inputs, _Calibration()):  # type: ignore[no-untyped-call]
+            raise _RefusedError
+        reference = self.reference()
+        try:
+            self.expected = _attempt(reference, inputs, "the masked network")
+        except _DoesNotRunError:
+            if not calibrates and not _takes(model, inputs, nullcontext()):
+                raise _RefusedError from None
+            raise
+        _check_numbers(model, inputs, self.expected)
+        self.other, self.moved, self.larger = _elsewhere(reference, inputs, self.expected)
+        self.scale = _scale(self.expected, _first(self.moved, self.expected), dtype)
+
+    def reference(self) -> nn.Module:
+        """The masked network, with operators that mix entries over what remains."""
+        make = over_survivors if self.mixing else masked
+        return make(self.model, self.network, self.plan)
+
+    def against(self, build: Build) -> Comparison:
+        """Hold the smaller network against these outputs."""
+        small = build(self.model, self.plan)
+        whole = isinstance(small, GraphModel)
+        if whole and self.mixing:  # a wrong capture would be in both
+            self.check()
+        with _Rounding() as rounding:
+            first = _attempt(small, self.inputs, "the smaller network")
+            difference = max(_largest(self.expected, first), self._elsewhere(small))
+        error = difference / self.scale
+        if error <= rounding.tolerance(self.dtype):
+            if not whole:  # what a graph computes depends on nothing else
+                _check_repeats(first, _run(small, self.inputs))
+            return Comparison(error)
+        self.check()
+        fault = f"the smaller network differs from masking by {error:.1e} of the outputs' range"
+        return Comparison(error, fault)
+
+    def _elsewhere(self, small: nn.Module) -> float:
+        """The difference on other inputs, of one example more where both take that.
+
+        A size that is written in ``forward`` can fit the smaller network by chance, for one batch
+        size: the two rows of ``view(-1, 8)`` become one that holds both examples. A capture for
+        one batch size need not be right for another, though it may run there.
+        """
+        graph = isinstance(small, GraphModel)
+        try:
+            found = _attempt(small, self.other, "the smaller network")
+        except _DoesNotRunError:
+            if not (graph and self.larger):
+                raise
+            return self._elsewhere_alike(small)
+        difference = _largest(self.moved, found)
+        fits = [t.shape for t in self.moved] == [t.shape for t in found]
+        if not self.larger or (fits and not graph) or not (graph or self.mixing):
+            return difference
+        if fits and difference <= TOLERANCE[self.dtype] * self.scale:
+            return difference
+        return self._elsewhere_alike(small)
+
+    def _elsewhere_alike(self, small: nn.Module) -> float:
+        """The difference on as many other examples as were given."""
+        other, moved = _alike(self.reference(), self.inputs, self.expected)
+        return _largest(moved, _attempt(small, other, "the smaller network"))
+
+    def check(self) -> None:
+        """Once: the network is deterministic, and its graph, where that is used, computes the same.
+
+        Raises:
+            InputError: two equal calls give different outputs.
+            ProofError, _DoesNotRunError: the graph computes something else.
+        """
+        if self.checked:
+            return
+        self.checked = True
+        expected = _run(self.model, self.inputs)
+        if not self.mixing or isinstance(self.model, GraphModel):
+            _check_repeats(expected, _run(self.model, self.inputs))
+            return
+        with _Rounding() as rounding:
+            graph = graph_model(self.model, self.network.captured)
+            found = _attempt(graph, self.inputs, "the captured graph")
+        if _largest(expected, found) == 0:  # the same operators on the same numbers, as a rule
+            return
+        _check_numbers(self.model, self.inputs, expected)
+        _check_repeats(expected, _run(self.model, self.inputs))
+        _, moved = _alike(self.model, self.inputs, expected)
+        error = _largest(expected, found) / _scale(expected, moved, self.dtype)
+        if error > rounding.tolerance(self.dtype):
+            _refuse_capture(error, self.dtype)
 
 
-def _attempt(model: nn.Module, inputs: Inputs, what: str) -> list[Tensor]:
-    try:
-        return _run(model, inputs)
-    except Exception as failure:
-        raise _DoesNotRunError(what, isinstance(model, GraphModel), failure) from failure
-
-
-def _check_capture(model: nn.Module, inputs: Inputs, dtype: torch.dtype, network: Network) -> None:
-    """The captured graph computes what the module does; else nothing is proven by it."""
-    if isinstance(model, GraphModel):
-        return
-    expected = _run(model, inputs)
-    with _Rounding() as rounding:
-        found = _attempt(graph_model(model, network.captured), inputs, "the captured graph")
-    if _largest(expected, found) == 0:  # the same operators on the same numbers, as a rule
-        return
-    _check_numbers(model, inputs, expected)
-    _check_repeats(expected, _run(model, inputs))
-    _, moved = _elsewhere(model, inputs, expected)
-    error = _largest(expected, found) / _scale(expected, moved, dtype)
-    if error <= rounding.tolerance(dtype):
-        return
+def _refuse_capture(error: float, dtype: torch.dtype) -> NoReturn:
     if dtype is not list(TOLERANCE)[-1]:  # a cast to float32 in the graph may be all
         cause = ValueError(f"it differs from the network by {error:.1e} of the outputs' range")
         raise _DoesNotRunError("the captured graph", graph=False, error=cause)
@@ -200,6 +329,23 @@ def _check_capture(model: nn.Module, inputs: Inputs, dtype: torch.dtype, network
         "example inputs, so nothing can be proven and nothing was returned",
         "Let forward depend on its inputs alone: no state kept between calls, no choice by values",
     )
+
+
+def _attempt(model: nn.Module, inputs: Inputs, what: str) -> list[Tensor]:
+    try:
+        return _run(model, inputs)
+    except Exception as failure:
+        graph = isinstance(model, GraphModel)
+        final = what == "the smaller network" and not graph
+        raise _DoesNotRunError(what, graph, failure, final=final) from failure
+
+
+def _takes(model: nn.Module, inputs: Inputs, context: AbstractContextManager[Any]) -> bool:
+    """Whether the network runs on the inputs, which is done within a context."""
+    with suppress(Exception), seeded(0), context:  # forward may raise anything
+        _run(model, inputs)
+        return True
+    return False
 
 
 def _check_numbers(model: nn.Module, inputs: Inputs, expected: list[Tensor]) -> None:
@@ -241,39 +387,24 @@ def _scale(first: list[Tensor], second: list[Tensor], dtype: torch.dtype) -> flo
     return max(sensitivity, magnitude * LEAST[dtype]) or 1.0
 
 
-def _accepted(model: nn.Module, example_inputs: Inputs, dtype: torch.dtype) -> Iterator[Inputs]:
-    """Few of the inputs, all of them, and one doubled, as far as the network takes them."""
-    candidate = _converted(model, dtype)
+def _candidates(example_inputs: Inputs) -> list[Inputs]:
+    """Few of the inputs, all of them, and one doubled."""
     size = batch_size(example_inputs) if any(t.ndim for t in tensors(example_inputs)) else 0
-    few = take(example_inputs, EXAMPLES)
-    more = [few, example_inputs] if size > EXAMPLES else [example_inputs]
+    found = [take(example_inputs, EXAMPLES)] if size > EXAMPLES else []
+    found.append(example_inputs)
     if size == 1:  # the capture doubles a batch of one
-        more.append(doubled(example_inputs))
-    for given in more:
-        inputs = _cast(given, dtype)
-        try:
-            _run(candidate, inputs)
-        except Exception:  # noqa: BLE001 - the network's forward may raise anything
-            continue
-        yield inputs
+        found.append(doubled(example_inputs))
+    return found
 
 
-def _converted(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """A copy whose real numbers have this precision."""
-    candidate = copied(model)
-    return candidate.double() if dtype is torch.float64 else candidate.float()
-
-
-def _disturbed(model: nn.Module, inputs: Inputs, dtype: torch.dtype) -> nn.Module:
-    """A copy with a little noise on every parameter and BatchNorm statistic."""
-    candidate = _converted(model, dtype)
+def _disturbed(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """A copy of this precision with a little noise on every parameter and running statistic."""
+    candidate = converted(model, dtype)
     with torch.no_grad(), seeded(0):
         for parameter in candidate.parameters():
             if parameter.is_floating_point():
                 spread = float(parameter.std(correction=0)) if parameter.numel() else 0.0
                 parameter.add_(_noise(parameter), alpha=0.1 * spread + 0.05)
-        with _Calibration():  # type: ignore[no-untyped-call]
-            _run(candidate, inputs)
         for name, buffer in candidate.named_buffers():
             if name.endswith("running_mean"):
                 buffer += 0.1 * _noise(buffer)
@@ -306,7 +437,7 @@ class _Rounding(TorchDispatchMode):
 
 
 class _Calibration(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Sets the statistics of every BatchNorm to those of its input before it runs."""
+    """Sets the statistics of every BatchNorm to those of its input, disturbed, before it runs."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if "batch_norm" in func._schema.name:
@@ -315,8 +446,9 @@ class _Calibration(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if isinstance(mean, Tensor) and values > 1:
                 dims = [d for d in range(x.ndim) if d != 1]
                 found = torch.var_mean(x, dims, correction=0)
-                mean.copy_(found[1])
-                variance.copy_(torch.where(found[0] > 0, found[0], variance))
+                mean.copy_(found[1] + 0.1 * _noise(mean))
+                spread = torch.where(found[0] > 0, found[0], variance)
+                variance.copy_(spread * torch.exp(0.1 * _noise(variance)))
         return func(*args, **(kwargs or {}))
 
 
@@ -327,35 +459,37 @@ def _cast(inputs: Inputs, dtype: torch.dtype) -> Inputs:
 
 def _elsewhere(
     reference: nn.Module, inputs: Inputs, expected: list[Tensor]
+) -> tuple[Inputs, list[Tensor], bool]:
+    """Other inputs, their outputs, and whether they are of one example more."""
+    with suppress(Exception):  # many networks take one batch size only
+        size = batch_size(inputs)
+        larger = map_tensors(
+            lambda t: torch.cat([t, t[:1]]) if t.ndim and len(t) == size else t, _other(inputs)
+        )
+        moved = _run(reference, larger)
+        if [t.shape for t in _first(moved, expected)] == [t.shape for t in expected]:
+            return larger, moved, True
+    return *_alike(reference, inputs, expected), False
+
+
+def _alike(
+    reference: nn.Module, inputs: Inputs, expected: list[Tensor]
 ) -> tuple[Inputs, list[Tensor]]:
-    """Other inputs with their outputs; the same ones where the network takes no others."""
+    """As many other inputs; the same ones where the network takes no others."""
     other = _other(inputs)
     with suppress(Exception):  # numbers that forward uses as indices, for one, have a range
         return other, _run(reference, other)
     return inputs, expected
 
 
-def _in_larger_batch(reference: nn.Module, small: nn.Module, inputs: Inputs) -> float:
-    """The difference for one example more, where the masked network takes that.
-
-    A size that is written in ``forward`` can fit the smaller network by chance, for one batch size:
-    the two rows of ``view(-1, 8)`` become one that holds both examples.
-    """
-    if isinstance(small, GraphModel):
-        return 0.0
-    size = batch_size(inputs)
-    larger = map_tensors(
-        lambda t: torch.cat([t, t[:1]]) if t.ndim and len(t) == size else t, inputs
-    )
-    try:
-        expected = _run(reference, larger)
-    except Exception:  # noqa: BLE001 - many networks take one batch size only
-        return 0.0
-    found = _attempt(small, larger, "the smaller network")
-    fits = [t.shape for t in expected] == [t.shape for t in found]
-    if isinstance(reference, GraphModel) and not fits:  # a capture for one batch size may be wrong
-        return 0.0
-    return _largest(expected, found)
+def _first(moved: list[Tensor], like: list[Tensor]) -> list[Tensor]:
+    """Outputs without those of the one example that is more, where it has entries of its own."""
+    found = list(moved)
+    for i, (tensor, other) in enumerate(zip(moved, like, strict=False)):
+        more = [d for d, n in enumerate(tensor.shape[: other.ndim]) if n != other.shape[d]]
+        if len(more) == 1 and tensor.shape[more[0]] == other.shape[more[0]] + 1:
+            found[i] = tensor.narrow(more[0], 0, other.shape[more[0]])
+    return found
 
 
 def _other(inputs: Inputs) -> Inputs:

@@ -565,23 +565,23 @@ def _unflattened(call: _Call) -> _Stated:
 
 
 def _part_sizes(call: _Call) -> _Stated:
-    """split: a list of sizes, or one for all parts but the last."""
+    """split: a list of sizes, or one for all parts, of which the last may be smaller."""
     sizes = call.argument(1, "split_size_or_sections", "split_size", "split_sizes")
     dim = call.argument(2, "dim", default=0)
     assert isinstance(call.value, tuple)
     if isinstance(sizes, int):
-        sizes = [sizes] * max(len(call.value) - 1, 1)
+        sizes = [sizes] * len(call.value)
     for part, size in enumerate(sizes):
         yield size, part, dim % call.rank
 
 
 def _chunks(call: _Call) -> _Stated:
-    """chunk: all parts but the last have the size that the number of parts gives."""
+    """chunk: all parts but perhaps the last have the size that the number of parts gives."""
     number, dim = call.argument(1, "chunks"), call.argument(2, "dim", default=0) % call.rank
     whole = call.extents(call.args[0])[dim]
     each = Apply("ceildiv", origin(whole), origin(number))
     assert isinstance(call.value, tuple)
-    for part in range(len(call.value) - 1):
+    for part in range(len(call.value)):
         yield Sized.of(-(-int(whole) // int(number)), each), part, dim
 
 

@@ -24,7 +24,7 @@ from rarefy.graph.trace import Frozen, Network, trace
 from rarefy.pruning.criteria import Criterion, named, scored
 from rarefy.pruning.masks import sparsify
 from rarefy.pruning.plan import Plan, Scores
-from rarefy.pruning.proof import Build, Comparison, compare, prove
+from rarefy.pruning.proof import Build, Comparison, Masking, compare, prove
 from rarefy.pruning.provenance import Equation, equations
 from rarefy.pruning.repair import repair
 from rarefy.pruning.select import select
@@ -224,8 +224,9 @@ def operate(
     sizes = sizes or Sizes(network, ())
     build: Build = lambda m, p: cut(m, network, p, sizes.solve(p).values)  # noqa: E731 - two ways
     found = Comparison(inf, "it is a graph already")
+    masking = Masking(model, example_inputs, network, plan)
     if not isinstance(model, GraphModel):
-        found = compare(model, example_inputs, network, plan, build)
+        found = masking.compare(build)
     error = found.error
     if found.fault:
         if keep_class:
@@ -239,7 +240,8 @@ def operate(
             raise lost
         kind, reason = "graph", _reason(sizes.solve(plan).broken, found.fault)
         build = lambda m, p: rewrite(m, network, p)  # noqa: E731
-        error = prove(model, example_inputs, network, plan, build)
+        error = prove(model, example_inputs, network, plan, build, masking)
+    del masking  # it holds a copy of the network
     small = build(model, plan)
     small.eval()
     kept = kept_entries(network, plan)

@@ -37,13 +37,18 @@ from rarefy.pruning.surgery import kept_entries
 def masked(model: nn.Module, network: Network, plan: Plan) -> nn.Module:
     """A copy of the model with every coupled slice of the removed units set to zero.
 
-    Constants made in ``forward`` are no parameters: they keep their values.
+    Constants made in ``forward`` are no parameters: they keep their values. Parameters that lose
+    nothing are those of the model itself, to save their memory.
     """
-    reference = copied(model)
+    zeros = [(path, dim, kept) for (path, dim), kept in kept_entries(network, plan).items()]
+    lost = {path for path, _, _ in zeros}
+    parameters = list(model.named_parameters(remove_duplicate=False))
+    changed = {id(tensor) for path, tensor in parameters if path in lost}
+    reference = copied(model, {id(t): t for _, t in parameters if id(t) not in changed})
     tensors: dict[str, Tensor] = dict(reference.named_parameters(remove_duplicate=False))
     tensors |= dict(reference.named_buffers(remove_duplicate=False))
     with torch.no_grad():
-        for (path, dim), kept in kept_entries(network, plan).items():
+        for path, dim, kept in zeros:
             if path not in tensors:
                 continue
             tensor = tensors[path]
