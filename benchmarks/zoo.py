@@ -18,6 +18,8 @@ import logging
 import multiprocessing
 import os
 import resource
+import shlex
+import sys
 import tempfile
 import time
 import traceback
@@ -120,7 +122,7 @@ def pruned(subject: Subject, ratio: float) -> Figures:
 
 
 def stepped(subject: Subject) -> Figures:
-    """One step of SGD: every parameter that the original trains has a gradient."""
+    """One step of SGD; how many parameters a gradient reaches is recorded."""
     small = needed(subject.small)
     mode = trainable_mode(subject.model, subject.inputs)
     small.train(mode)
@@ -451,10 +453,10 @@ def read(path: Path) -> dict[str, Record]:
     if path.exists():
         for line in path.read_text().splitlines():
             record = json.loads(line)
-            if record.get("anew"):
-                found.pop(record["name"], None)
-            old = found.get(record["name"], {"steps": {}})
-            found[record["name"]] = {**record, "steps": {**old["steps"], **record["steps"]}}
+            old = found.get(record["name"], {"steps": {}})["steps"]
+            if record.get("anew"):  # Torch-Pruning's process may have ended before
+                old = {name: old[name] for name in old if name == "torch-pruning"}
+            found[record["name"]] = {**record, "steps": {**old, **record["steps"]}}
     return found
 
 
@@ -464,7 +466,7 @@ def faults(record: Record) -> list[str]:
     for name, figures in record["steps"].items():
         if name == "torch-pruning":
             continue
-        if figures.get("clear"):
+        if figures.get("clear") and name not in ("save and load", "onnx"):
             continue
         if "failed" in figures:
             found.append(f"{name}: {figures['failed']} [{figures['line']}]")
@@ -502,6 +504,7 @@ def measure(chosen: argparse.Namespace) -> None:
     limits = Limits(chosen.workers, chosen.seconds, chosen.memory, chosen.budget_seconds)
     for record in run(tasks(chosen, held), limits):
         record["anew"] = "torch-pruning" not in record["steps"]
+        record["command"] = shlex.join(["python", *sys.argv])
         with chosen.out.open("a") as file:
             file.write(json.dumps(record) + "\n")
         lines = faults(record)

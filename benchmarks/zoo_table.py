@@ -139,6 +139,21 @@ def open_points(records: Iterable[Record], faults: Faults) -> list[str]:
     return [f"- `{name}`: {_flat(line)[:400]}" for name, line in lines]
 
 
+def commands(records: Iterable[Record]) -> list[str]:
+    """The commands that made the records, each once."""
+    return list(dict.fromkeys(r["command"] for r in records if "command" in r))
+
+
+def refused(records: Iterable[Record]) -> list[str]:
+    """Networks that rarefy does not take, a line each with its first reason."""
+    found = []
+    for record in records:
+        clear = [s["failed"] for s in record["steps"].values() if s.get("clear")]
+        if clear:
+            found.append(f"- `{record['name']}`: {_flat(clear[0])[:400]}")
+    return found
+
+
 def _flat(line: str) -> str:
     return " ".join(line.split()).replace("|", "/").replace("<", "&lt;")
 
@@ -153,9 +168,9 @@ def page(records: Mapping[str, Record], faults: Faults) -> str:
     lines = [
         "# The zoo",
         "",
-        "Made by `python benchmarks/zoo.py --out zoo.jsonl --torch-pruning --onnx`, then "
-        "`python benchmarks/zoo.py --out zoo.jsonl --table benchmarks/zoo.md`; each network in a "
-        f"process of its own with one thread. {versions()}.",
+        f"Each network in a process of its own with one thread. {versions()}. Made by:",
+        "",
+        *(f"    {command}" for command in commands(every)),
         "",
         *table(SUMMARY, [*rows, summary("all", every)]),
         "",
@@ -172,6 +187,10 @@ def page(records: Mapping[str, Record], faults: Faults) -> str:
         "## Networks",
         "",
         *table(COLUMNS, map(row, sorted(every, key=lambda r: str(r["name"])))),
+        "",
+        "## Refused with a reason",
+        "",
+        *(refused(every) or ["None."]),
         "",
         "## What is wrong",
         "",

@@ -39,7 +39,8 @@ GRAPH = (
     "convert capture trace count"
 ).split()
 PRUNING = (
-    "criteria attributes plan provenance sizes select surgery masks reference proof repair prune"
+    "criteria attributes plan expressions sized stated provenance sizes select surgery masks "
+    "reference proof repair prune"
 ).split()
 
 

@@ -9,11 +9,9 @@ origin and not by comparing values: two attributes that happen to be equal are n
 
 from __future__ import annotations
 
-import operator
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from math import prod
 from types import FrameType, FunctionType
 from typing import Any, TypeAlias
@@ -26,165 +24,10 @@ from torch.overrides import TorchFunctionMode
 from rarefy.batches import call, evaluating, map_tensors, unchanged
 from rarefy.graph.program import Graph, Node, Spec, Value
 from rarefy.pruning.attributes import is_plain
+from rarefy.pruning.expressions import Apply, Attribute, Equation, Extent, Number, leaves
+from rarefy.pruning.sized import Sized, origin
+from rarefy.pruning.stated import STATED, Call
 from rarefy.types import Inputs
-
-
-@dataclass(frozen=True)
-class Number:
-    """A number written in the code, or one whose origin was lost."""
-
-    value: int
-
-
-@dataclass(frozen=True)
-class Attribute:
-    """A whole number, ``index``-th of a tuple or list, that a module holds at ``path``."""
-
-    path: str
-    name: str
-    index: int | None
-    value: int
-
-
-@dataclass(frozen=True)
-class Extent:
-    """The size of a tensor along a dimension: the ``part``-th result of a node of the graph.
-
-    With the name of an argument in place of a dimension, what that argument of the node counts
-    (the groups of a convolution).
-    """
-
-    node: str
-    part: int | None
-    dim: int | str
-
-
-@dataclass(frozen=True)
-class Apply:
-    """An operation of whole-number arithmetic."""
-
-    op: str
-    left: Expression
-    right: Expression
-
-
-Expression: TypeAlias = "Number | Attribute | Extent | Apply"
-
-
-@dataclass(frozen=True)
-class Equation:
-    """Two expressions that the forward needs to be equal.
-
-    Attributes:
-        left, right: the two.
-        source: the line of code that needs it, where known.
-        yields: whether it is better to leave units in place than to break it: nothing would fail,
-            but the network would compute something else (a softmax scaled by another number).
-    """
-
-    left: Expression
-    right: Expression
-    source: str = ""
-    yields: bool = False
-
-    @property
-    def literal(self) -> bool:
-        """Whether one side is written in the code as a plain number."""
-        return any(all(isinstance(x, Number) for x in leaves(s)) for s in (self.left, self.right))
-
-
-OPERATIONS: Mapping[str, Callable[[int, int], int]] = {
-    name: getattr(operator, name) for name in "add sub mul floordiv mod".split()
-} | {"ceildiv": lambda a, b: -(-a // b)}
-"""Whole-number arithmetic that is followed."""
-
-TESTS: Mapping[str, Callable[[int, int], bool]] = {
-    name: getattr(operator, name) for name in "eq lt le gt ge".split()
-}
-"""Comparisons, which decide what a forward does: they have to come out as they did."""
-
-
-def leaves(expression: Expression) -> Iterator[Number | Attribute | Extent]:
-    """What an expression is computed from."""
-    if isinstance(expression, Apply):
-        yield from leaves(expression.left)
-        yield from leaves(expression.right)
-    else:
-        yield expression
-
-
-class Sized(int):
-    """A whole number that remembers where it comes from."""
-
-    origin: Expression
-    recorder: _Recorder | None
-
-    @classmethod
-    def of(cls, value: int, origin: Expression, recorder: _Recorder | None = None) -> Sized:
-        """A number with its origin; equalities that hold are told to ``recorder``."""
-        made = cls(value)
-        made.origin, made.recorder = origin, recorder
-        return made
-
-    def __ne__(self, other: object) -> bool:
-        return not self == other
-
-    __hash__ = int.__hash__
-
-    def __float__(self) -> float:
-        self.used()
-        return float(int(self))
-
-    def __pow__(self, exponent: Any, modulus: Any = None) -> Any:
-        self.used()
-        return pow(int(self), exponent, modulus)
-
-    def used(self) -> None:
-        """Tell the recorder that the value itself matters, not only as a size."""
-        if self.recorder is not None:
-            self.recorder.value_matters(self)
-
-
-def _arithmetic(name: str, reflected: bool) -> Callable[[Sized, Any], Any]:
-    plain = getattr(int, f"__{'r' if reflected else ''}{name}__")
-
-    def compute(self: Sized, other: Any) -> Any:
-        value = plain(self, other)
-        if type(value) is not int:
-            return value
-        sides = (origin(other), self.origin) if reflected else (self.origin, origin(other))
-        return Sized.of(value, Apply(name, *sides), self.recorder)
-
-    return compute
-
-
-for _name in "add sub mul floordiv mod".split():
-    setattr(Sized, f"__{_name}__", _arithmetic(_name, reflected=False))
-    setattr(Sized, f"__r{_name}__", _arithmetic(_name, reflected=True))
-
-
-def _comparison(name: str) -> Callable[[Sized, Any], Any]:
-    plain = getattr(int, f"__{name}__")
-
-    def compare(self: Sized, other: Any) -> Any:
-        outcome = plain(self, other)
-        if self.recorder is not None and isinstance(outcome, bool):
-            self.recorder.compared(name, self, other, outcome)
-        return outcome
-
-    return compare
-
-
-for _name in TESTS:
-    setattr(Sized, f"__{_name}__", _comparison(_name))
-
-
-def origin(number: int) -> Expression:
-    """Where a whole number comes from."""
-    return number.origin if isinstance(number, Sized) else Number(int(number))
-
-
-# --- the run -----------------------------------------------------------------------------------
 
 
 def equations(model: nn.Module, graph: Graph, inputs: Inputs) -> tuple[Equation, ...]:
@@ -375,7 +218,7 @@ class _Recorder(TorchFunctionMode):
                     number.used()
         stated = STATED.get(_kind(name))
         if stated:
-            for size, part, dim in stated(_Call(args, kwargs, value, self.extents)):
+            for size, part, dim in stated(Call(args, kwargs, value, self.extents)):
                 if _states(size, value, part, dim):
                     stating = Equation(origin(size), Extent(node.name, part, dim), node.source)
                     self.need(stating)
@@ -507,136 +350,3 @@ def _shapes(value: Value) -> tuple[tuple[int, ...], ...]:
     if isinstance(value, tuple):
         return tuple(v.shape if isinstance(v, Spec) else () for v in value)
     return ()
-
-
-# --- which arguments state a size --------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Call:
-    args: tuple[Any, ...]
-    kwargs: Mapping[str, Any]
-    value: Value
-    extents: Callable[[Tensor], list[int]]
-
-    def argument(self, position: int, *names: str, default: Any = None) -> Any:
-        """An argument by position or by one of its names."""
-        if position < len(self.args):
-            return self.args[position]
-        return next((self.kwargs[n] for n in names if n in self.kwargs), default)
-
-    @property
-    def rank(self) -> int:
-        """Number of dimensions of the result, or of its first part."""
-        first = self.value[0] if isinstance(self.value, tuple) else self.value
-        return len(first.shape) if isinstance(first, Spec) else 0
-
-
-_Stated: TypeAlias = "Iterator[tuple[Any, int | None, int | str]]"
-"""(size, part of the result, dimension or argument) of each size that a call states."""
-
-
-def _flat(sizes: tuple[Any, ...]) -> tuple[Any, ...]:
-    return tuple(sizes[0]) if len(sizes) == 1 and isinstance(sizes[0], tuple | list) else sizes
-
-
-def _all_sizes(call: _Call) -> _Stated:
-    """view(x, sizes), reshape, expand: one size for each dimension of the result."""
-    named = call.kwargs.get("shape", call.kwargs.get("size"))
-    sizes = _flat(call.args[1:]) if named is None else named
-    for back, size in enumerate(reversed(sizes)):
-        yield size, None, call.rank - 1 - back
-
-
-def _made_sizes(call: _Call) -> _Stated:
-    """zeros(sizes), x.new_zeros(sizes): the sizes come first."""
-    given = call.args[1:] if call.args and isinstance(call.args[0], Tensor) else call.args
-    nested = bool(given) and isinstance(given[0], tuple | list)
-    sizes = call.kwargs.get("size") or _flat(given[:1] if nested else given)
-    for dim, size in enumerate(sizes[: call.rank]):
-        yield size, None, dim
-
-
-def _unflattened(call: _Call) -> _Stated:
-    sizes = call.argument(2, "sizes")
-    first = call.argument(1, "dim") % (call.rank - len(sizes) + 1)
-    for offset, size in enumerate(sizes):
-        yield size, None, first + offset
-
-
-def _part_sizes(call: _Call) -> _Stated:
-    """split: a list of sizes, or one for all parts, of which the last may be smaller."""
-    sizes = call.argument(1, "split_size_or_sections", "split_size", "split_sizes")
-    dim = call.argument(2, "dim", default=0)
-    assert isinstance(call.value, tuple)
-    if isinstance(sizes, int):
-        sizes = [sizes] * len(call.value)
-    for part, size in enumerate(sizes):
-        yield size, part, dim % call.rank
-
-
-def _chunks(call: _Call) -> _Stated:
-    """chunk: all parts but perhaps the last have the size that the number of parts gives."""
-    number, dim = call.argument(1, "chunks"), call.argument(2, "dim", default=0) % call.rank
-    whole = call.extents(call.args[0])[dim]
-    each = Apply("ceildiv", origin(whole), origin(number))
-    assert isinstance(call.value, tuple)
-    for part in range(len(call.value)):
-        yield Sized.of(-(-int(whole) // int(number)), each), part, dim
-
-
-def _normalized(call: _Call) -> _Stated:
-    shape = call.argument(1, "normalized_shape")
-    shape = [shape] if isinstance(shape, int) else shape
-    for offset, size in enumerate(shape):
-        yield size, None, call.rank - len(shape) + offset
-
-
-def _narrowed(call: _Call) -> _Stated:
-    yield call.argument(3, "length"), None, call.argument(1, "dim") % call.rank
-
-
-def _indexed(call: _Call) -> _Stated:
-    """x[..., a:b]: the difference of bounds that are not negative."""
-    items = call.args[1] if isinstance(call.args[1], tuple) else (call.args[1],)
-    consumed = sum(1 for i in items if i is not None and i is not Ellipsis)
-    dim = 0
-    for item in items:
-        if item is Ellipsis:
-            dim += call.args[0].dim() - consumed
-        elif isinstance(item, slice):
-            start, stop = item.start or 0, item.stop
-            plain = item.step in (None, 1) and isinstance(start, int) and isinstance(stop, int)
-            if plain and start >= 0 and stop > 0:
-                yield stop - start, None, dim
-            dim += 1
-        elif item is None:
-            dim += 1
-        elif not isinstance(item, int):
-            return
-
-
-def _convolved(call: _Call) -> _Stated:
-    yield call.argument(6, "groups", default=1), None, "groups"
-
-
-def _group_normalized(call: _Call) -> _Stated:
-    yield call.argument(1, "num_groups"), None, "num_groups"
-
-
-STATED: Mapping[str, Callable[[_Call], _Stated]] = {
-    **dict.fromkeys(("view", "reshape", "expand", "broadcast_to"), _all_sizes),
-    **dict.fromkeys(
-        "zeros ones empty full new_zeros new_ones new_empty new_full".split(), _made_sizes
-    ),
-    "unflatten": _unflattened,
-    "split": _part_sizes,
-    "chunk": _chunks,
-    "layer_norm": _normalized,
-    "rms_norm": _normalized,
-    "narrow": _narrowed,
-    **dict.fromkeys(("conv1d", "conv2d", "conv3d"), _convolved),
-    "group_norm": _group_normalized,
-    "getitem": _indexed,
-}
-"""Kind of call -> the sizes that its arguments state."""

@@ -22,10 +22,11 @@ from rarefy.graph.groups import Mask
 from rarefy.graph.program import GraphModel, Spec
 from rarefy.graph.trace import Frozen, Network, trace
 from rarefy.pruning.criteria import Criterion, named, scored
+from rarefy.pruning.expressions import Equation
 from rarefy.pruning.masks import sparsify
 from rarefy.pruning.plan import Plan, Scores
 from rarefy.pruning.proof import Build, Comparison, Masking, compare, prove
-from rarefy.pruning.provenance import Equation, equations
+from rarefy.pruning.provenance import equations
 from rarefy.pruning.repair import repair
 from rarefy.pruning.select import select
 from rarefy.pruning.sizes import Sizes

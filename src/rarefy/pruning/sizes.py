@@ -21,8 +21,7 @@ from rarefy.graph.groups import Mask
 from rarefy.graph.labels import Atoms
 from rarefy.graph.program import Spec
 from rarefy.graph.trace import Network
-from rarefy.pruning.plan import Plan, Scores
-from rarefy.pruning.provenance import (
+from rarefy.pruning.expressions import (
     OPERATIONS,
     TESTS,
     Apply,
@@ -33,6 +32,7 @@ from rarefy.pruning.provenance import (
     Number,
     leaves,
 )
+from rarefy.pruning.plan import Plan, Scores
 
 Values = Mapping[Attribute, int]
 """The attributes whose new value is known."""
