@@ -129,7 +129,7 @@ def _set_counts(small: nn.Module, network: Network, plan: Plan) -> None:
     for (name, attribute), atoms in network.flow.counts.items():
         path = network.captured.graph.by_name[name].scope
         module = small.get_submodule(path)
-        if isinstance(getattr(module, attribute, None), int):
+        if getattr(module, attribute, None) == len(atoms):  # else the forward computes with it
             changed.setdefault(path, {})[attribute] = int((~plan.gone[atoms]).sum())
     for (name, attribute), sizes in network.flow.shapes.items():
         path = network.captured.graph.by_name[name].scope
