@@ -133,9 +133,10 @@ class _Cluster:
         pending = list(self.equations)
         while pending:
             later = [e for e in pending if not self._settled(e, plan, values, broken)]
-            if len(later) == len(pending):  # several unknown: one of them stays as it is
-                unknown = next(a for a in _attributes(later[0]) if a not in values)
-                values[unknown] = unknown.value
+            if len(later) == len(pending):  # several unknown: the least stays as it is
+                unknown = [a for a in _attributes(later[0]) if a not in values]
+                least = min(unknown, key=lambda a: a.value)
+                values[least] = least.value
             pending = later
         return Solution(values, tuple(broken))
 
