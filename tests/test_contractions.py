@@ -589,3 +589,100 @@ def test_an_operand_that_is_no_matrix_is_multiplied_by_hand() -> None:
 
     network = trace(Scalar(), torch.randn(3, 5))
     assert not holders(network, "layer.weight", 0)
+
+
+# --- kernels of one entry, kernels of all groups -------------------------------------------------
+
+
+class Convolved(nn.Module):
+    """A function of a convolution's 8 channels, and a convolution of ``width`` of these."""
+
+    def __init__(self, function, width: int = 8) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.first, self.last = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(width, 2, 1)
+            self.between = nn.Conv2d(32, 24, 1)
+            self.shift = nn.Parameter(torch.randn(32))
+            self.tokens, self.wide = nn.Conv1d(9, 9, 1), nn.Conv1d(9, 9, 3, padding=1)
+        wavelet = [[1, 1, 1, 1], [1, -1, 1, -1], [1, 1, -1, -1], [1, -1, -1, 1.0]]
+        self.register_buffer("wavelet", torch.tensor(wavelet).view(4, 1, 2, 2) / 2)
+        self.function = function
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(self.function(self, self.first(x)))
+
+
+def filtered(net: Convolved, x: torch.Tensor, channels: int, bias=None) -> torch.Tensor:
+    kernel = net.wavelet.repeat(channels, 1, 1, 1)
+    return F.conv2d(x, kernel, bias, stride=2, groups=channels)
+
+
+def restored(net: Convolved, x: torch.Tensor, channels: int) -> torch.Tensor:
+    kernel = net.wavelet.repeat(channels, 1, 1, 1)
+    return F.conv_transpose2d(x, kernel, stride=2, groups=channels)
+
+
+def two_ways(net: Convolved, x: torch.Tensor) -> torch.Tensor:
+    there = net.between(filtered(net, x, x.shape[1]))
+    return restored(net, there, there.shape[1] // 4)
+
+
+FILTERED = {
+    "followed by channels": (lambda n, x: filtered(n, x, x.shape[1]), 32, {8}, {"module"}),
+    "stated": (lambda n, x: filtered(n, x, 8), 32, {8}, {"graph"}),
+    "shifted": (lambda n, x: filtered(n, x, x.shape[1], n.shift), 32, {8}, {"module"}),
+    "there and back": (two_ways, 6, {8}, {"module"}),
+    "there and back, stated": (
+        lambda n, x: restored(n, n.between(filtered(n, x, 8)).relu(), 6),
+        6,
+        {8},
+        {"graph"},
+    ),
+    "not zero on the way back": (
+        lambda n, x: restored(n, filtered(n, x, 8).sigmoid(), 8),
+        8,
+        set(),
+        set(),
+    ),
+}
+
+
+@pytest.mark.parametrize(("function", "width", "sizes", "kinds"), FILTERED.values(), ids=FILTERED)
+def test_a_kernel_that_all_channels_share_lets_them_go(function, width, sizes, kinds) -> None:
+    network, found = check_masking(Convolved(function, width), numbers(2, 3, 6, 6))
+    assert holders(network, "first.weight", 0) == sizes
+    assert not holders(network, "wavelet", 0)
+    assert found == kinds
+
+
+def test_a_kernel_of_one_entry_leaves_positions_to_themselves() -> None:
+    def gated(net: Convolved, x: torch.Tensor) -> torch.Tensor:
+        rows = x.flatten(2).transpose(1, 2)
+        return (rows * net.tokens(rows)).transpose(1, 2).unflatten(2, (3, 3))
+
+    def mixed(net: Convolved, x: torch.Tensor) -> torch.Tensor:
+        rows = x.flatten(2).transpose(1, 2)
+        return (rows * net.wide(rows)).transpose(1, 2).unflatten(2, (3, 3))
+
+    x = numbers(2, 3, 3, 3)
+    network, kinds = check_masking(Convolved(gated), x)
+    assert (holders(network, "first.weight", 0), kinds) == ({8}, {"module"})
+    assert not holders(check_masking(Convolved(mixed), x)[0], "first.weight", 0)
+
+
+@pytest.mark.parametrize(
+    "options", [{"stride": 2}, {"padding": 1}, {"stride": 2, "output_padding": 1}], ids=str
+)
+def test_a_kernel_of_one_entry_that_strides_or_pads_freezes_positions(options) -> None:
+    class Strided(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            kind = nn.ConvTranspose1d if "output_padding" in options else nn.Conv1d
+            self.first, self.conv = nn.Linear(5, 8), kind(4, 4, 1, **options)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.conv(self.first(x)).sum(-1)
+
+    network, _ = check_masking(Strided(), numbers(2, 4, 5))
+    assert not holders(network, "first.weight", 0)

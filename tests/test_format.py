@@ -18,7 +18,9 @@ from rarefy.errors import FormatError, InputError, OutputError
 from rarefy.graph.capture import capture, graph_model
 from rarefy.graph.program import Graph, GraphModel, Node, Ref, Spec, substitute
 from rarefy.pruning.attributes import refresh
+from rarefy.pruning.prune import prune
 from rarefy.storage.format import inspect, load, load_tensor, save
+from rarefy.types import Budget
 
 
 class Net(nn.Module):
@@ -133,6 +135,31 @@ def test_custom_attributes_come_back(tmp_path: Path) -> None:
     again = load(save(found, tmp_path / "b.safetensors"), nn.Sequential(Attention()))
     assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
     assert torch.equal(again(x), model(x))
+
+
+class Rotary(nn.Module):
+    """A buffer that no state dict holds, of the size of a layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 8), nn.Linear(8, 2)
+        self.register_buffer("frequencies", torch.rand(8), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = self.last(torch.sin(self.first(x) * self.frequencies))
+        return found
+
+
+def test_a_non_persistent_buffer_that_surgery_changed_comes_back(tmp_path: Path) -> None:
+    small = prune(seeded(Rotary), torch.rand(3, 4), Budget(sparsity=0.5), criterion="random")
+    x = torch.rand(3, 4)
+    found = load(save(small, tmp_path / "a.safetensors"), Rotary())
+    assert torch.equal(found(x), small(x))
+    assert found.state_dict().keys() == Rotary().state_dict().keys()
+    again = load(save(found, tmp_path / "b.safetensors"), Rotary())
+    assert torch.equal(again(x), small(x))
+    save(Rotary(), tmp_path / "c.safetensors")
+    assert "frequencies" not in {t.path for t in inspect(tmp_path / "c.safetensors").tensors}
 
 
 @pytest.mark.parametrize("value", [{"nothing": 3}, {"training": 1}, {"_x": 1}, {"num_heads": -1}])

@@ -132,7 +132,9 @@ def test_the_kind_is_that_of_all_overloads() -> None:
 
 @pytest.mark.parametrize("table", [RULES, ZEROS, POLES], ids=["rules", "zeros", "poles"])
 def test_every_row_names_an_operator(table) -> None:
-    names = {op.removeprefix("aten.").split(".")[0] for op in table} - {"operator", "getitem"}
+    library = {"transformers", "grouped_mm_fallback"}  # registered where that is imported
+    names = {op.removeprefix("aten.").split(".")[0] for op in table}
+    names -= {"operator", "getitem"} | library
     missing = {
         n for n in names if not hasattr(torch.ops.aten, n) and not hasattr(torch.ops.aten, f"{n}_")
     }

@@ -11,7 +11,7 @@ from rarefy.batches import evaluating
 from rarefy.errors import InputError, ProofError
 from rarefy.graph.trace import trace
 from rarefy.pruning.plan import Plan
-from rarefy.pruning.proof import masked, prove
+from rarefy.pruning.proof import Masking, _noise, masked, prove
 from rarefy.pruning.reference import over_survivors
 from rarefy.pruning.surgery import cut, rewrite
 
@@ -461,3 +461,119 @@ def test_a_variance_over_one_entry_that_remains_is_named() -> None:
         prove(net, SEQUENCE, network, plan, lambda m, p: cut(m, network, p))
     plan = Plan.of(network, np.arange(network.coupling.units) > 1)
     assert prove(net, SEQUENCE, network, plan, lambda m, p: cut(m, network, p)) < 1e-10
+
+
+# --- one masking for several networks ------------------------------------------------------------
+
+
+class Counted(Normalized):
+    """Notes how many examples each call of the whole network has."""
+
+    seen: list[int] = []  # noqa: RUF012 - copies are to share it
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.up.out_features == 12:
+            self.seen.append(len(x))
+        return super().forward(x)
+
+
+def test_what_masking_gives_is_computed_once_for_the_class_and_the_graph() -> None:
+    net = Counted()
+    network = trace(net, SEQUENCE)
+    plan = third(network)
+    masking = Masking(net, SEQUENCE, network, plan)
+    net.seen.clear()
+    assert not masking.compare(lambda m, p: cut(m, network, p)).fault
+    assert net.seen == [], "the graph over survivors is the reference, and it was not in doubt"
+    assert prove(net, SEQUENCE, network, plan, lambda m, p: rewrite(m, network, p), masking) < 1e-10
+    assert net.seen == [2], "a graph is proven by the graph only where that is the network's"
+    assert not masking.compare(lambda m, p: rewrite(m, network, p)).fault
+    assert net.seen == [2]
+
+
+@pytest.mark.parametrize(("path", "dim"), WRONG)
+def test_one_wrong_index_of_a_graph_is_caught_after_a_class_that_failed(path, dim) -> None:
+    net, network, plan = normalized()
+    masking = Masking(net, SEQUENCE, network, plan)
+    assert masking.compare(lambda m, p: nn.Flatten()).fault
+
+    def build(model: nn.Module, plan: Plan) -> nn.Module:
+        small = rewrite(model, network, plan)
+        one_index(path, dim)(small, model)
+        return small
+
+    assert "differs from masking" in masking.compare(build).fault
+    assert not masking.compare(lambda m, p: rewrite(m, network, p)).fault
+
+
+@pytest.mark.parametrize("name", ["inner.weight", "norm1.bias", "back.weight"])
+def test_one_wrong_index_of_a_graph_is_caught_over_plain_masking(name) -> None:
+    net, network, plan = prepared(False)
+    masking = Masking(net, X, network, plan)
+
+    def build(model: nn.Module, plan: Plan) -> nn.Module:
+        small = rewrite(model, network, plan)
+        one_index(name, 0)(small, model)
+        return small
+
+    assert masking.compare(build).fault
+    assert not masking.compare(lambda m, p: rewrite(m, network, p)).fault
+
+
+def test_a_capture_that_is_not_the_network_proves_no_graph() -> None:
+    class Exporting(Normalized):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(2 * x if torch.compiler.is_exporting() else x)
+
+    net = Exporting()
+    network = trace(net, SEQUENCE)
+    with pytest.raises(ProofError, match="the captured graph differs from the network"):
+        prove(net, SEQUENCE, network, third(network), lambda m, p: rewrite(m, network, p))
+
+
+def test_a_network_that_counts_its_calls_is_refused() -> None:
+    class Counting(Net):
+        calls = 0
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.calls += 1
+            return super().forward(x) * self.calls
+
+    net = Counting(False).eval()
+    network = trace(net, X)
+    plan = third(network)
+    with pytest.raises(InputError, match="deterministic"):
+        prove(net, X, network, plan, lambda m, p: cut(m, network, p))
+
+
+def test_a_network_that_is_right_for_one_batch_size_only_is_not() -> None:
+    net, network, plan = prepared(False)
+
+    class Partly(nn.Module):
+        def __init__(self, small: nn.Module) -> None:
+            super().__init__()
+            self.small = small
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.small(x) * (1 if len(x) == len(X) else 2)
+
+    found = Masking(net, X, network, plan).compare(lambda m, p: Partly(cut(m, network, p)))
+    assert "differs from masking" in found.fault
+
+
+def test_long_parameters_are_disturbed_without_two_equal_rows() -> None:
+    found = _noise(torch.zeros(700, 256, dtype=torch.float64))
+    assert len(found.unique(dim=0)) == 700
+    assert len(found.unique(dim=1)[0]) == 256
+    assert abs(float(found.std()) - 1) < 0.02
+
+
+def test_what_loses_nothing_is_not_copied_for_the_masked_network() -> None:
+    net, network, _ = prepared(False)
+    removed = np.zeros(network.coupling.units, bool)
+    group = next(g for g in network.groups if ("inner.weight", 0) in {(m.path, m.dim) for m in g.members})
+    removed[group.units[0]] = True
+    reference = masked(net, network, Plan.of(network, removed))
+    assert reference.stem.weight is net.stem.weight
+    assert reference.inner.weight is not net.inner.weight
+    assert reference.norm1.running_var is not net.norm1.running_var

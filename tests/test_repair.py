@@ -281,3 +281,143 @@ def test_as_many_samples_as_asked_for_and_there_are(limit) -> None:
     small = rf.prune(net, x, HALF)
     batches = [(x[:40], torch.zeros(40)), (x[40:], torch.zeros(56))]
     assert repair(net, small, batches, samples=limit).repaired.samples == min(limit, 96)
+
+
+# --- any network ---------------------------------------------------------------------------------
+
+
+class Layered(nn.Module):
+    """Layers of many kinds, each fed by units that go."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.norm = nn.Linear(6, 16), nn.LayerNorm(16)
+        self.matrix = nn.Parameter(torch.randn(16, 12) / 4)
+        self.table, self.shift = nn.Parameter(torch.randn(12, 10) / 4), nn.Parameter(torch.ones(10))
+        self.memory, self.up = nn.GRU(10, 12, batch_first=True), nn.ConvTranspose1d(12, 8, 2)
+        self.mix, self.out = nn.Linear(8, 5), nn.Linear(8, 3)
+
+    def forward(self, x: torch.Tensor) -> dict[str, object]:
+        x = torch.relu(self.norm(self.embed(x)) @ self.matrix)
+        x = torch.addmm(self.shift, x.flatten(0, 1), self.table).view(len(x), -1, 10)
+        x = torch.relu(self.up(self.memory(x)[0].transpose(1, 2)))
+        columns = self.mix(torch.relu(x))
+        return {"found": self.out(x.transpose(1, 2).mean(1)), "parts": (columns, x.mean())}
+
+
+def layered():
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return Layered().eval(), torch.randn(96, 7, 6).cumsum(1) / 2
+
+
+def outputs(model: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
+    with evaluating(model):
+        found = model(x)
+    return [found["found"], *found["parts"]]
+
+
+def test_layers_of_all_kinds_are_repaired_or_named() -> None:
+    net, x = layered()
+    small = rf.prune(net, x[:2], HALF)
+    healed = repair(net, small, [x[:64]])
+    assert healed.repaired.errors.keys() >= {"matmul", "addmm", "out"}
+    assert healed.repaired.skipped == {
+        "memory": "weights of gru are not solved",
+        "up": "weights of conv_transpose1d are not solved",
+        "mix": "units that went are among the rows of its inputs",
+    }
+    first, second = outputs(net, x[64:])[0], outputs(small, x[64:])[0]
+    assert (outputs(healed, x[64:])[0] - first).square().sum() < (second - first).square().sum()
+
+
+def test_a_repair_that_does_not_help_as_a_whole_is_taken_back(monkeypatch) -> None:
+    net, x = layered()
+    small = rf.prune(net, x[:2], HALF)
+    distances = iter([1.0, 2.0])
+    monkeypatch.setattr(module, "_distance", lambda found, expected: next(distances))
+    healed = repair(net, small, [x])
+    state = small.state_dict()
+    assert all(torch.equal(v, state[k]) for k, v in healed.state_dict().items())
+    assert "farther from the original" in healed.repaired.skipped["out"]
+    assert all(before == after for before, after in healed.repaired.errors.values())
+
+
+class Branching(nn.Module):
+    """Takes another way where it is narrow, so that the graphs differ."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.o = nn.Linear(6, 16), nn.Linear(16, 8), nn.Linear(8, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.a(x)
+        x = -torch.relu(x) if x.shape[1] == 16 else torch.relu(x).neg() + 0
+        return self.o(torch.tanh(self.b(x)))
+
+
+def test_other_operators_between_the_layers_do_not_matter() -> None:
+    torch.manual_seed(0)
+    net, x = Branching().eval(), torch.randn(200, 6).cumsum(1)
+    small = rf.prune(net, x[:2], HALF)
+    assert small.pruned.kind == "module"
+    healed = repair(net, small, [x[:160]])
+    assert healed.repaired.errors.keys() == {"b", "o"}
+    assert distance(net, healed, x[160:]) < distance(net, small, x[160:])
+
+
+class Pair(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.o = nn.Linear(6, 16), nn.Linear(4, 16), nn.Linear(16, 3)
+
+    def forward(self, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+        return self.o(torch.relu(self.a(left) + self.b(right)).view(-1, 16))
+
+
+def test_keyword_arguments_in_any_order() -> None:
+    torch.manual_seed(0)
+    net = Pair().eval()
+    left, right = torch.randn(200, 6), torch.randn(200, 4)
+    small = rf.prune(net, {"left": left[:2], "right": right[:2]}, HALF)
+    assert small.pruned.kind == "graph"
+    healed = repair(net, small, [{"right": right, "left": left}])
+    assert healed.repaired.errors["o"][1] < healed.repaired.errors["o"][0]
+
+
+class OneSize(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.o = nn.Linear(6, 16), nn.Linear(16, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.o(torch.relu(self.a(x))) + torch.ones(40, 1)
+
+
+def test_a_network_of_one_batch_size_is_repaired_on_one_batch() -> None:
+    torch.manual_seed(0)
+    net, x = OneSize().eval(), torch.randn(80, 6).cumsum(1)
+    small = rf.prune(net, x[:40], HALF)
+    healed = repair(net, small, [x[:40], x[40:]])
+    assert healed.repaired.samples == 40
+    assert healed.repaired.errors["o"][1] < healed.repaired.errors["o"][0]
+
+
+def test_data_that_the_network_does_not_take_are_refused() -> None:
+    net, x = settled()
+    small = rf.prune(net, x, HALF)
+    with pytest.raises(DataError, match="does not run on its first batch"):
+        repair(net, small, [x[:, :2]])
+
+
+def test_what_cannot_be_run_side_by_side_is_returned_as_it_was(monkeypatch) -> None:
+    net, x = settled()
+    small = rf.prune(net, x, HALF)
+
+    def failing(*args: object) -> None:
+        raise RuntimeError("no way")
+
+    monkeypatch.setattr(module._Lockstep, "run", failing)
+    healed = repair(net, small, [x])
+    assert "no way" in healed.repaired.skipped[""]
+    assert distance(small, healed, x) == 0

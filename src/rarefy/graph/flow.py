@@ -11,7 +11,7 @@ import numpy as np
 from torch import Tensor
 
 from rarefy.graph.labels import FIXED, Atoms, Labels, Ledger
-from rarefy.graph.program import Graph, Node, Ref, Spec, Value, is_random
+from rarefy.graph.program import Graph, Node, Ref, Spec, Value, is_random, writes
 
 EXTENT = "is the extent of a kernel"
 """Reason that is not worth telling: nobody expects a 3x3 kernel to become 3x2."""
@@ -76,6 +76,11 @@ class Flow:
             if constant:
                 found.add(node.name)
         return frozenset(found)
+
+    @cached_property
+    def in_place(self) -> bool:
+        """Whether any operator writes into its argument."""
+        return any(writes(node.op) for node in self.graph.calls)
 
     def of(self, arg: Any) -> Labels:
         """Labels of a tensor argument; none for numbers."""

@@ -13,9 +13,9 @@ in sequence.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
+from difflib import SequenceMatcher
 from math import prod
 from typing import Any
 
@@ -26,10 +26,22 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from rarefy.batches import batch_size, batches, evaluating, seeded, take
-from rarefy.errors import DataError, InputError
+from rarefy.batches import (
+    arguments,
+    batch_size,
+    batches,
+    call,
+    evaluating,
+    map_tensors,
+    seeded,
+    take,
+    tensors,
+)
+from rarefy.copies import copied
+from rarefy.errors import DataError, InputError, first_line
 from rarefy.graph.capture import capture, graph_model
-from rarefy.graph.program import GraphModel, Node, Ref, Spec, last_use, resolve
+from rarefy.graph.count import COSTS, is_uncounted
+from rarefy.graph.program import Graph, GraphModel, Node, Ref, Spec, last_use, resolve
 from rarefy.types import Data, Inputs
 
 MEMORY = 1 << 30
@@ -86,25 +98,95 @@ def repair(
         )
     if samples < 1:
         raise InputError(f"repair(samples={samples})", "no sample", "Use a few hundred")
-    inputs = _collect(data, samples)
-    healed = copy.deepcopy(pruned)
-    with evaluating(original, healed), seeded(seed):
-        before = capture(original, take(inputs, 2))
-        after = capture(healed, take(inputs, 2))
-        first, second = graph_model(original, before), graph_model(healed, after)
-        _check_same(first, second)
+    joined, single = _collect(data, samples)
+    failure = Exception()
+    with evaluating(original, pruned):
+        for inputs, shown in ((joined, take(joined, 2)), (single, single)):
+            try:  # a network of one batch size takes a batch as it comes, if anything
+                with seeded(seed):
+                    return _healed(original, pruned, inputs, shown)
+            except (DataError, _StrangersError):
+                raise
+            except Exception as error:  # noqa: BLE001 - forward may raise anything
+                failure = error
+    _check_taken(original, single)
+    same = copied(pruned)
+    reason = f"the networks do not run side by side on the data: {first_line(failure)}"
+    same.repaired = Repaired({}, {"": reason}, 0)  # type: ignore[assignment]
+    return same
+
+
+class _StrangersError(InputError):
+    """The two networks have no layer in common."""
+
+
+def _healed(original: nn.Module, pruned: nn.Module, inputs: Inputs, shown: Inputs) -> nn.Module:
+    """A repaired copy of the pruned network, if that is nearer to the original on the inputs.
+
+    Args:
+        original: the network before pruning.
+        pruned: the network after it.
+        inputs: what to solve on.
+        shown: those of them that the networks are captured with, fewer where any number will do.
+    """
+    healed = copied(pruned)
+    first = graph_model(original, capture(original, shown))
+    second = graph_model(healed, capture(healed, shown))
+    if shown is not inputs:
         inputs = take(inputs, _affordable(first, batch_size(inputs)))
-        walk = _Lockstep(first, second, record.kept, _held_out(batch_size(inputs)))
-        walk.run(inputs)
-    healed.repaired = Repaired(walk.errors, walk.skipped, batch_size(inputs))  # type: ignore[assignment]
+    record: Any = pruned.pruned
+    walk = _Lockstep(first, second, record.kept, _held_out(batch_size(inputs)))
+    walk.run(inputs)
+    expected = _outputs(original, inputs)
+    before, after = (_distance(_outputs(m, inputs), expected) for m in (pruned, healed))
+    errors, skipped = walk.errors, walk.skipped
+    if not after <= before:
+        healed = copied(pruned)
+        skipped |= dict.fromkeys(errors, "with it, the outputs are farther from the original's")
+        errors = {layer: (error, error) for layer, (error, _) in errors.items()}
+    healed.repaired = Repaired(errors, skipped, batch_size(inputs))  # type: ignore[assignment]
     return healed
 
 
-def _collect(data: Data, samples: int) -> Inputs:
-    """The first examples of the data as one batch."""
+def _outputs(model: nn.Module, inputs: Inputs) -> list[Tensor]:
+    found = call(model, map_tensors(torch.clone, inputs))
+    leaves = pytree.tree_leaves(found)
+    if not any(isinstance(leaf, Tensor) for leaf in leaves):
+        leaves = tensors(found)
+    return [t for t in leaves if isinstance(t, Tensor) and t.is_floating_point()]
+
+
+def _distance(found: list[Tensor], expected: list[Tensor]) -> float:
+    """Squared error of all outputs, each relative to its own squares."""
+    total = 0.0
+    for a, b in zip(found, expected, strict=True):
+        counted = torch.isfinite(b)
+        difference = a[counted].double() - b[counted].double()
+        squares = b[counted].double().square().sum().clamp_min(1e-30)
+        total += float(difference.square().sum() / squares)
+    return total
+
+
+def _check_taken(model: nn.Module, inputs: Inputs) -> None:
+    """Refuse data that the network itself does not take."""
+    try:
+        with evaluating(model):
+            call(model, map_tensors(torch.clone, inputs))
+    except Exception as error:
+        raise DataError(
+            "repair(data)",
+            f"the network does not run on its first batch: {first_line(error)}",
+            "Yield inputs like those that the network was traced with",
+        ) from error
+
+
+def _collect(data: Data, samples: int) -> tuple[Inputs, Inputs]:
+    """The first examples of the data as one batch, and the first batch as it comes."""
     held: list[Inputs] = []
     found = 0
+    single: Inputs | None = None
     for inputs, _ in batches(data, "repair(data)"):
+        single = inputs if single is None else single
         held.append(take(inputs, samples - found))
         found += batch_size(held[-1])
         if found >= samples:
@@ -118,7 +200,8 @@ def _collect(data: Data, samples: int) -> Inputs:
     for tensor in joined:
         if isinstance(tensor, Tensor) and not bool(torch.isfinite(tensor).all()):
             raise DataError("repair(data)", "inputs are NaN or infinite", "Clean the data")
-    return result
+    assert single is not None  # or batches() would have raised
+    return result, single
 
 
 def _held_out(examples: int) -> Tensor:
@@ -128,21 +211,59 @@ def _held_out(examples: int) -> Tensor:
     return chosen
 
 
-_REWRITTEN = dict.fromkeys(("split", "chunk"), "split_with_sizes")
-"""Operators that surgery on a graph replaces, by what it replaces them with."""
+OPERANDS = {
+    **dict.fromkeys(("conv1d", "conv2d", "conv3d", "linear"), ("input", "weight", "bias")),
+    "addmm": ("mat1", "mat2", "self"),
+    "mm": ("self", "mat2", ""),
+    "matmul": ("self", "other", ""),
+}
+"""Operators whose weights are solved -> the names of their inputs, weight and bias."""
+
+TRANSPOSED = frozenset(("addmm", "mm", "matmul"))
+"""Those whose weight has its outputs along the second dimension."""
 
 
-def _check_same(first: GraphModel, second: GraphModel) -> None:
-    kinds = [
-        [_REWRITTEN.get(node.kind, node.kind) for node in model.graph.calls]
-        for model in (first, second)
+def _layers(graph: Graph) -> list[tuple[tuple[str, str], Node]]:
+    """Operators that have weights, each under its kind and the path of its first tensor.
+
+    That path tells layers apart in both graphs, whose other operators may differ: a forward may do
+    something else with other sizes, and surgery on a graph writes some operators in another way.
+    """
+    owner: dict[str, str] = {n.name: n.path for n in graph.nodes if n.op == "tensor"}
+    found = []
+    for node in graph.calls:
+        given = [owner[name] for name in node.inputs if name in owner]
+        counted = node.kind == "batch_norm" or node.kind.removesuffix("_") in COSTS
+        counted = counted or is_uncounted(node, lambda name: graph.by_name[name].shape)
+        if given and counted:
+            found.append(((node.kind, given[0]), node))
+        elif given and len(given) == len(node.inputs):
+            owner[node.name] = given[0]  # computed from weights alone
+    return found
+
+
+def _pairs(first: Graph, second: Graph) -> tuple[list[tuple[Node, Node]], list[Node]]:
+    """Layers of both graphs that go together, in order, and those of the second that are alone.
+
+    Raises:
+        _StrangersError: no two layers go together.
+    """
+    sides = [_layers(graph) for graph in (first, second)]
+    keys = [[key for key, _ in side] for side in sides]
+    blocks = SequenceMatcher(None, keys[0], keys[1], autojunk=False).get_matching_blocks()
+    pairs = [
+        (sides[0][block.a + i][1], sides[1][block.b + i][1])
+        for block in blocks
+        for i in range(block.size)
     ]
-    if kinds[0] != kinds[1]:
-        raise InputError(
+    if sides[1] and not pairs:
+        raise _StrangersError(
             "repair(original, pruned)",
             "the two networks do not run the same operators",
             "Give the network that was pruned and the result of pruning it",
         )
+    paired = {right.name for _, right in pairs}
+    return pairs, [node for _, node in sides[1] if node.name not in paired]
 
 
 def _affordable(model: GraphModel, wanted: int) -> int:
@@ -178,48 +299,47 @@ class _Lockstep:
         self.skipped: dict[str, str] = {}
 
     def run(self, inputs: Inputs) -> None:
-        args = (inputs,) if isinstance(inputs, Tensor) else inputs
-        structured = ((), dict(args)) if isinstance(args, Mapping) else (tuple(args), {})
-        given = pytree.tree_leaves(structured)
-        a: dict[str, Any] = {}
-        b: dict[str, Any] = {}
-        done_a, done_b = last_use(self.first.graph), last_use(self.second.graph)
-        pairs = _aligned(self.first, self.second)
-        feeds = [iter(given), iter(given)]
+        """Go through both networks, layer by layer."""
+        pairs, alone = _pairs(self.first.graph, self.second.graph)
+        for node in alone:
+            self.skipped[_name(node)] = "the original does not run it in the same place"
+        one, two = _Run(self.first, inputs), _Run(self.second, inputs)
         for left, right in pairs:
-            for node, model, values, feed in (
-                (left, self.first, a, feeds[0]),
-                (right, self.second, b, feeds[1]),
-            ):
-                if node is not None and node.op == "input":
-                    values[node.name] = next(feed)
-                elif node is not None and node.op == "tensor":
-                    values[node.name] = model.tensor(node.path)
-            if left is not None and right is not None and left.op not in ("input", "tensor"):
-                a[left.name] = self.first.step(left, resolve(left.op), a)
-                self._heal(left, right, a, b)
-                b[right.name] = self.second.step(right, resolve(right.op), b)
-            for node, values, done in ((left, a, done_a), (right, b, done_b)):
-                for name in done[node.name] if node is not None else ():
-                    del values[name]
+            one.through(left)
+            two.before(right)
+            self._heal(left, right, one.values, two.values)
 
     def _heal(self, left: Node, right: Node, a: Mapping[str, Any], b: Mapping[str, Any]) -> None:
-        if right.kind in ("conv1d", "conv2d", "conv3d", "linear"):
-            _check_finite(right, a[left.name], b[right.args[0].name])
+        if right.kind in OPERANDS:
+            _check_finite(right, a[left.name], b[_operand(right, 0).name])
             self._solve(left, right, a, b)
         elif right.kind == "batch_norm":
             _check_finite(right, a[left.args[0].name], b[right.args[0].name])
             self._move_statistics(left, right, a, b)
+        elif self._is_changed(left, right, a, b):
+            self.skipped[_name(right)] = f"weights of {right.kind} are not solved"
+
+    def _is_changed(
+        self, left: Node, right: Node, a: Mapping[str, Any], b: Mapping[str, Any]
+    ) -> bool:
+        """Whether any operand of an operator is not that of the original."""
+        first = [t for name in left.inputs for t in tensors(a[name])]
+        second = [t for name in right.inputs for t in tensors(b[name])]
+        return len(first) != len(second) or not all(map(torch.equal, first, second))
 
     def _move_statistics(
         self, left: Node, right: Node, a: Mapping[str, Any], b: Mapping[str, Any]
     ) -> None:
         old, new = a[left.args[0].name], b[right.args[0].name]
         mean, variance = right.argument("running_mean"), right.argument("running_var")
-        if not isinstance(mean, Ref) or len(self.second.graph.users[mean.name]) > 1:
+        if not isinstance(mean, Ref) or not isinstance(variance, Ref):
             return
-        path = self.first.graph.by_name[left.argument("running_mean").name].path
-        survivors = self._survivors(path, 0, old)
+        sources = [self.second.graph.by_name[ref.name] for ref in (mean, variance)]
+        if any(s.op != "tensor" or len(self.second.graph.users[s.name]) > 1 for s in sources):
+            return
+        survivors = self._survivors(sources[0].path, 0, old)
+        if (old.shape[0], *old.shape[2:]) != (new.shape[0], *new.shape[2:]):
+            return  # its other dimensions are units, too
         dims = [d for d in range(old.ndim) if d != 1]
         old_var, old_mean = torch.var_mean(old.index_select(1, survivors), dims, correction=0)
         new_var, new_mean = torch.var_mean(new, dims, correction=0)
@@ -233,22 +353,28 @@ class _Lockstep:
         return torch.arange(size) if kept is None else torch.from_numpy(kept).to(like.device)
 
     def _solve(self, left: Node, right: Node, a: Mapping[str, Any], b: Mapping[str, Any]) -> None:
-        weight_node = self.second.graph.by_name[right.args[1].name]
-        layer = right.scope or weight_node.name
-        reason = self._unsolvable(weight_node, right)
+        weight_node = self.second.graph.by_name[_operand(right, 1).name]
+        layer = _name(right)
+        old, new = a[_operand(left, 0).name], b[_operand(right, 0).name]
+        if old.shape == new.shape and torch.equal(old, new):
+            return
+        reason = self._unsolvable(weight_node, right) or _unlike(right, old, new)
         if reason:
             self.skipped[layer] = reason
             return
-        old, new = a[left.args[0].name], b[right.args[0].name]
-        if old.shape == new.shape and torch.equal(old, new):
-            return
-        survivors = self._survivors(weight_node.path, 0, old)
-        weight, bias = b[weight_node.name], right.argument("bias")
+        transposed = right.kind in TRANSPOSED
+        survivors = self._survivors(weight_node.path, int(transposed), old)
+        held, bias = b[weight_node.name], _operand(right, 2)
+        weight = held.T if transposed else held
         system = _System.of(right, new, a[left.name], weight, survivors, self.held_out)
         if not 0 < system.held < system.x.shape[1]:
             self.skipped[layer] = "too few examples to solve it on some and check it on others"
             return
-        solved = system.solve(weight, None if bias is None else b[bias.name])
+        try:
+            solved = system.solve(weight, None if bias is None else b[bias.name])
+        except RuntimeError as error:
+            self.skipped[layer] = f"it cannot be solved: {first_line(error)}"
+            return
         self.errors[layer] = solved.errors
         if solved.errors[1] < solved.errors[0]:
             weight.copy_(solved.weight)
@@ -260,37 +386,82 @@ class _Lockstep:
             return "its weight is computed in the graph"
         if len(self.second.graph.users[weight.name]) > 1:
             return "its weight is used several times"
-        bias = node.argument("bias")
+        if node.kind in TRANSPOSED and (
+            len(weight.shape) != 2 or {node.argument("alpha"), node.argument("beta")} - {None, 1}
+        ):
+            return "it is more than a product with a matrix"
+        bias = _operand(node, 2)
         if isinstance(bias, Ref) and self.second.graph.by_name[bias.name].op != "tensor":
             return "its bias is computed in the graph"
         if isinstance(bias, Ref) and len(self.second.graph.users[bias.name]) > 1:
             return "its bias is used several times"
-        if node.kind != "linear" and len(node.shape) != len(weight.shape):
+        if node.kind.startswith("conv") and len(node.shape) != len(weight.shape):
             return "its inputs have no batch dimension"
         return ""
+
+
+def _operand(node: Node, which: int) -> Any:
+    """The reference to a layer's inputs (0), weight (1) or bias (2), which may be None."""
+    name = OPERANDS[node.kind][which]
+    return node.argument(name) if name else None
+
+
+def _name(node: Node) -> str:
+    """Path of the module that makes the call, or the node's own name."""
+    return node.scope or node.name
+
+
+def _unlike(node: Node, old: Tensor, new: Tensor) -> str:
+    """Why the rows of one network's inputs are not those of the other's; empty where they are."""
+    rows = [
+        (t.shape[0], *t.shape[2:]) if node.kind.startswith("conv") else t.shape[:-1]
+        for t in (old, new)
+    ]
+    return "" if rows[0] == rows[1] else "units that went are among the rows of its inputs"
 
 
 def _check_finite(node: Node, *activations: Tensor) -> None:
     if not all(bool(torch.isfinite(tensor).all()) for tensor in activations):
         raise DataError(
-            f"repair(data), layer {node.scope or node.name!r}",
+            f"repair(data), layer {_name(node)!r}",
             "activations are NaN or infinite",
             "Check the data, and that both networks give finite outputs for them",
         )
 
 
-def _aligned(first: GraphModel, second: GraphModel) -> list[tuple[Node | None, Node | None]]:
-    """Nodes of both graphs in one order: the second's inputs and tensors, then calls in pairs."""
-    calls = iter(second.graph.calls)
-    pairs: list[tuple[Node | None, Node | None]] = [
-        (None, node) for node in second.graph.nodes if node.op in ("input", "tensor")
-    ]
-    for node in first.graph.nodes:
-        if node.op in ("input", "tensor"):
-            pairs.append((node, None))
-        elif node.op != "output":
-            pairs.append((node, next(calls)))
-    return pairs
+class _Run:
+    """One network on its way through a graph, operator by operator."""
+
+    def __init__(self, model: GraphModel, inputs: Inputs) -> None:
+        args, given = arguments(map_tensors(torch.clone, inputs))
+        named = {name: given[name] for name in model._keywords if name in given} | given
+        self._model, self._given = model, iter(pytree.tree_leaves((args, named)))
+        self._nodes = list(model.graph.nodes)
+        self._last_use = last_use(model.graph)
+        self._dead: tuple[str, ...] = ()
+        self.values: dict[str, Any] = {}
+
+    def through(self, node: Node) -> None:
+        """Run all nodes up to this one, and it."""
+        self.before(node)
+        self._step()
+
+    def before(self, node: Node) -> None:
+        """Run all nodes before this one; what it reads is in ``values``."""
+        while self._nodes[0] is not node:
+            self._step()
+
+    def _step(self) -> None:
+        for name in self._dead:
+            del self.values[name]
+        node = self._nodes.pop(0)
+        if node.op == "input":
+            self.values[node.name] = next(self._given)
+        elif node.op == "tensor":
+            self.values[node.name] = self._model.tensor(node.path)
+        else:
+            self.values[node.name] = self._model.step(node, resolve(node.op), self.values)
+        self._dead = self._last_use[node.name]
 
 
 @dataclass(frozen=True)
@@ -326,7 +497,7 @@ class _System:
     ) -> _System:
         """Draw rows at random from one layer's inputs and the original's outputs."""
         unknowns = prod(weight.shape[1:])
-        if node.kind == "linear":
+        if not node.kind.startswith("conv"):
             rows, held = _draw(_unseen(new.shape[:-1], held_out), unknowns)
             x = new.reshape(-1, new.shape[-1])[rows]
             y = target.reshape(-1, target.shape[-1])[rows][:, survivors]

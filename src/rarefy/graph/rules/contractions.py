@@ -13,9 +13,13 @@ from rarefy.graph.equations import EQUATIONS, equation, sizes
 from rarefy.graph.flow import EXTENT, Carried, Flow, Rule, Zero, freeze_all, rows, unlabeled
 from rarefy.graph.labels import Atoms, Labels
 from rarefy.graph.program import Node, Ref, schema
+from rarefy.graph.rules.along import zero_along
 
 NOT_ZERO = "is summed over, and masked units do not give zero"
 """Reason to freeze both sides of a sum."""
+
+SHARED = "is a filter that all groups share"
+"""Reason to freeze rows of a kernel that is repeated, and what meets them."""
 
 
 # --- sums of products by letter ----------------------------------------------------------------
@@ -35,18 +39,21 @@ def by_letter(flow: Flow, node: Node) -> Carried:
     carried: dict[str, Atoms | None] = {}
     for letter in found.letters:
         sides = [
-            (operand, flow.of(operand)[d])
+            (operand, d)
             for operand, letters in found.operands
             for d, own in enumerate(letters)
             if own == letter and flow.shape(operand)[d] == size[letter] > 1
         ]
-        silent = (all if found.differs else any)(flow.zero(operand) for operand, _ in sides)
+        silent = (all if found.differs else any)(
+            flow.zero(operand) or zero_along(flow, operand, d) for operand, d in sides
+        )
         if found.differs and len(sides) < len(found.operands):  # one is broadcast along it
             silent = False
+        atoms = [flow.of(operand)[d] for operand, d in sides]
         if letter not in found.result and not silent:
-            for _, atoms in sides:
-                flow.freeze(node, atoms, NOT_ZERO)
-        carried[letter] = flow.tie(node, *(atoms for _, atoms in sides))
+            for side in atoms:
+                flow.freeze(node, side, NOT_ZERO)
+        carried[letter] = flow.tie(node, *atoms)
     labels = tuple(carried[letter] for letter in found.result)
     return labels if found.added is None else _plus(flow, node, labels, found.added)
 
@@ -122,11 +129,18 @@ def _conv_transpose(flow: Flow, node: Node) -> Carried:
     labels, kernel = flow.of(x), flow.of(weight)
     channel = len(labels) - len(kernel) + 1
     n, per_group = flow.shape(weight)[:2]
-    _contract(flow, node, (x, channel), (weight, 0))
+    tiled = _tiled(flow, node)
+    if tiled is None:
+        _contract(flow, node, (x, channel), (weight, 0))
+    else:
+        flow.freeze(node, tiled, SHARED)
+        _need_zero(flow, node, (x, x), [labels[channel]])
     if groups == 1:
         out = kernel[1]
     else:
-        group, _ = flow.ledger.split(labels[channel], (groups, n // groups))
+        group, position = flow.ledger.split(labels[channel], (groups, n // groups))
+        if tiled is not None:
+            flow.freeze(node, position, SHARED)
         if group is not None:
             flow.counts[node.name, "groups"] = group
         out = flow.ledger.merge([group, kernel[1]], [groups, per_group])
@@ -175,7 +189,27 @@ def _depthwise(
         flow.freeze(node, group, "filters channels that cannot change")
         return filters
     flow.counts[node.name, "groups"] = channels
+    tiled = _tiled(flow, node)
+    if tiled is not None:
+        flow.freeze(node, tiled, SHARED)
+        return np.repeat(channels, n // len(channels))
     return flow.tie(node, filters, np.repeat(channels, n // len(channels)))
+
+
+def _tiled(flow: Flow, node: Node) -> Atoms | None:
+    """Rows of a kernel that is repeated for all groups (a wavelet for each channel), if it is one.
+
+    They stay; the groups go with the channels that they filter, and only those.
+    """
+    groups = node.argument("groups")
+    rows_of_all = flow.of(node.args[1])[0]
+    if rows_of_all is None or not isinstance(groups, int) or groups < 2:
+        return None
+    if len(rows_of_all) % groups or len(rows_of_all) == groups:
+        return None
+    grid = rows_of_all.reshape(groups, -1)
+    once: Atoms = grid[0]
+    return once if bool((grid == once).all()) else None
 
 
 def _grouped(flow: Flow, node: Node, channels: Atoms | None, groups: int) -> Atoms | None:
@@ -197,10 +231,29 @@ def _conv_result(
     flow: Flow, node: Node, labels: Labels, channel: int, out: Atoms | None
 ) -> Carried:
     spatial = range(channel + 1, len(labels))
-    kept = flow.freeze_dims(node, labels, list(spatial), "a convolution slides along it")
+    slides = [d for d in spatial if not _stays(flow, node, d - channel - 1)]
+    kept = flow.freeze_dims(node, labels, slides, "a convolution slides along it")
     for atoms in flow.of(node.args[1])[2:]:
         flow.freeze(node, atoms, EXTENT)
     return (*kept[:channel], out, *kept[channel + 1 :])
+
+
+def _stays(flow: Flow, node: Node, place: int) -> bool:
+    """Whether the kernel has one entry along a dimension, so that each position is by itself."""
+
+    def stated(name: str) -> Any:
+        given = node.argument(name)
+        if not isinstance(given, list | tuple):
+            return given
+        return given[place] if len(given) > 1 else given[0]
+
+    padding = stated("padding")
+    return (
+        flow.shape(node.args[1])[2 + place] == 1
+        and stated("stride") in (1, None)
+        and (isinstance(padding, str) or padding in (0, None))
+        and stated("output_padding") in (0, None)
+    )
 
 
 # --- look-ups and transforms --------------------------------------------------------------------
@@ -266,11 +319,27 @@ def with_argument(node: Node, name: str, value: Any) -> Node:
     return replace(node, kwargs={**node.options, name: value})
 
 
-def _edit_groups(editor: Editor, node: Node) -> Node:
+def _edit_groups(editor: Editor, node: Node) -> Node | tuple[Node, ...]:
     atoms = editor.flow.counts.get((node.name, "groups"))
     if atoms is None or editor.hit(atoms) is None:
         return node
-    return with_argument(node, "groups", editor.left(0, atoms))
+    edited = with_argument(node, "groups", editor.left(0, atoms))
+    return edited if _tiled(editor.flow, node) is None else _of_remaining(editor, edited)
+
+
+def _of_remaining(editor: Editor, node: Node) -> tuple[Node, ...]:
+    """The convolution with a repeated kernel, of which the rows of gone groups are left out."""
+    x, weight = node.args[:2]
+    flow = editor.flow
+    turned = "transpose" in node.kind or bool(node.argument("transposed"))
+    labels = flow.of(x) if turned else flow.of(Ref(node.name))
+    gone = editor.hit(labels[len(labels) - len(flow.of(weight)) + 1])
+    if gone is None:
+        return (node,)
+    source = editor.shrunk(flow.graph.by_name[weight.name])
+    named = replace(source, name=editor.unused(f"{weight.name}_rows"))
+    picked = editor.picked(named, source, [(0, np.flatnonzero(~gone))])
+    return (*picked, replace(node, args=(x, Ref(named.name), *node.args[2:])))
 
 
 EDITS: Mapping[str, Edit] = dict.fromkeys(f"{_FORWARD} {_TRANSPOSED}".split(), _edit_groups)
@@ -308,14 +377,17 @@ def _is_added_zero(flow: Flow, added: Ref | None, place: int) -> bool:
 
 
 def _convolution_is_zero(flow: Flow, node: Node) -> bool:
-    """Rows of the kernel and bias give zero outputs; so do masked examples without a bias."""
+    """Rows of the kernel and bias give zero outputs; so do masked examples and positions without a
+    bias."""
     x, weight = node.args[:2]
     bias = node.argument("bias")
     channel = len(flow.of(x)) - len(flow.of(weight)) + 1
-    examples = any(atoms is not None for atoms in flow.of(x)[:channel])
+    labels = flow.of(Ref(node.name))
+    examples = any(atoms is not None for d, atoms in enumerate(labels) if d != channel)
     if examples and not (flow.zero(x) and bias is None):
         return False
-    return flow.zero(weight) and (bias is None or flow.zero(bias))
+    silent = flow.zero(weight) and (_tiled(flow, node) is None or flow.zero(x))
+    return silent and (bias is None or flow.zero(bias))
 
 
 def _kron_is_zero(flow: Flow, node: Node) -> bool:

@@ -11,6 +11,7 @@ from rarefy.graph.editor import Edit
 from rarefy.graph.flow import Carried, Flow, Rule, Zero, freeze_all, rows, unlabeled
 from rarefy.graph.labels import Atoms
 from rarefy.graph.program import Node, Ref, Spec
+from rarefy.graph.rules.along import zero_along
 from rarefy.graph.rules.indexing import known
 
 
@@ -72,8 +73,8 @@ def _refuse_poles(flow: Flow, node: Node) -> None:
     """Masked units must not become infinite: ``inf * 0`` is not 0."""
     pole = POLES.get(node.kind.removesuffix("_"))
     operand = pole(node) if pole else None
-    if isinstance(operand, Ref) and flow.zero(operand):
-        for atoms in flow.of(operand):
+    for d, atoms in enumerate(flow.of(operand)):
+        if zero_along(flow, operand, d):
             flow.freeze(node, atoms, "is infinite where masked units give zero")
 
 
@@ -164,10 +165,8 @@ def zero_dims(flow: Flow, node: Node, arg: Any) -> set[int]:
     if is_nothing(flow, arg):
         return labelled
     own = flow.of(arg)
-    if not flow.zero(arg):
-        return set()
     pad = len(carried) - len(own)
-    return {d for d in labelled if d >= pad and own[d - pad] is not None}
+    return {d for d in labelled if d >= pad and zero_along(flow, arg, d - pad)}
 
 
 def _all_zero(flow: Flow, node: Node, operands: Iterable[Any]) -> bool:

@@ -14,6 +14,7 @@ from rarefy.graph.editor import Edit
 from rarefy.graph.flow import Carried, Flow, Rule, Zero, rows
 from rarefy.graph.labels import Labels
 from rarefy.graph.program import Node, Spec
+from rarefy.graph.rules.along import zero_along
 from rarefy.graph.rules.elementwise import pointwise
 
 
@@ -72,7 +73,8 @@ def _sum(flow: Flow, node: Node) -> Carried:
     dims = _dims(node, len(labels))
     if not flow.zero(node.args[0]):
         reason = "is summed over, and masked units do not give zero"
-        labels = flow.freeze_dims(node, labels, dims, reason)
+        loud = [d for d in dims if not zero_along(flow, node.args[0], d)]
+        labels = flow.freeze_dims(node, labels, loud, reason)
     return _without(node, labels, dims)
 
 
