@@ -571,7 +571,9 @@ def test_long_parameters_are_disturbed_without_two_equal_rows() -> None:
 def test_what_loses_nothing_is_not_copied_for_the_masked_network() -> None:
     net, network, _ = prepared(False)
     removed = np.zeros(network.coupling.units, bool)
-    group = next(g for g in network.groups if ("inner.weight", 0) in {(m.path, m.dim) for m in g.members})
+    group = next(
+        g for g in network.groups if ("inner.weight", 0) in {(m.path, m.dim) for m in g.members}
+    )
     removed[group.units[0]] = True
     reference = masked(net, network, Plan.of(network, removed))
     assert reference.stem.weight is net.stem.weight
