@@ -239,7 +239,34 @@ def test_weights_that_are_not_finite_are_named() -> None:
         rf.prune(net, X, HALF)
 
 
+def test_buffers_that_are_no_numbers_are_named() -> None:
+    net = Net()
+    net.norm.running_var[3] = torch.nan
+    with pytest.raises(InputError, match=r"norm\.running_var.*NaN"):
+        rf.prune(net, X, HALF)
+
+
+def test_a_graph_does_not_have_to_fit_the_forward() -> None:
+    """Where the class is given up anyway, nothing is left whole for its sake."""
+
+    class Mixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = nn.Linear(4, 8), nn.Linear(4, 6), nn.Linear(14, 2)
+
+        def forward(self, x):
+            ramp = self.b(x) * torch.arange(6.0)  # stays whole in the class
+            return self.c(torch.cat([self.a(x).view(-1, 8).relu(), ramp], 1))
+
+    small = rf.prune(Mixed(), torch.randn(2, 4), HALF, criterion="random")
+    assert small.pruned.kind == "graph"
+    assert small.get_parameter("b.weight").shape[0] == 3
+    assert not any(f.operator == "forward" for f in small.pruned.frozen)
+
+
 def test_wrong_options_are_refused() -> None:
+    with pytest.raises(InputError, match="holds a int"):
+        rf.prune(Net(), X, HALF, exclude=[0])
     for options in ({"structure": "block"}, {"criterion": "best"}, {"exclude": ["c"]}):
         with pytest.raises(InputError, match="prune"):
             rf.prune(Net(), X, HALF, **options)

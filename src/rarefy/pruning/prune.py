@@ -135,7 +135,12 @@ def prune(
                 raise
             closed |= dict.fromkeys(error.groups, "the class does not work with fewer of them")
         else:
-            return small if data is None else repair(model, small, data)
+            break
+    record: Any = small.pruned
+    if record.kind == "graph" and plan.whole:  # a graph need not fit the forward
+        plan = select(network, model, scores, budget, exclude)
+        small = operate(model, example_inputs, network, plan, sizes, fault=record.reason)
+    return small if data is None else repair(model, small, data)
 
 
 def _plan(
@@ -204,6 +209,14 @@ def _check_arguments(model: object, budget: object, exclude: object) -> None:
     ):
         if not isinstance(value, kind):
             raise InputError(f"prune({name}=...)", f"a {type(value).__name__} was given", remedy)
+    assert isinstance(exclude, list | tuple | set | frozenset)
+    for path in exclude:
+        if not isinstance(path, str):
+            raise InputError(
+                "prune(exclude=...)",
+                f"it holds a {type(path).__name__}",
+                "Give paths, as model.named_modules() has them",
+            )
 
 
 def operate(
@@ -214,8 +227,11 @@ def operate(
     sizes: Sizes | None = None,
     *,
     keep_class: bool = False,
+    fault: str = "",
 ) -> nn.Module:
     """Carry out a plan with proof: on the user's class where that holds, else on the graph.
+
+    With ``fault``, the reason why the class cannot be kept, only the graph is tried.
 
     Raises:
         ProofError: neither way equals masking.
@@ -224,9 +240,9 @@ def operate(
     kind, reason = "module", ""
     sizes = sizes or Sizes(network, ())
     build: Build = lambda m, p: cut(m, network, p, sizes.solve(p).values)  # noqa: E731 - two ways
-    found = Comparison(inf, "it is a graph already")
+    found = Comparison(inf, fault or "it is a graph already")
     masking = Masking(model, example_inputs, network, plan)
-    if not isinstance(model, GraphModel):
+    if not isinstance(model, GraphModel) and not fault:
         found = masking.compare(build)
     error = found.error
     if found.fault:
@@ -239,7 +255,7 @@ def operate(
             )
             lost.groups = _breaking(model, example_inputs, network, plan, sizes, build)
             raise lost
-        kind, reason = "graph", _reason(sizes.solve(plan).broken, found.fault)
+        kind, reason = "graph", fault or _reason(sizes.solve(plan).broken, found.fault)
         build = lambda m, p: rewrite(m, network, p)  # noqa: E731
         error = prove(model, example_inputs, network, plan, build, masking)
     del masking  # it holds a copy of the network
@@ -314,11 +330,18 @@ def check_copies(model: nn.Module) -> None:
 
 
 def check_finite(model: nn.Module) -> None:
-    """Refuse weights that are NaN or infinite, or that hold no values at all.
+    """Refuse weights that are NaN or infinite, or that hold no values at all, and NaN in buffers.
+
+    Infinities in buffers are let through: attention masks hold them.
 
     Raises:
-        InputError: names the first such parameter.
+        InputError: names the first such parameter or buffer.
     """
+    for path, buffer in model.named_buffers():
+        if buffer.is_floating_point() and not buffer.is_meta and bool(buffer.isnan().any()):
+            raise InputError(
+                f"buffer {path}", "it holds NaN", "Load a checkpoint from before training diverged"
+            )
     for path, parameter in model.named_parameters():
         if is_lazy(parameter) or parameter.is_meta:
             raise InputError(
