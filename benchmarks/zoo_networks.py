@@ -28,7 +28,7 @@ TORCHVISION_SIZES: Mapping[str, tuple[int, ...]] = {
     "mc3": (3, 6, 48, 48),
     "r2plus1d": (3, 6, 48, 48),
     "swin3d": (3, 4, 64, 64),
-    "mvit": (3, 8, 64, 64),
+    "mvit": (3, 16, 224, 224),
     "raft": (3, 128, 128),
 }
 """Example shapes by the beginning of a name; others take (3, 64, 64)."""
@@ -36,7 +36,6 @@ TORCHVISION_SIZES: Mapping[str, tuple[int, ...]] = {
 TORCHVISION_OPTIONS: Mapping[str, Mapping[str, Any]] = {
     "vit_": {"image_size": 64},
     "vit_h_14": {"image_size": 56},
-    "mvit": {"spatial_size": (64, 64), "temporal_size": 8},
     "inception_v3": {"aux_logits": False, "init_weights": False},
     "googlenet": {"aux_logits": False, "init_weights": False},
 }

@@ -5,8 +5,9 @@ import copy
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+import rarefy as rf
 from rarefy.batches import evaluating
 from rarefy.errors import InputError, ProofError
 from rarefy.graph.trace import trace
@@ -579,3 +580,23 @@ def test_what_loses_nothing_is_not_copied_for_the_masked_network() -> None:
     assert reference.stem.weight is net.stem.weight
     assert reference.inner.weight is not net.inner.weight
     assert reference.norm1.running_var is not net.norm1.running_var
+
+
+class Chaotic(nn.Module):
+    """A logistic map, many times over: the last digit of the input decides everything."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 1000), nn.Linear(1000, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = 0.5 + 0.4 * torch.sin(100 * self.last(torch.tanh(self.first(x.float()))))
+        for _ in range(80):
+            y = 3.99 * y * (1 - y)
+        return y
+
+
+def test_a_network_that_amplifies_rounding_is_told_from_a_defect() -> None:
+    torch.manual_seed(0)
+    with pytest.raises(ProofError, match="rounding its inputs anew moves its outputs"):
+        rf.prune(Chaotic(), torch.randn(5, 4), rf.Budget(sparsity=0.5), criterion="random")

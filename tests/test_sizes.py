@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import rarefy as rf
+from rarefy.errors import ProofError
 from rarefy.graph.trace import Network, trace
 from rarefy.pruning.plan import Plan
 from rarefy.pruning.prune import stated
@@ -150,6 +151,28 @@ def test_what_would_compute_something_else_stays_and_the_class_too() -> None:
     assert small.pruned.kind == "module"
     assert (small.a.out_features, small.b.out_features) == (8, 3)
     assert any(f.path == "a.weight" and f.operator == "forward" for f in small.pruned.frozen)
+
+
+class Correlated(nn.Module):
+    """Divides by the root of a size that it puts into a tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.out = nn.Linear(5, 8), nn.Linear(5, 8), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = self.a(x), self.b(x)
+        return self.out(a @ b.T / torch.sqrt(torch.tensor(a.shape[1])))
+
+
+def test_a_size_that_becomes_a_tensor_stays() -> None:
+    torch.manual_seed(0)
+    model, x = Correlated(), torch.randn(4, 5)
+    budget = Budget(sparsity=0.5, scope="local")
+    small = rf.prune(model, x, budget, criterion="random")
+    assert small.pruned.kind == "graph"  # nothing is left to go in the class
+    with pytest.raises(ProofError, match="holds all units in place"):
+        rf.prune(model, x, budget, criterion="random", keep_class=True)
 
 
 class Blurred(nn.Module):

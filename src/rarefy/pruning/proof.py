@@ -48,6 +48,9 @@ made in ``forward``, casts that a capture in float32 wrote down."""
 LEAST = {torch.float64: 1e-6, torch.float32: 1e-2}
 """Sensitivity that is still told from rounding, relative to the outputs' magnitude."""
 
+MARGIN = 100.0
+"""How many times as far as rounding may differ what is only rounding."""
+
 EXAMPLES = 2
 """How many of the example inputs are run, where the network takes so few."""
 
@@ -97,9 +100,19 @@ def prove(
         InputError: the network's outputs are not deterministic in eval mode.
         ProofError: the difference is above :data:`TOLERANCE`; the message names the group.
     """
-    found = (masking or Masking(model, example_inputs, network, plan)).compare(build)
+    masking = masking or Masking(model, example_inputs, network, plan)
+    found = masking.compare(build)
     if not found.fault:
         return found.error
+    rounding = masking.amplified()
+    if found.error <= MARGIN * rounding:
+        raise ProofError(
+            "prune(model)",
+            f"rounding its inputs anew moves its outputs by {rounding:.1e} of their range, so that "
+            f"{found.fault[0].lower()}{found.fault[1:]} proves nothing; nothing was returned",
+            "Give a trained network and inputs like those that it was trained on, prune a part "
+            "of the network, or let it run in float64",
+        )
     group = culprit(model, example_inputs, network, plan, build)
     raise ProofError(
         "prune(model)",
@@ -167,6 +180,9 @@ class Masking:
                     case = self._prepared(dtype, number)
                     if case is not None:
                         return case.against(build)
+                except _RefusedError:
+                    self._refused.add((dtype, number))
+                    self._case = None
                 except _DoesNotRunError as failure:
                     found = Comparison(
                         inf, f"{failure.what} does not run: {first_line(failure.error)}"
@@ -176,6 +192,17 @@ class Masking:
                     if not failure.graph:
                         break
         return found
+
+    def amplified(self) -> float:
+        """How far a change of the inputs in their last digit moves the outputs."""
+        if self._disturbed is None or self._case is None:
+            return 0.0
+        dtype, model = self._disturbed
+        inputs = _cast(self._candidates[self._case[0][1]], dtype)
+        with seeded(2):
+            nudged = map_tensors(lambda t: _nudged(t, dtype), inputs)
+        first, second = _run(model, inputs), _run(model, nudged)
+        return _largest(first, second) / (_magnitude(first) or 1.0)
 
     def _prepared(self, dtype: torch.dtype, number: int) -> _Case | None:
         """The masked network's outputs on some of the inputs; None where it does not take them."""
@@ -258,7 +285,12 @@ class _Case:
         if whole and self.mixing:  # a wrong capture would be in both
             self.check()
         with _Rounding() as rounding:
-            first = _attempt(small, self.inputs, "the smaller network")
+            try:
+                first = _attempt(small, self.inputs, "the smaller network")
+            except _DoesNotRunError:
+                if not whole:  # the reference may be a graph that takes what the network does not
+                    self._check_taken()
+                raise
             difference = max(_largest(self.expected, first), self._elsewhere(small))
         error = difference / self.scale
         if error <= rounding.tolerance(self.dtype):
@@ -296,6 +328,10 @@ class _Case:
         other, moved = _alike(self.reference(), self.inputs, self.expected)
         return _largest(moved, _attempt(small, other, "the smaller network"))
 
+    def _check_taken(self) -> None:
+        if not _takes(self.model, self.inputs, nullcontext()):
+            raise _RefusedError
+
     def check(self) -> None:
         """Once: the network is deterministic, and its graph, where that is used, computes the same.
 
@@ -306,7 +342,10 @@ class _Case:
         if self.checked:
             return
         self.checked = True
-        expected = _run(self.model, self.inputs)
+        try:
+            expected = _run(self.model, self.inputs)
+        except Exception:  # noqa: BLE001 - the user's forward may raise anything
+            raise _RefusedError from None
         if not self.mixing or isinstance(self.model, GraphModel):
             _check_repeats(expected, _run(self.model, self.inputs))
             return
@@ -386,9 +425,18 @@ def _check_repeats(first: list[Tensor], second: list[Tensor]) -> None:
 def _scale(first: list[Tensor], second: list[Tensor], dtype: torch.dtype) -> float:
     """How far the outputs move with the inputs; 1 where all are zero."""
     moved = _largest(first, second)
-    magnitude = max((float(_finite(t).abs().max()) for t in first if t.numel()), default=0.0)
     sensitivity = moved if isfinite(moved) else 0.0
-    return max(sensitivity, magnitude * LEAST[dtype]) or 1.0
+    return max(sensitivity, _magnitude(first) * LEAST[dtype]) or 1.0
+
+
+def _magnitude(outputs: list[Tensor]) -> float:
+    return max((float(_finite(t).abs().max()) for t in outputs if t.numel()), default=0.0)
+
+
+def _nudged(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    if not tensor.is_floating_point():
+        return tensor
+    return tensor * (1 + torch.finfo(dtype).eps * torch.randn(tensor.shape).to(tensor))
 
 
 def _candidates(example_inputs: Inputs) -> list[Inputs]:

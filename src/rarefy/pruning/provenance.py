@@ -205,6 +205,10 @@ class _Recorder(TorchFunctionMode):
         value = _value(result)
         if value is None:
             return
+        if _kind(name) in _USING_VALUES:
+            for number in args[:2]:
+                if isinstance(number, Sized):
+                    number.used()
         node = self.indexed(args, value) if name == "__getitem__" else self.next(name, value)
         if node is None:
             return
@@ -212,10 +216,6 @@ class _Recorder(TorchFunctionMode):
         for part, tensor in results:
             if isinstance(tensor, Tensor):
                 setattr(tensor, _ORIGIN, (node.name, part))
-        if _kind(name) in _ARITHMETIC:
-            for number in args[:2]:
-                if isinstance(number, Sized):
-                    number.used()
         stated = STATED.get(_kind(name))
         if stated:
             for size, part, dim in stated(Call(args, kwargs, value, self.extents)):
@@ -298,7 +298,8 @@ def _running() -> nn.Module | None:
 _CALL = nn.Module._call_impl.__code__
 
 
-_ARITHMETIC = frozenset("add sub mul div pow rpow rdiv rtruediv".split())
+_USING_VALUES = frozenset("add sub mul div pow rpow rdiv rtruediv tensor as_tensor".split())
+"""Calls that compute with a number among their arguments, and do not take it for a size."""
 
 _INDEXING = frozenset("select slice index unsqueeze".split())
 """What an indexing expression becomes, a node for each of its items."""
