@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -13,6 +14,9 @@ Faults: TypeAlias = Callable[[Record], list[str]]
 
 PACKAGES = ("torch", "torchvision", "timm", "transformers", "torch-pruning")
 HALF = "prune 0.5"
+
+FOLDERS = re.compile(r"(?<=\s)/\S*/")
+"""What comes before the name of a file on this machine."""
 
 
 def step(record: Record, name: str) -> dict[str, Any]:
@@ -197,4 +201,4 @@ def page(records: Mapping[str, Record], faults: Faults) -> str:
         *(open_points(every, faults) or ["Nothing."]),
         "",
     ]
-    return "\n".join(lines)
+    return FOLDERS.sub("", "\n".join(lines))
