@@ -7,9 +7,9 @@ import torch.nn.functional as F
 from carrying import Net, X, check_carried
 from rarefy.graph.ops import RULES, find
 from rarefy.graph.program import Node, Ref, schema
+from rarefy.graph.rules import ZEROS
 from rarefy.graph.rules.elementwise import POLES
 from rarefy.graph.trace import trace
-from rarefy.graph.zeros import ZEROS
 
 torch.set_num_threads(1)
 

@@ -36,7 +36,6 @@ from rarefy.batches import (
 )
 from rarefy.errors import CaptureError, InputError, first_line
 from rarefy.graph.convert import constants, convert, read_once
-from rarefy.graph.convert import source_line as source_line
 from rarefy.graph.program import Graph, GraphModel, Node, Spec, is_known
 from rarefy.types import Inputs
 

@@ -12,21 +12,11 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from rarefy.graph.editor import Edit, Editor
+from rarefy.graph.editor import Editor
 from rarefy.graph.flow import Carried, Flow, Rule, freeze_all, unlabeled
 from rarefy.graph.labels import Labels
 from rarefy.graph.program import Graph, Node, Spec, Value, resolve
-from rarefy.graph.rules import (
-    attention,
-    contractions,
-    creation,
-    elementwise,
-    indexing,
-    normalization,
-    recurrent,
-    reductions,
-    views,
-)
+from rarefy.graph.rules import EDITS, ROWS, elementwise
 from rarefy.graph.zeros import note_zeros
 
 
@@ -126,31 +116,10 @@ def find(op: str) -> Rule:
 
 
 RULES: Mapping[str, Rule] = {
-    **contractions.ROWS,
-    **attention.ROWS,
-    **views.ROWS,
-    **elementwise.ROWS,
-    **creation.ROWS,
-    **indexing.ROWS,
-    **normalization.ROWS,
-    **reductions.ROWS,
-    **recurrent.ROWS,
+    **ROWS,
     **dict.fromkeys(("aten.view.dtype", "aten.where.default"), _unknown),
 }
 """Operator (of one overload or all) -> rule. Pointwise operators need no row."""
-
-
-EDITS: Mapping[str, Edit] = {
-    **contractions.EDITS,
-    **attention.EDITS,
-    **views.EDITS,
-    **elementwise.EDITS,
-    **creation.EDITS,
-    **indexing.EDITS,
-    **normalization.EDITS,
-    **reductions.EDITS,
-}
-"""Operator -> how the sizes in its arguments follow the labels; most state none."""
 
 
 def edit(editor: Editor, node: Node) -> tuple[Node, ...]:

@@ -127,8 +127,9 @@ def trace(model: nn.Module, example_inputs: Inputs) -> Network:
         for dim, atoms in enumerate(flow.labels[node.name])
         if atoms is not None
     }
-    groups = group(coupling, _in_order_of_use(captured, tensors), _read(flow, coupling))
-    frozen = (*_frozen(flow, coupling, tensors), *_unread(flow, coupling, tensors))
+    read = _read(flow, coupling)
+    groups = group(coupling, _in_order_of_use(captured, tensors), read)
+    frozen = (*_frozen(flow, coupling, tensors), *_unread(coupling, tensors, read))
     return Network(groups, frozen, flow.unknown, captured, flow, coupling)
 
 
@@ -145,10 +146,9 @@ def _read(flow: Flow, coupling: Coupling) -> NDArray[np.bool_]:
 
 
 def _unread(
-    flow: Flow, coupling: Coupling, tensors: Mapping[tuple[str, int], Atoms]
+    coupling: Coupling, tensors: Mapping[tuple[str, int], Atoms], read: NDArray[np.bool_]
 ) -> Iterator[Frozen]:
     """Entries that these inputs do not reach."""
-    read = _read(flow, coupling)
     for (path, dim), atoms in tensors.items():
         units, positions = coupling.pairs(atoms)
         beyond = np.unique(positions[~read[units]])

@@ -2,21 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
-from rarefy.graph.flow import Flow, Zero, every
+from rarefy.graph.flow import Flow, every
 from rarefy.graph.program import Node, shares_memory, writes
-from rarefy.graph.rules import (
-    attention,
-    contractions,
-    creation,
-    elementwise,
-    indexing,
-    normalization,
-    recurrent,
-    reductions,
-    views,
-)
+from rarefy.graph.rules import ZEROS
 
 
 def note_zeros(flow: Flow, node: Node) -> None:
@@ -35,19 +23,4 @@ def vanishes(flow: Flow, node: Node) -> bool:
     if flow.labels.get(node.name) is None:  # a number
         return False
     rule = ZEROS.get(node.kind.removesuffix("_"))
-    carried = flow.labels.get(node.name)
-    return rule is not None and carried is not None and rule(flow, node)
-
-
-ZEROS: Mapping[str, Zero] = {
-    **views.ZEROS,
-    **elementwise.ZEROS,
-    **creation.ZEROS,
-    **indexing.ZEROS,
-    **contractions.ZEROS,
-    **attention.ZEROS,
-    **normalization.ZEROS,
-    **reductions.ZEROS,
-    **recurrent.ZEROS,
-}
-"""Operator, of all overloads and in place or not -> whether its value is zero at masked units."""
+    return rule is not None and rule(flow, node)

@@ -15,7 +15,7 @@ captured graph, which is then held against the user's module first, unmasked.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from math import inf, isfinite, isnan
@@ -125,14 +125,29 @@ def culprit(
     model: nn.Module, example_inputs: Inputs, network: Network, plan: Plan, build: Build
 ) -> str:
     """The first group whose units alone, removed as planned, make the difference."""
-    for group in network.groups:
+    each = (frozenset([number]) for number in range(len(network.groups)))
+    found = breaking(model, example_inputs, network, plan, build, each)
+    return "".join(f" (group {network.groups[number].name})" for number in found)
+
+
+def breaking(
+    model: nn.Module,
+    example_inputs: Inputs,
+    network: Network,
+    plan: Plan,
+    build: Build,
+    parts: Iterable[frozenset[int]],
+) -> frozenset[int]:
+    """The first of these sets of groups whose units alone, removed as planned, differ."""
+    for part in parts:
         alone: Mask = plan.removed & False
-        alone[group.units] = plan.removed[group.units]
-        if alone.any():
-            part = Plan.of(network, alone)
-            if compare(model, example_inputs, network, part, build).fault:
-                return f" (group {group.name})"
-    return ""
+        for number in part:
+            units = network.groups[number].units
+            alone[units] = plan.removed[units]
+        only = Plan.of(network, alone)
+        if alone.any() and compare(model, example_inputs, network, only, build).fault:
+            return part
+    return frozenset()
 
 
 def compare(
@@ -205,7 +220,7 @@ class Masking:
         return _largest(first, second) / (_magnitude(first) or 1.0)
 
     def _prepared(self, dtype: torch.dtype, number: int) -> _Case | None:
-        """The masked network's outputs on some of the inputs; None where it does not take them."""
+        """The masked network's outputs on some of the inputs; None where they are refused."""
         key = (dtype, number)
         if key in self._refused:
             return None
@@ -215,11 +230,7 @@ class Masking:
                 self._disturbed = None
                 self._disturbed = dtype, _disturbed(self._model, dtype)
             inputs = _cast(self._candidates[number], dtype)
-            try:
-                case = _Case(self._disturbed[1], inputs, dtype, self._network, self._plan)
-            except _RefusedError:
-                self._refused.add(key)
-                return None
+            case = _Case(self._disturbed[1], inputs, dtype, self._network, self._plan)
             self._case = key, case
         return self._case[1]
 

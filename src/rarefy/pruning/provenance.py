@@ -70,24 +70,25 @@ def _tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
 
 @contextmanager
 def _sized_attributes(model: nn.Module, recorder: _Recorder) -> Iterator[None]:
-    """Whole numbers in the attributes of all modules remember where they come from."""
-    held = [(vars(module), dict(vars(module))) for module in model.modules()]
-    owners = {id(module): path for path, module in model.named_modules()}
-    configs: dict[int, tuple[dict[str, Any], dict[str, Any]]] = {}
+    """Whole numbers in the attributes of all modules remember where they come from.
+
+    Plain objects that modules hold are put back here, the modules themselves by :func:`unchanged`.
+    """
+    held: dict[int, tuple[dict[str, Any], dict[str, Any]]] = {}
     try:
-        for module in model.modules():
-            path = owners[id(module)]
+        for path, module in model.named_modules():
             for name, value in list(vars(module).items()):
                 vars(module)[name] = _sized(value, path, name, recorder)
-                if is_plain(value) and id(value) not in configs:
+                if is_plain(value) and id(value) not in held:
                     inner = vars(value)
-                    configs[id(value)] = (inner, dict(inner))
+                    held[id(value)] = (inner, dict(inner))
                     for key, number in list(inner.items()):
                         inner[key] = _sized(number, path, f"{name}.{key}", recorder)
         yield
     finally:
-        for values, before in [*held, *configs.values()]:
-            _restore(values, before)
+        for inner, before in held.values():
+            inner.clear()
+            inner.update(before)
 
 
 def _sized(value: Any, path: str, name: str, recorder: _Recorder) -> Any:
@@ -96,28 +97,6 @@ def _sized(value: Any, path: str, name: str, recorder: _Recorder) -> Any:
     if type(value) in (tuple, list, torch.Size) and value and all(type(v) is int for v in value):
         made = [Sized.of(v, Attribute(path, name, i, v), recorder) for i, v in enumerate(value)]
         return type(value)(made)
-    return value
-
-
-def _restore(values: dict[str, Any], before: Mapping[str, Any]) -> None:
-    """Put back what was replaced; what the forward itself has set stays, as plain numbers."""
-    for name, value in list(values.items()):
-        if _holds_sized(value) and name in before and _plain(value) == before[name]:
-            values[name] = before[name]
-        elif _holds_sized(value):
-            values[name] = _plain(value)
-
-
-def _holds_sized(value: Any) -> bool:
-    many = isinstance(value, tuple | list)
-    return isinstance(value, Sized) or (many and any(isinstance(v, Sized) for v in value))
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Sized):
-        return int(value)
-    if isinstance(value, tuple | list) and _holds_sized(value):
-        return type(value)([_plain(v) for v in value])
     return value
 
 

@@ -18,14 +18,13 @@ from rarefy.batches import doubled, tensors
 from rarefy.copies import computed
 from rarefy.errors import BudgetError, InputError, ProofError, first_line
 from rarefy.graph.capture import check_runs
-from rarefy.graph.groups import Mask
 from rarefy.graph.program import GraphModel, Spec
 from rarefy.graph.trace import Frozen, Network, trace
 from rarefy.pruning.criteria import Criterion, named, scored
 from rarefy.pruning.expressions import Equation
 from rarefy.pruning.masks import sparsify
 from rarefy.pruning.plan import Plan, Scores
-from rarefy.pruning.proof import Build, Comparison, Masking, compare, prove
+from rarefy.pruning.proof import Build, Comparison, Masking, breaking, prove
 from rarefy.pruning.provenance import equations
 from rarefy.pruning.repair import repair
 from rarefy.pruning.select import select
@@ -253,7 +252,7 @@ def operate(
                 "Write sizes in forward as x.shape[...] or module attributes, exclude that layer, "
                 "or accept a rewritten graph (keep_class=False)",
             )
-            lost.groups = _breaking(model, example_inputs, network, plan, sizes, build)
+            lost.groups = breaking(model, example_inputs, network, plan, build, sizes.parts)
             raise lost
         kind, reason = "graph", fault or _reason(sizes.solve(plan).broken, found.fault)
         build = lambda m, p: rewrite(m, network, p)  # noqa: E731
@@ -267,28 +266,6 @@ def operate(
         kind, reason, _widths(model, kept), kept, frozen, error
     )
     return small
-
-
-def _breaking(
-    model: nn.Module,
-    example_inputs: Inputs,
-    network: Network,
-    plan: Plan,
-    sizes: Sizes,
-    build: Build,
-) -> frozenset[int]:
-    """Groups with whose units gone, and no others, the user's forward does not equal masking."""
-    for part in sizes.parts:
-        alone: Mask = plan.removed & False
-        for number in part:
-            units = network.groups[number].units
-            alone[units] = plan.removed[units]
-        if (
-            alone.any()
-            and compare(model, example_inputs, network, Plan.of(network, alone), build).fault
-        ):
-            return part
-    return frozenset()
 
 
 def _reason(broken: Sequence[Equation], fault: str) -> str:

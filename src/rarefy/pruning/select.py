@@ -14,6 +14,7 @@ from torch import nn
 
 from rarefy.errors import BudgetError, InputError
 from rarefy.graph.count import graph_macs
+from rarefy.graph.flow import every
 from rarefy.graph.groups import Group, Mask
 from rarefy.graph.program import Spec
 from rarefy.graph.trace import Network
@@ -278,7 +279,7 @@ def _keep_alive(network: Network, removed: Mask, scores: Scores) -> Plan:
         value[group.units] = score
     seen: set[int] = set()
     for labels in network.flow.labels.values():
-        for atoms in _arrays(labels):
+        for atoms in every(labels):
             if not len(atoms) or id(atoms) in seen or not plan.gone[atoms].all():
                 continue
             seen.add(id(atoms))
@@ -291,11 +292,3 @@ def _keep_alive(network: Network, removed: Mask, scores: Scores) -> Plan:
             again[entries[0][entries[1] == entry]] = False
             plan = Plan.of(network, again)
     return plan
-
-
-def _arrays(labels: object) -> list[NDArray[np.int64]]:
-    if isinstance(labels, np.ndarray):
-        return [labels]
-    if isinstance(labels, tuple):
-        return [atoms for part in labels for atoms in _arrays(part)]
-    return []

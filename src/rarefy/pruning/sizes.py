@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from rarefy.graph.groups import Mask
 from rarefy.graph.labels import Atoms
 from rarefy.graph.program import Spec
+from rarefy.graph.rules.creation import TABLES
 from rarefy.graph.trace import Network
 from rarefy.pruning.expressions import (
     OPERATIONS,
@@ -109,10 +110,7 @@ class Sizes:
             if force or not any(_is_hard(e) for e in broken):
                 plan = cluster.settle(plan, scores, floors, round_to, broken[0])
                 continue
-            yielding = _Cluster(
-                self.network, [e for e in cluster.equations if not _is_hard(e)], cluster.groups
-            )
-            found = yielding.settle(plan, scores, floors, round_to, broken[0])
+            found = cluster.yielding.settle(plan, scores, floors, round_to, broken[0])
             if not cluster.solve(found).broken:  # what else has to stay holds the number, too
                 plan = found
         return plan
@@ -125,6 +123,12 @@ class _Cluster:
         self.network = network
         self.equations = tuple(equations)
         self.groups = tuple(groups)
+
+    @cached_property
+    def yielding(self) -> _Cluster:
+        """The same without the plain numbers that the code states."""
+        soft = [e for e in self.equations if not _is_hard(e)]
+        return _Cluster(self.network, soft, self.groups)
 
     def solve(self, plan: Plan) -> Solution:
         """Give values to attributes, one equation after the other."""
@@ -218,7 +222,7 @@ class _Cluster:
         cause: Equation,
     ) -> Plan:
         """The first plan that holds: all groups by one share, or without those of some kind."""
-        share = self._share(plan)
+        share = float(plan.removed[self._units].mean())
         for whole in self._left_whole():
             shrinking = [g for g in self.groups if self._kind(g) not in whole and g in floors]
             for gone in _shares([self._size(g) for g in shrinking], share):
@@ -239,15 +243,9 @@ class _Cluster:
     def _size(self, group: int) -> int:
         return len(self.network.groups[group])
 
-    def _share(self, plan: Plan) -> float:
-        """Share of the units that goes."""
-        units = self._units
-        return float(plan.removed[units].mean()) if len(units) else 0.0
-
     @cached_property
     def _units(self) -> Atoms:
-        found = [self.network.groups[g].units for g in self.groups]
-        return np.concatenate(found) if found else np.zeros(0, np.int64)
+        return np.concatenate([self.network.groups[g].units for g in self.groups])
 
     def _left_whole(self) -> Iterator[frozenset[tuple[int, int]]]:
         """Kinds of groups that stay whole, the fewest units first; in the end all of them."""
@@ -355,13 +353,9 @@ def _lasting(network: Network) -> Iterator[Equation]:
         yield from _stays(network, Extent(query, None, len(graph.by_name[query].shape) - 1))
     for node in graph.nodes:
         made = node.op == "tensor" and node.path in network.flow.made
-        if (made or node.kind in RAMPS) and isinstance(node.value, Spec):
+        if (made or node.kind in TABLES) and isinstance(node.value, Spec):
             for dim in range(len(node.shape)):
                 yield from _stays(network, Extent(node.name, None, dim))
-
-
-RAMPS = frozenset("arange linspace logspace eye".split())
-"""Operators that make a tensor of entries that differ."""
 
 
 def _stays(network: Network, extent: Extent) -> Iterator[Equation]:

@@ -8,7 +8,7 @@ that the code computes with is read off the labels; it works for any forward, bu
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -59,11 +59,9 @@ def cut(model: nn.Module, network: Network, plan: Plan, values: Values | None = 
     small = copied(model)
     kept = with_aliases(model, kept_entries(network, plan))
     old = {path: _tensor(small, path) for path in dict.fromkeys(path for path, _ in kept)}
-    made: dict[int, Tensor] = {}
+    slice_once = _slicer(kept)
     for path, tensor in old.items():
-        if id(tensor) not in made:
-            made[id(tensor)] = sliced(tensor, {d: i for (p, d), i in kept.items() if p == path})
-        _replace(small, path, made[id(tensor)])
+        _replace(small, path, slice_once(path, tensor))
     attributes.remember_buffers(small, old)
     _set_counts(small, network, plan)
     _set_values(small, values or {})
@@ -107,6 +105,21 @@ def sliced(tensor: Tensor, kept: Mapping[int, NDArray[np.int64]]) -> Tensor:
     if isinstance(tensor, nn.Parameter):
         return nn.Parameter(value, requires_grad=tensor.requires_grad)
     return value
+
+
+def _slicer(kept: Kept) -> Callable[[str, Tensor], Tensor]:
+    """(path, tensor) -> what stays of it; a tensor under several paths stays one."""
+    by_path: dict[str, dict[int, NDArray[np.int64]]] = {}
+    for (path, dim), entries in kept.items():
+        by_path.setdefault(path, {})[dim] = entries
+    made: dict[int, Tensor] = {}
+
+    def small(path: str, tensor: Tensor) -> Tensor:
+        if id(tensor) not in made:
+            made[id(tensor)] = sliced(tensor, by_path.get(path, {}))
+        return made[id(tensor)]
+
+    return small
 
 
 def _tensor(model: nn.Module, path: str) -> Tensor:
@@ -171,14 +184,7 @@ def rewrite(model: nn.Module, network: Network, plan: Plan) -> GraphModel:
     nodes = [edited for node in graph.nodes for edited in edit(editor, node)]
     kept = kept_entries(network, plan, made=True)
     whole = graph_model(model, network.captured)
-
-    made: dict[int, Tensor] = {}
-
-    def small(path: str, tensor: Tensor) -> Tensor:
-        if id(tensor) not in made:
-            made[id(tensor)] = sliced(tensor, {d: i for (p, d), i in kept.items() if p == path})
-        return made[id(tensor)]
-
+    small = _slicer(kept)
     parameters = {p: small(p, t) for p, t in whole.named_parameters(remove_duplicate=False)}
     buffers = {p: small(p, t) for p, t in whole.named_buffers(remove_duplicate=False)}
     device = next((tensor.device for tensor in parameters.values()), torch.device("cpu"))

@@ -22,6 +22,13 @@ SIZE = {
 """Operator that fills a tensor with one number -> the argument that states its sizes."""
 
 
+TABLES = (
+    "arange eye linspace logspace hann_window hamming_window blackman_window bartlett_window "
+    "kaiser_window fft_fftfreq fft_rfftfreq"
+).split()
+"""Operators that make a tensor of entries that differ."""
+
+
 def _filled(flow: Flow, node: Node) -> Carried:
     asked = node.args[SIZE[node.kind]]
     return tuple(
@@ -48,11 +55,7 @@ def _random(flow: Flow, node: Node) -> Carried:
 
 ROWS: Mapping[str, Rule] = {
     **rows(_filled, " ".join(SIZE)),
-    **rows(
-        _table,
-        "arange eye linspace logspace hann_window hamming_window blackman_window bartlett_window "
-        "kaiser_window fft_fftfreq fft_rfftfreq",
-    ),
+    **rows(_table, " ".join(TABLES)),
     **rows(_same, "zeros_like ones_like full_like empty_like"),
     **rows(
         _random,
@@ -103,7 +106,7 @@ def _edit_table(editor: Editor, node: Node) -> tuple[Node, ...]:
 EDITS: Mapping[str, Edit] = {
     **dict.fromkeys(SIZE, _edit_filled),
     "empty_like": _edit_empty,
-    **{op.removeprefix("aten."): _edit_table for op, rule in ROWS.items() if rule is _table},
+    **dict.fromkeys(TABLES, _edit_table),
 }
 """Operator -> how the sizes in its arguments follow the labels."""
 
