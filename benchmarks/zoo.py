@@ -19,6 +19,7 @@ import multiprocessing
 import os
 import resource
 import shlex
+import signal
 import sys
 import tempfile
 import time
@@ -46,6 +47,9 @@ Send: TypeAlias = Callable[[Figures], None]
 RATIOS = (0.25, 0.5)
 LOW = 0.3
 """A share of prunable parameters below this is worth a look."""
+
+PATIENCE = 20
+"""How many times its CPU seconds a process may wait for a busy machine."""
 
 
 # --- one network -------------------------------------------------------------------------------
@@ -349,8 +353,11 @@ def failure(error: BaseException) -> Figures:
 # --- processes ---------------------------------------------------------------------------------
 
 
-def work(build: Builder, steps: Mapping[str, Step], gigabytes: int, pipe: Any) -> None:
+def work(
+    build: Builder, steps: Mapping[str, Step], seconds: float, gigabytes: int, pipe: Any
+) -> None:
     """Run the steps of one network in a process of its own; every figure is sent as it comes."""
+    resource.setrlimit(resource.RLIMIT_CPU, (int(seconds), int(seconds) + 5))
     resource.setrlimit(resource.RLIMIT_AS, (gigabytes << 30, gigabytes << 30))
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
@@ -404,6 +411,8 @@ class Job:
             self.process.join(5) if not why else self.process.kill()
         self.process.join()
         if self.running:
+            if self.process.exitcode == -signal.SIGXCPU:
+                why = "time limit"
             died = why or f"the process ended with code {self.process.exitcode}"
             self.steps[self.running] = {"failed": died, "clear": False, "line": ""}
         return {"name": self.name, "steps": self.steps}
@@ -420,7 +429,7 @@ class Limits:
 
 
 Task: TypeAlias = tuple[str, Builder, Mapping[str, Step], float]
-"""Name, builder, steps, seconds."""
+"""Name, builder, steps, CPU seconds."""
 
 
 def run(tasks: Iterable[Task], limits: Limits) -> Iterator[Record]:
@@ -432,10 +441,12 @@ def run(tasks: Iterable[Task], limits: Limits) -> Iterator[Record]:
         while waiting and len(running) < limits.workers and time.monotonic() < stop:
             name, build, steps, seconds = waiting.pop()
             here, there = context.Pipe(duplex=False)
-            process = context.Process(target=work, args=(build, steps, limits.gigabytes, there))
+            process = context.Process(
+                target=work, args=(build, steps, seconds, limits.gigabytes, there)
+            )
             process.start()
             there.close()
-            running[here] = Job(name, process, here, time.monotonic() + seconds)
+            running[here] = Job(name, process, here, time.monotonic() + PATIENCE * seconds)
         soonest = min(job.deadline for job in running.values())
         for pipe in wait(list(running), max(0.0, soonest - time.monotonic())):
             if not running[pipe].hear():
@@ -523,7 +534,7 @@ def main() -> None:
     parser.add_argument("--failed", action="store_true", help="measure again what has a fault")
     parser.add_argument("--steps", nargs="+", help=f"only these of: {', '.join(RAREFY)}")
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--seconds", type=float, default=300, help="limit of one network")
+    parser.add_argument("--seconds", type=float, default=300, help="CPU limit of one network")
     parser.add_argument("--memory", type=int, default=16, help="limit of one network, in GB")
     parser.add_argument("--budget-seconds", type=float, default=1e9, help="start none after this")
     parser.add_argument("--onnx", action="store_true", help="export each to ONNX, with parity")
