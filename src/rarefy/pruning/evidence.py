@@ -405,7 +405,8 @@ def _norms(job: _Job) -> dict[str, Any]:
     sums.samples = _inputs_seen(job, attach)
     means = sums.means()
     _check_finite(means)
-    return {"norms": {path: means[path] for path in means if path in covered}}
+    found = {path: means[path] for path in means if path in covered}
+    return {"norms": found, "samples": sums.samples}
 
 
 def _grams(job: _Job) -> dict[str, Any]:

@@ -61,7 +61,7 @@ class Product:
 
 def products(graph: Graph, parameters: Mapping[str, Tensor]) -> Iterator[Product]:
     """All calls that multiply activations with entries of one parameter, in order."""
-    held: dict[str, tuple[str, Tensor]] = {}
+    held: dict[str, tuple[str, Any]] = {}  # the parameter, and positions in it
     for node in graph.nodes:
         if node.op == "tensor" and node.path in parameters:
             shape = parameters[node.path].shape
@@ -69,14 +69,14 @@ def products(graph: Graph, parameters: Mapping[str, Tensor]) -> Iterator[Product
         elif is_view(node.op) and set(node.inputs) <= held.keys() and len(set(node.inputs)) == 1:
             path, index = held[node.inputs[0]]
             view = _viewed(node, index)
-            if isinstance(view, Tensor):
+            if view is not None:
                 held[node.name] = path, view
         else:
             yield from _product(graph, node, held)
 
 
-def _viewed(node: Node, index: Tensor) -> Any:
-    """A view of the positions, as the call takes it of the entries; None where it cannot."""
+def _viewed(node: Node, index: Any) -> Any:
+    """A view of the positions, or several, as the call takes it of the entries; else None."""
     args = substitute(node.args, lambda ref: index)
     try:
         return resolve(node.op)(*args, **substitute(node.options, lambda ref: index))

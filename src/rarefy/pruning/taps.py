@@ -17,9 +17,11 @@ from torch.utils import _pytree as pytree
 
 from rarefy.batches import arguments, batch_size, call, map_tensors, take, tensors
 from rarefy.errors import DataError, first_line
+from rarefy.graph.equations import equation
 from rarefy.graph.flow import every
 from rarefy.graph.program import Graph, GraphModel, Node, Spec, is_view
 from rarefy.graph.trace import Network, trace
+from rarefy.pruning.inputs import CONVOLUTIONS, TRANSPOSED
 from rarefy.types import Inputs
 
 Watcher: TypeAlias = Callable[[Mapping[str, Any]], Mapping[str, Any]]
@@ -210,7 +212,7 @@ def ends(network: Network) -> Iterator[End]:
         live.add(node.name)
         if is_view(node.op) or not _holds_tensors(node.value):
             continue
-        over = set().union(*(_units(network, atoms) for atoms in every(labels.get(node.name))))
+        carried, read = _units(network, labels.get(node.name)), set[int]()
         for name in dict.fromkeys(node.inputs):
             value = graph.by_name[name].value
             if name not in live or not isinstance(value, Spec) or not value.dtype.is_floating_point:
@@ -219,15 +221,32 @@ def ends(network: Network) -> Iterator[End]:
                 if atoms is None:
                     continue
                 units, positions = network.coupling.pairs(atoms)
+                over = read if _is_summed(graph, node, name, dim) else read | carried
                 ending = ~np.isin(units, list(over))
                 if ending.any():
                     own, places = (torch.from_numpy(a[ending]) for a in (units, positions))
                     yield End(node.name, name, dim, own, places)
-            over |= set().union(*(_units(network, atoms) for atoms in every(labels[name])))
+            read |= _units(network, labels[name])
 
 
-def _units(network: Network, atoms: Any) -> set[int]:
-    return set(network.coupling.pairs(atoms)[0].tolist())
+def _is_summed(graph: Graph, node: Node, name: str, dim: int) -> bool:
+    """Whether a call is known to sum over a dimension of an operand.
+
+    Its result may have the same units along another: those of a layer in a stream to which it adds.
+    """
+    kind = node.kind.removesuffix("_")
+    if kind in CONVOLUTIONS | TRANSPOSED:
+        channels = len(graph.by_name[name].shape) - int(kind[-2]) - 1  # conv2d: the third last
+        return node.argument("groups") == 1 and dim == channels
+    found = equation(node, lambda ref: len(graph.by_name[ref.name].shape))
+    if found is None:
+        return False
+    return any(own[dim] not in found.result for ref, own in found.operands if ref.name == name)
+
+
+def _units(network: Network, carried: Any) -> set[int]:
+    pairs = (network.coupling.pairs(atoms) for atoms in every(carried))
+    return {unit for units, _ in pairs for unit in units.tolist()}
 
 
 def _holds_tensors(value: Any) -> bool:
