@@ -124,8 +124,8 @@ def test_the_scale_of_a_normalization_is_taken_as_it_is() -> None:
 
 def test_lamp_by_its_definition() -> None:
     net, _, evidence, scores = judged("lamp")
-    sums = [net[0].weight[u].detach().square().sum() + net[4].weight[:, 4 * u : 4 * u + 4].detach().square().sum()
-            for u in range(5)]  # fmt: skip
+    conv, linear = net[0].weight.detach(), net[4].weight.detach().view(4, 5, 4)
+    sums = [conv[u].square().sum() + linear[:, u].square().sum() for u in range(5)]
     expected = [float(s / sum(t for t in sums if t >= s)) for s in sums]
     np.testing.assert_allclose(scores, expected)
     weight = net[4].weight.detach().flatten()

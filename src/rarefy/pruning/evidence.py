@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from rarefy.batches import batch_size, batches, call, logits, map_tensors, seeded
 from rarefy.distillation.losses import CrossEntropy, class_dim
-from rarefy.errors import DataError, InputError
+from rarefy.errors import DataError, InputError, RarefyError, first_line
 from rarefy.graph.program import Ref
 from rarefy.graph.trace import Network
 from rarefy.pruning.inputs import Product, matrix, products, rows, squares
@@ -121,12 +121,25 @@ class _Job:
             safe = map_tensors(torch.clone, inputs)
             yield runner.of(inputs), safe, targets, batch_size(inputs)
 
-    def losses(self, outputs: Any, targets: Tensor | None) -> Tensor:
+    def outputs(self, running: Watched, inputs: Inputs) -> Any:
+        """What the network returns."""
+        try:
+            return call(running, inputs)
+        except RarefyError:
+            raise
+        except Exception as error:
+            raise DataError(
+                WHERE,
+                f"the network does not run on a batch: {first_line(error)}",
+                "Yield inputs like those that the network was traced with",
+            ) from error
+
+    def losses(self, running: Watched, inputs: Inputs, targets: Tensor | None) -> Tensor:
         """The mean loss of a batch."""
-        answers = logits(outputs)
+        answers = logits(self.outputs(running, inputs))
         if targets is None:
             targets = self._drawn(answers.detach())
-        found = (self.loss or CrossEntropy())(answers, targets)
+        found = self._loss(answers, targets)
         if not isinstance(found, Tensor) or found.ndim:
             raise InputError(
                 "prune(loss=...)", "it did not return a scalar tensor", "Return the mean loss"
@@ -134,6 +147,18 @@ class _Job:
         if not bool(torch.isfinite(found)):
             raise DataError(WHERE, "the loss of a batch is NaN or infinite", "Check the data")
         return found
+
+    def _loss(self, answers: Tensor, targets: Tensor) -> Tensor:
+        if self.loss is None:
+            return CrossEntropy()(answers, targets)
+        try:
+            return self.loss(answers, targets)
+        except Exception as error:
+            raise InputError(
+                "prune(loss=...)",
+                f"it raised {first_line(error)}",
+                "Give a function (logits, targets) -> mean loss of a batch",
+            ) from error
 
     def _drawn(self, answers: Tensor) -> Tensor:
         """Labels drawn from the probabilities that the network gives them."""
@@ -248,7 +273,7 @@ def _gradient(
 ) -> dict[str, Tensor]:
     """The gradient of the mean loss of a batch, by path in the graph."""
     with torch.enable_grad():
-        loss = job.losses(call(running, inputs), targets)
+        loss = job.losses(running, inputs, targets)
     leaves = {p: t for p, t in running.named_parameters() if t.requires_grad}
     _check_differentiable(loss)
     found = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
@@ -318,7 +343,7 @@ def _gates(job: _Job) -> dict[str, Any]:
     for running, inputs, targets, size in job.passes(runner):
         batch["sums"] = sums = torch.zeros(size, units, dtype=torch.float64)
         with torch.enable_grad():
-            loss = job.losses(call(running, inputs), targets)
+            loss = job.losses(running, inputs, targets)
             _check_differentiable(loss)
             loss.backward()  # type: ignore[no-untyped-call]
         sums *= size  # the loss is the mean of the examples' losses
@@ -341,7 +366,7 @@ def _tap(
                 "Check the data, the loss and the weights of that layer",
             )
         sums: Tensor = batch["sums"]
-        product = x * gradient
+        product = x.to(torch.promote_types(x.dtype, torch.float32)) * gradient
         for end in here:
             sums.index_add_(1, end.units, end.summed(product, len(sums)).cpu())
 
@@ -377,7 +402,7 @@ def _activations(job: _Job) -> dict[str, Any]:
     samples = 0
     for running, inputs, _, size in job.passes(runner):
         with torch.no_grad():
-            call(running, inputs)
+            job.outputs(running, inputs)
         samples += size
     if not bool(torch.isfinite(total).all()):
         raise DataError(WHERE, "activations are NaN or infinite", "Check the data")
@@ -394,7 +419,7 @@ def _norms(job: _Job) -> dict[str, Any]:
     def read(product: Product, values: Mapping[str, Any]) -> dict[str, Tensor]:
         found = squares(product, values)
         flat = sums.totals[sums.paths[product.path]].view(-1)
-        flat.index_add_(0, product.index.reshape(-1), found.reshape(-1).to(flat.dtype))
+        flat.index_add_(0, product.index.reshape(-1).to(flat.device), found.reshape(-1).to(flat))
         return {}
 
     def attach(running: Watched, _: Sequence[End]) -> None:
@@ -418,7 +443,7 @@ def _grams(job: _Job) -> dict[str, Any]:
         for part in rows(product, values[product.x], values[product.weight]):
             wide = part.reshape(part.shape[0], part.shape[1], -1, unknowns).movedim(2, 1)
             wide = wide.reshape(groups, -1, unknowns)
-            gram.matrix.add_(wide.transpose(1, 2) @ wide)
+            gram.matrix.add_((wide.transpose(1, 2) @ wide).cpu())
         return {}
 
     def attach(running: Watched, _: Sequence[End]) -> None:
@@ -468,7 +493,7 @@ def _inputs_seen(job: _Job, attach: Callable[[Watched, Sequence[End]], None]) ->
     samples = 0
     for running, inputs, _, size in job.passes(runner):
         with torch.no_grad():
-            call(running, inputs)
+            job.outputs(running, inputs)
         samples += size
     return samples
 

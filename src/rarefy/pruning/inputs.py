@@ -117,13 +117,21 @@ def squares(product: Product, values: Mapping[str, Any]) -> Tensor:
     gradient for squared inputs, whatever the operator.
     """
     with torch.enable_grad():
-        weight = torch.ones_like(values[product.weight]).requires_grad_()
-        shown = {**values, product.x: values[product.x].square(), product.weight: weight}
+        shown = {name: _precise(values[name]) for name in product.node.inputs}
+        weight = torch.ones_like(shown[product.weight]).requires_grad_()
+        shown |= {product.x: shown[product.x].square(), product.weight: weight}
         args = substitute(product.node.args, lambda ref: shown[ref.name])
         options = substitute(product.node.options, lambda ref: shown[ref.name])
         outputs = resolve(product.node.op)(*args, **options)
         (found,) = torch.autograd.grad(outputs.sum(), weight)
     return found
+
+
+def _precise(value: Any) -> Any:
+    """Half precision as float32, whose squares it can hold."""
+    if isinstance(value, Tensor) and value.is_floating_point():
+        return value.detach().to(torch.promote_types(value.dtype, torch.float32))
+    return value
 
 
 def matrix(product: Product, weight: Tensor) -> Tensor:
@@ -146,14 +154,14 @@ def rows(product: Product, x: Tensor, weight: Tensor) -> Iterator[Tensor]:
         shared, _, unknowns = _roles(product.letters)
         own = product.letters[0]
         free = tuple(letter for letter in own if letter not in (*shared, *unknowns))
-        yield _arranged(x, own, shared, free, unknowns)
+        yield _arranged(_precise(x), own, shared, free, unknowns)
         return
     if x.ndim < weight.ndim:
         x = x[None]
     unknowns_size = prod(weight.shape[2:]) * x.shape[1] * x.element_size()
     places = prod(x.shape[2:]) * (4 if product.node.kind in TRANSPOSED else 1)
     for part in torch.split(x, max(1, CHUNK // max(unknowns_size * places, 1))):
-        yield _patches(product.node, part, weight)
+        yield _patches(product.node, _precise(part), weight)
 
 
 def _roles(letters: tuple[Letters, Letters, Letters]) -> tuple[Letters, Letters, Letters]:
