@@ -29,7 +29,8 @@ from rarefy.pruning.criteria import (
     random,
     scored,
 )
-from rarefy.pruning.evidence import Evidence, gather
+from rarefy.pruning.evidence import Evidence
+from rarefy.pruning.gather import gather
 
 torch.set_num_threads(1)
 FREE = [name for name, criterion in CRITERIA.items() if not needs(criterion)]

@@ -39,8 +39,8 @@ GRAPH = (
     "convert capture trace count"
 ).split()
 PRUNING = (
-    "inputs taps evidence aggregation criteria movement attributes plan expressions sized stated "
-    "provenance sizes select surgery masks reference proof repair prune"
+    "evidence inputs taps gather aggregation criteria movement attributes plan expressions sized "
+    "stated provenance sizes select surgery masks reference proof repair prune"
 ).split()
 
 

@@ -6,9 +6,8 @@ smallest go first. Its attribute ``needs``, where it has one, names the evidence
 gathered on data. Scores should be comparable between groups, since a global budget ranks them
 together.
 
-Element criteria score every single weight of a parameter. :class:`Coupled` makes a criterion for
-units of any of them: the scores of all entries that go with a unit are summed, and those of the
-coupled parameters combined.
+Element criteria score every single weight of a parameter; :class:`Coupled` makes a criterion for
+units of any of them.
 """
 
 from __future__ import annotations
@@ -51,8 +50,7 @@ RIDGE = 1e-2
 def lamp(weight: Tensor) -> Tensor:
     """``w_i^2 / sum of w_j^2 over all j with |w_j| >= |w_i|``: the share of what is left.
 
-    Layer-adaptive magnitude, Lee et al. 2021, https://arxiv.org/abs/2010.07611. Comparable between
-    layers, each of which keeps at least one weight.
+    Layer-adaptive magnitude, Lee et al. 2021, https://arxiv.org/abs/2010.07611.
     """
     return share_of_the_rest(weight.square())
 
@@ -141,10 +139,10 @@ class Element:
     needs: frozenset[str] = frozenset()
 
     def __call__(self, path: str, evidence: Evidence) -> Tensor:
-        """Scores of all weights of a parameter.
+        """Scores of all weights of a parameter, float64, on the CPU.
 
         Raises:
-            InputError: nothing is known of that parameter, such as the inputs of an embedding.
+            InputError: nothing is known of it, such as of the inputs of an embedding.
         """
         if not evidence.covers(path, self.needs):
             raise InputError(
@@ -291,7 +289,7 @@ MOMENTS: Mapping[str, Callable[[Gates], Tensor]] = {
     "taylor2": lambda gates: (gates.square / 2 - gates.mean).abs(),
     "fisher": lambda gates: gates.square / 2,
 }
-"""How much the loss changes without a unit, of the moments of its gate's gradient."""
+"""Change of the loss without a unit, of the moments of its gate's gradient."""
 
 
 @dataclass(frozen=True)

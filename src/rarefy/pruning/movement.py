@@ -12,7 +12,7 @@ Two lines in a training loop::
 from __future__ import annotations
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from rarefy.errors import InputError
 from rarefy.pruning.criteria import Coupled, Element, movement
@@ -29,6 +29,10 @@ class Movement:
     Args:
         model: the network that is trained.
 
+    Attributes:
+        steps: number of calls.
+        scores: parameter path -> sums, of the parameter's shape.
+
     Example:
         >>> net = nn.Linear(1, 1, bias=False)
         >>> _ = net.weight.data.fill_(2.0)
@@ -38,6 +42,9 @@ class Movement:
         >>> track.scores["weight"].item()
         -2.0
     """
+
+    steps: int
+    scores: dict[str, Tensor]
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model

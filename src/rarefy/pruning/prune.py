@@ -21,8 +21,8 @@ from rarefy.graph.capture import check_runs
 from rarefy.graph.program import GraphModel, Spec
 from rarefy.graph.trace import Frozen, Network, trace
 from rarefy.pruning.criteria import Criterion, named, needs, scored
-from rarefy.pruning.evidence import LossFunction, gather
 from rarefy.pruning.expressions import Equation
+from rarefy.pruning.gather import LossFunction, gather
 from rarefy.pruning.masks import sparsify
 from rarefy.pruning.plan import Plan, Scores
 from rarefy.pruning.proof import Build, Comparison, Masking, breaking, prove
