@@ -17,8 +17,8 @@ STAGES = [
     {"batches"},
     {"copies"},
     {"graph"},
-    {"pruning"},
     {"distillation"},
+    {"pruning"},
     {"metrics"},
     {"training"},
     {"quantization"},
@@ -39,8 +39,8 @@ GRAPH = (
     "convert capture trace count"
 ).split()
 PRUNING = (
-    "criteria attributes plan expressions sized stated provenance sizes select surgery masks "
-    "reference proof repair prune"
+    "evidence inputs taps gather aggregation criteria movement attributes plan expressions sized "
+    "stated provenance sizes select surgery masks reference proof repair prune"
 ).split()
 
 

@@ -14,6 +14,7 @@ from rarefy.batches import call, logits, map_tensors
 from rarefy.errors import BudgetError, InputError, ProofError
 from rarefy.graph.program import GraphModel
 from rarefy.pruning.criteria import named
+from rarefy.pruning.evidence import Evidence
 from rarefy.types import Width
 
 torch.set_num_threads(1)
@@ -72,7 +73,7 @@ def test_criteria(criterion) -> None:
     net = Net()
     small = rf.prune(net, X, HALF, criterion=criterion)
     group = rf.trace(net, X).groups[0]
-    scores = torch.as_tensor(named(criterion)(group, dict(net.named_parameters())))
+    scores = torch.as_tensor(named(criterion)(group, Evidence(dict(net.named_parameters()))))
     best = scores.argsort(stable=True)[len(group) // 2 :].sort().values
     assert small.pruned.kept["a.weight", 0].tolist() == best.tolist()
 

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from rarefy.distillation import losses as losses
     from rarefy.graph.trace import trace as trace
     from rarefy.pipeline import compress as compress
+    from rarefy.pruning import criteria as criteria
+    from rarefy.pruning.movement import Movement as Movement
     from rarefy.pruning.prune import prune as prune
     from rarefy.pruning.repair import repair as repair
     from rarefy.quantization.quantize import quantize as quantize
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
 _HOME = {
     "Budget": "rarefy.types",
     "Int8": "rarefy.types",
+    "Movement": "rarefy.pruning.movement",
     "Stages": "rarefy.recipe.options",
     "Target": "rarefy.types",
     "compress": "rarefy.pipeline",
@@ -50,7 +53,11 @@ _HOME = {
     "trace": "rarefy.graph.trace",
     "train": "rarefy.training",
 }
-_MODULES = {"errors": "rarefy.errors", "losses": "rarefy.distillation.losses"}
+_MODULES = {
+    "criteria": "rarefy.pruning.criteria",
+    "errors": "rarefy.errors",
+    "losses": "rarefy.distillation.losses",
+}
 
 __all__ = sorted([*_HOME, *_MODULES])
 

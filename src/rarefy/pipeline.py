@@ -31,6 +31,7 @@ from rarefy.preflight import (
     first_inputs,
 )
 from rarefy.process import replayable
+from rarefy.pruning.criteria import named, needs
 from rarefy.pruning.prune import Pruned, check_finite, prune
 from rarefy.pruning.repair import repair
 from rarefy.quantization.quantize import quantize
@@ -44,6 +45,9 @@ from rarefy.types import Batch, Check, Data, Inputs, Measurement, Report, Stage,
 
 CALIBRATION = 512
 """Training examples that quantization is calibrated on."""
+
+SCORING = 1024
+"""Training examples that units are scored on, where the criterion asks for data."""
 
 EXAMPLES = 8
 """Examples of the first training batch that a network is captured with."""
@@ -216,11 +220,14 @@ def _teacher(job: _Job, before: Mapping[str, nn.Module]) -> Made:
 
 def _pruned(job: _Job, before: Mapping[str, nn.Module]) -> Made:
     options, notes = _prune_options(job, before["teacher"])
+    asks = bool(needs(named(options.criterion)))
     small = prune(
         before["teacher"],
         job.example_inputs,
         options.budget(),
         criterion=options.criterion,
+        data=_limited(job.train, SCORING, labelled=True) if asks else None,
+        heal=False,
         exclude=options.exclude,
     )
     record = small.pruned
@@ -448,13 +455,13 @@ def _identity(model: nn.Module, stages: Stages, target: Target | None, seed: int
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _limited(data: Data, examples: int) -> list[Batch]:
-    """Unlabelled batches of at most so many examples."""
+def _limited(data: Data, examples: int, *, labelled: bool = False) -> list[Batch]:
+    """Batches of at most so many examples, unlabelled unless labels are asked for."""
     found: list[Batch] = []
     missing = examples
-    for inputs, _ in batches(data, "compress(train)"):
+    for inputs, targets in batches(data, "compress(train)"):
         part = take(inputs, missing)
-        found.append((part, None))
+        found.append((part, take(targets, missing) if labelled and targets is not None else None))
         missing -= batch_size(part)
         if missing <= 0:
             break

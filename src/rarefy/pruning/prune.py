@@ -20,8 +20,9 @@ from rarefy.errors import BudgetError, InputError, ProofError, first_line
 from rarefy.graph.capture import check_runs
 from rarefy.graph.program import GraphModel, Spec
 from rarefy.graph.trace import Frozen, Network, trace
-from rarefy.pruning.criteria import Criterion, named, scored
+from rarefy.pruning.criteria import Criterion, named, needs, scored
 from rarefy.pruning.expressions import Equation
+from rarefy.pruning.gather import LossFunction, gather
 from rarefy.pruning.masks import sparsify
 from rarefy.pruning.plan import Plan, Scores
 from rarefy.pruning.proof import Build, Comparison, Masking, breaking, prove
@@ -63,6 +64,8 @@ def prune(
     criterion: str | Criterion = "magnitude",
     structure: str = "channel",
     data: Data | None = None,
+    loss: LossFunction | None = None,
+    heal: bool = True,
     exclude: Sequence[str] = (),
     keep_class: bool = False,
 ) -> nn.Module:
@@ -75,12 +78,20 @@ def prune(
         model: a trained network.
         example_inputs: a tensor, a tuple of arguments or a mapping of keyword arguments.
         budget: how much may remain, e.g. ``Budget(macs=0.5)``.
-        criterion: ``"magnitude"``, ``"l1"``, ``"random"``, or a function
-            (:data:`~rarefy.pruning.criteria.Criterion`).
+        criterion: how important a unit is: a name in :data:`~rarefy.pruning.criteria.CRITERIA`
+            (``"magnitude"``, ``"l1"``, ``"random"``, ``"norm_scale"``, ``"lamp"``, ``"fpgm"``; on
+            data ``"gradient"``, ``"taylor"``, ``"taylor2"``, ``"fisher"``, ``"obd"``, ``"obs"``,
+            ``"reconstruction"``, ``"wanda"``, ``"activation"``), one of the frozen values there
+            with other options, or a function (:data:`~rarefy.pruning.criteria.Criterion`).
         structure: ``"channel"`` removes channels, heads and hidden units; ``"weight"`` sets single
             weights to zero, which makes files smaller but nothing faster.
-        data: batches (labels are not needed) with which the smaller network is repaired by least
-            squares, its BatchNorm statistics moved along (:func:`~rarefy.pruning.repair.repair`).
+        data: batches with which units are scored, all of them, where the criterion asks for it
+            (labelled where it needs gradients), and with which the smaller network is repaired by
+            least squares, its BatchNorm statistics moved along
+            (:func:`~rarefy.pruning.repair.repair`).
+        loss: (logits, targets) -> mean loss of a batch, for criteria that need gradients; cross
+            entropy if not given.
+        heal: whether the smaller network is repaired where data are given.
         exclude: paths of modules or parameters whose own outputs keep their width.
         keep_class: never return a rewritten graph: units that the forward holds in place with
             numbers of its own stay, and are named in ``pruned.frozen``.
@@ -90,7 +101,9 @@ def prune(
         :class:`Pruned` record.
 
     Raises:
-        InputError: weights are not finite, nothing can be pruned, a name matches nothing.
+        InputError: weights are not finite, nothing can be pruned, a name matches nothing, the
+            criterion needs data that are not given or returns no scores.
+        DataError: the data are empty, unlabelled where labels are needed, or not finite.
         BudgetError: the budget cannot be reached.
         CaptureError: the network cannot be captured.
         ProofError: the smaller network differs from masking; nothing is returned.
@@ -121,8 +134,10 @@ def prune(
         )
     network = trace(model, example_inputs)
     check_runs(model, example_inputs)
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    scores = [scored(group, parameters, named(criterion)) for group in network.groups]
+    judge = named(criterion)
+    evidence = gather(model, network, needs(judge), data, loss)
+    scores = [scored(group, evidence, judge) for group in network.groups]
+    del evidence
     sizes = Sizes(network, stated(model, network, example_inputs))
     closed: dict[int, str] = {}
     while True:
@@ -139,7 +154,7 @@ def prune(
     if record.kind == "graph" and plan.whole:  # a graph need not fit the forward
         plan = select(network, model, scores, budget, exclude)
         small = operate(model, example_inputs, network, plan, sizes, fault=record.reason)
-    return small if data is None else repair(model, small, data)
+    return small if data is None or not heal else repair(model, small, data)
 
 
 def _plan(

@@ -42,6 +42,7 @@ from rarefy.errors import DataError, InputError, first_line
 from rarefy.graph.capture import capture, graph_model
 from rarefy.graph.count import COSTS, is_uncounted
 from rarefy.graph.program import Graph, GraphModel, Node, Ref, Spec, last_use, resolve
+from rarefy.pruning.inputs import each, padding
 from rarefy.types import Data, Inputs
 
 MEMORY = 1 << 30
@@ -582,8 +583,8 @@ def _patches(
     """Rows (patch, output) of a convolution of any rank; a row is an example and a position."""
     rank = weight.ndim - 2
     kernel, size = weight.shape[2:], target.shape[2:]
-    stride, dilation = (_each(node.argument(name), rank) for name in ("stride", "dilation"))
-    sides = [side for pair in reversed(_padding(node, kernel, dilation)) for side in pair]
+    stride, dilation = (each(node.argument(name), rank) for name in ("stride", "dilation"))
+    sides = [side for pair in reversed(padding(node, kernel, dilation)) for side in pair]
     padded = F.pad(new, sides) if any(sides) else new
     example, *place = torch.unravel_index(rows, (new.shape[0], *size))
     index = [example.reshape(-1, *[1] * rank)]
@@ -592,19 +593,3 @@ def _patches(
         index.append(taps.reshape(-1, *[kernel[d] if e == d else 1 for e in range(rank)]))
     patches = padded.movedim(1, -1)[tuple(index)]  # (rows, *kernel, channels)
     return patches.movedim(-1, 1).flatten(1), target.movedim(1, -1)[(example, *place)]
-
-
-def _each(given: Any, rank: int) -> list[int]:
-    """One number per dimension, of one for all or a list of them."""
-    values = list(given) if isinstance(given, list | tuple) else [given]
-    return values * rank if len(values) == 1 else values
-
-
-def _padding(node: Node, kernel: tuple[int, ...], dilation: list[int]) -> list[tuple[int, int]]:
-    given = node.argument("padding")
-    if given == "valid":
-        return [(0, 0)] * len(kernel)
-    if given == "same":
-        totals = [d * (k - 1) for k, d in zip(kernel, dilation, strict=True)]
-        return [(t // 2, t - t // 2) for t in totals]
-    return [(p, p) for p in _each(given, len(kernel))]
