@@ -17,6 +17,7 @@ from rarefy.graph.labels import Atoms
 from rarefy.graph.ops import walk
 from rarefy.graph.program import is_view
 from rarefy.graph.resolution import resolve
+from rarefy.graph.resting import resting, with_resting
 from rarefy.types import Inputs
 
 
@@ -119,6 +120,7 @@ def trace(model: nn.Module, example_inputs: Inputs) -> Network:
         raise InputError("trace(model)", "the model has no parameter", "Give a network to prune")
     captured = capture(model, example_inputs)
     flow = walk(captured.graph, storages(model), _positions(model, captured))
+    captured = with_resting(model, example_inputs, captured, flow, storages(model))
     coupling = resolve(flow.ledger, every(tuple(flow.labels.values())))
     tensors = {
         (node.path, dim): atoms
@@ -129,7 +131,11 @@ def trace(model: nn.Module, example_inputs: Inputs) -> Network:
     }
     read = _read(flow, coupling)
     groups = group(coupling, _in_order_of_use(captured, tensors), read)
-    frozen = (*_frozen(flow, coupling, tensors), *_unread(coupling, tensors, read))
+    frozen = (
+        *_frozen(flow, coupling, tensors),
+        *_unread(captured, coupling, tensors, read),
+        *_resting(model, captured),
+    )
     return Network(groups, frozen, flow.unknown, captured, flow, coupling)
 
 
@@ -146,15 +152,32 @@ def _read(flow: Flow, coupling: Coupling) -> NDArray[np.bool_]:
 
 
 def _unread(
-    coupling: Coupling, tensors: Mapping[tuple[str, int], Atoms], read: NDArray[np.bool_]
+    captured: Capture,
+    coupling: Coupling,
+    tensors: Mapping[tuple[str, int], Atoms],
+    read: NDArray[np.bool_],
 ) -> Iterator[Frozen]:
-    """Entries that these inputs do not reach."""
+    """Entries that these inputs do not reach, and units that training mode alone has."""
+    users = captured.graph.users
+    idle = {n.path for n in captured.graph.nodes if n.op == "tensor" and not users[n.name]}
     for (path, dim), atoms in tensors.items():
         units, positions = coupling.pairs(atoms)
         beyond = np.unique(positions[~read[units]])
         if len(beyond):
-            reason = "is not read for inputs like these"
-            yield Frozen(path, dim, len(beyond), len(atoms), "views", reason, "")
+            operator, reason = IDLE if path in idle else BEYOND
+            yield Frozen(path, dim, len(beyond), len(atoms), operator, reason, "")
+
+
+IDLE = ("forward", "is read in training mode alone")
+BEYOND = ("views", "is not read for inputs like these")
+
+
+def _resting(model: nn.Module, captured: Capture) -> Iterator[Frozen]:
+    """Tensors that nothing reads, neither in eval mode nor in training mode."""
+    for path, tensor in resting(model, captured.graph).items():
+        for dim, size in enumerate(tensor.shape):
+            if size > 1:
+                yield Frozen(path, dim, size, size, "forward", "is not read", "")
 
 
 def _positions(model: nn.Module, captured: Capture) -> dict[str, Tensor]:
