@@ -87,9 +87,8 @@ def test_the_smaller_network_trains_and_shrinks_again(kind) -> None:
         assert result.pruned.kind == "module"
         assert result.first.out_features == width
         outputs = result.train()(X)
-        sum(
-            y.square().sum() for y in ([outputs] if torch.is_tensor(outputs) else outputs)
-        ).backward()
+        every = outputs if isinstance(outputs, tuple) else (outputs,)
+        sum(y.square().sum() for y in every).backward()
         assert not any("training" in f.reason and "kept" in f.reason for f in result.pruned.frozen)
     assert all(torch.equal(before[key], value) for key, value in net.state_dict().items())
     assert not net.training

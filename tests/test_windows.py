@@ -109,9 +109,7 @@ class Convolved(nn.Module):
         self.register_buffer("ones", torch.ones(1, 1, size, 1, 1) / size)
 
     def forward(self, x: Tensor) -> Tensor:
-        around = F.conv3d(
-            x.square().unsqueeze(1), self.ones, padding=(len(self.ones[0, 0]) // 2, 0, 0)
-        )
+        around = F.conv3d(x.square().unsqueeze(1), self.ones, padding=(2, 0, 0))
         return x * (1 + 0.5 * around.squeeze(1)) ** -0.75
 
 

@@ -223,7 +223,7 @@ def _flip(flow: Flow, node: Node) -> Carried:
 
 
 def _quarter_turns(flow: Flow, node: Node) -> Carried:
-    """Turned in the plane of two dimensions: both are flipped, or they trade places, one flipped."""
+    """Turned in a plane: both of its dimensions are flipped, or they trade places, one flipped."""
     labels = list(flow.of(node.args[0]))
     first, second = (d % len(labels) for d in node.argument("dims"))
     a, b = labels[first], labels[second]
