@@ -443,6 +443,21 @@ def test_bags_of_embeddings_shrink_in_width(mode) -> None:
     assert kinds == {"module"}
 
 
+def test_rows_that_are_shortened_shrink_in_width() -> None:
+    class Shortened(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = nn.Embedding(11, 8, max_norm=1.5)
+            self.out = nn.Linear(8, 3)
+
+        def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+            return self.out(self.table(tokens).relu())
+
+    network, kinds = check_masking(Shortened(), INDICES)
+    assert described(network) == {"8: out.weight[1] table.weight[1]"}
+    assert kinds == {"module"}
+
+
 def test_a_one_hot_product_is_a_look_up() -> None:
     network, kinds = check_masking(OneHot(), F.one_hot(INDICES, 11).double())
     assert described(network) == {"8: out.weight[1] table[1]"}

@@ -36,7 +36,7 @@ FILES = sorted(p for p in ROOT.rglob("*.py") if p != ROOT / "__init__.py")
 OPTIONAL = "onnx onnxruntime onnxscript sklearn transformers timm accelerate torchvision".split()
 GRAPH = (
     "program allowed serialize labels flow editor equations rules zeros ops groups resolution "
-    "convert capture trace count"
+    "convert capture resting trace count"
 ).split()
 PRUNING = (
     "evidence inputs taps gather aggregation criteria movement attributes plan expressions sized "

@@ -19,6 +19,7 @@ from rarefy.copies import computed
 from rarefy.errors import BudgetError, InputError, ProofError, first_line
 from rarefy.graph.capture import check_runs
 from rarefy.graph.program import GraphModel, Spec
+from rarefy.graph.resting import resting
 from rarefy.graph.trace import Frozen, Network, trace
 from rarefy.pruning.criteria import Criterion, named, needs, scored
 from rarefy.pruning.expressions import Equation
@@ -30,7 +31,7 @@ from rarefy.pruning.provenance import equations
 from rarefy.pruning.repair import repair
 from rarefy.pruning.select import select
 from rarefy.pruning.sizes import Sizes
-from rarefy.pruning.surgery import cut, kept_entries, rewrite
+from rarefy.pruning.surgery import Kept, cut, kept_entries, rewrite
 from rarefy.types import Budget, Data, Inputs, Width
 
 
@@ -276,7 +277,11 @@ def operate(
     small = build(model, plan)
     small.eval()
     kept = kept_entries(network, plan)
-    frozen = (*network.frozen, *_left_whole(model, network, plan))
+    frozen = (
+        *network.frozen,
+        *_left_whole(model, network, plan),
+        *_untrained(model, small, example_inputs, network, kept),
+    )
     small.pruned = Pruned(  # type: ignore[assignment]
         kind, reason, _widths(model, kept), kept, frozen, error
     )
@@ -301,6 +306,29 @@ def _left_whole(model: nn.Module, network: Network, plan: Plan) -> Iterator[Froz
     shapes = {path: t.shape for path, t in [*model.named_parameters(), *model.named_buffers()]}
     for (path, dim, reason), entries in held.items():
         yield Frozen(path, dim, len(entries), shapes[path][dim], "forward", reason, "")
+
+
+def _untrained(
+    model: nn.Module, small: nn.Module, example_inputs: Inputs, network: Network, kept: Kept
+) -> Iterator[Frozen]:
+    """What training mode alone reads, where that does not run any more since it kept its size."""
+    idle = resting(model, network.captured.graph.live)
+    whole = [path for path in idle if not any(path == cut for cut, _ in kept)]
+    if isinstance(small, GraphModel) or not whole:
+        return
+    fault = _fault_in_training(small, example_inputs)
+    if fault and not _fault_in_training(model, example_inputs):
+        sizes = idle[whole[0]].shape or (1,)
+        reason = f"kept its size, since eval mode does not read it, and in training mode {fault}"
+        yield Frozen(whole[0], 0, sizes[0], sizes[0], "forward", reason, "")
+
+
+def _fault_in_training(model: nn.Module, example_inputs: Inputs) -> str:
+    try:
+        check_runs(model, example_inputs, training=True)
+    except InputError as error:
+        return error.what
+    return ""
 
 
 def check_copies(model: nn.Module) -> None:

@@ -160,7 +160,7 @@ class _Accountant:
         return shape
 
     def macs(self, plan: Plan) -> int:
-        return sum(graph_macs(self.network.captured.graph, self.shape(plan)).values())
+        return sum(graph_macs(self.network.captured.graph.live, self.shape(plan)).values())
 
     def params(self, plan: Plan) -> int:
         shape = self.shape(plan)
