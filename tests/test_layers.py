@@ -40,8 +40,8 @@ GRAPH = (
 ).split()
 PRUNING = (
     "criteria attributes plan expressions sized stated provenance sizes select surgery patterns "
-    "elements masks lockstep gram sparsegpt sparsify reference proof repair prune regularize "
-    "gradual"
+    "elements masks lockstep gram sparsegpt weights calibrated sparsify reference proof repair "
+    "prune regularize gradual"
 ).split()
 
 

@@ -6,7 +6,7 @@ import copy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import inf
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -21,14 +21,16 @@ from rarefy.graph.capture import check_runs
 from rarefy.graph.program import GraphModel, Spec
 from rarefy.graph.trace import Frozen, Network, trace
 from rarefy.pruning.criteria import Criterion, named, scored
+from rarefy.pruning.elements import ElementCriterion
 from rarefy.pruning.expressions import Equation
-from rarefy.pruning.masks import sparsify
+from rarefy.pruning.patterns import Pattern
 from rarefy.pruning.plan import Plan, Scores
 from rarefy.pruning.proof import Build, Comparison, Masking, breaking, prove
 from rarefy.pruning.provenance import equations
 from rarefy.pruning.repair import repair
 from rarefy.pruning.select import select
 from rarefy.pruning.sizes import Sizes
+from rarefy.pruning.sparsify import sparsify
 from rarefy.pruning.surgery import cut, kept_entries, rewrite
 from rarefy.types import Budget, Data, Inputs, Width
 
@@ -58,10 +60,10 @@ class Pruned:
 def prune(
     model: nn.Module,
     example_inputs: Inputs,
-    budget: Budget,
+    budget: Budget | None = None,
     *,
-    criterion: str | Criterion = "magnitude",
-    structure: str = "channel",
+    criterion: str | Criterion | ElementCriterion = "magnitude",
+    structure: str | Pattern = "channel",
     data: Data | None = None,
     exclude: Sequence[str] = (),
     keep_class: bool = False,
@@ -74,20 +76,28 @@ def prune(
     Args:
         model: a trained network.
         example_inputs: a tensor, a tuple of arguments or a mapping of keyword arguments.
-        budget: how much may remain, e.g. ``Budget(macs=0.5)``.
+        budget: how much may remain, e.g. ``Budget(macs=0.5)``; ``Budget(sparsity=0.9)`` for all
+            structures that set weights to zero, and nothing for N:M, which fixes the share.
         criterion: ``"magnitude"``, ``"l1"``, ``"random"``, or a function
-            (:data:`~rarefy.pruning.criteria.Criterion`).
-        structure: ``"channel"`` removes channels, heads and hidden units; ``"weight"`` sets single
-            weights to zero, which makes files smaller but nothing faster.
+            (:data:`~rarefy.pruning.criteria.Criterion`). Of weights: ``"magnitude"``, ``"lamp"``,
+            ``"random"``, ``"wanda"``, ``"sparsegpt"``, or a function
+            (:data:`~rarefy.pruning.elements.ElementCriterion`).
+        structure: ``"channel"`` removes channels, heads and hidden units. All others set weights to
+            zero, which makes files smaller, and faster what a runtime has kernels for:
+            ``"weight"`` single ones, ``"2:4"`` two of every four, ``"1x4"`` blocks; or a value
+            such as ``Block(8, 8)`` (:mod:`rarefy.pruning.patterns`,
+            :func:`~rarefy.pruning.sparsify.sparsify`).
         data: batches (labels are not needed) with which the smaller network is repaired by least
-            squares, its BatchNorm statistics moved along (:func:`~rarefy.pruning.repair.repair`).
+            squares, its BatchNorm statistics moved along (:func:`~rarefy.pruning.repair.repair`),
+            or with which weights are chosen.
         exclude: paths of modules or parameters whose own outputs keep their width.
         keep_class: never return a rewritten graph: units that the forward holds in place with
             numbers of its own stay, and are named in ``pruned.frozen``.
 
     Returns:
         A new network in eval mode. Where units were removed, its attribute ``pruned`` is a
-        :class:`Pruned` record.
+        :class:`Pruned` record; where weights were set to zero, ``sparsified`` is a
+        :class:`~rarefy.pruning.sparsify.Sparsified` record.
 
     Raises:
         InputError: weights are not finite, nothing can be pruned, a name matches nothing.
@@ -102,27 +112,19 @@ def prune(
         >>> prune(net, torch.randn(2, 4), Budget(sparsity=0.5))[0]
         Linear(in_features=4, out_features=4, bias=True)
     """
-    _check_arguments(model, budget, exclude)
+    zeros = structure != "channel"
+    _check_arguments(model, budget, exclude, Budget | None if zeros else Budget)
     check_finite(model)
     check_copies(model)
-    if structure == "weight":
-        if data is not None or criterion != "magnitude":
-            raise InputError(
-                "prune(structure='weight')",
-                "single weights are removed by magnitude, without data",
-                "Leave criterion and data out, and train on with after_step=hold(pruned)",
-            )
-        return sparsify(model, budget, exclude=exclude)
-    if structure != "channel":
-        raise InputError(
-            f"prune(structure={structure!r})",
-            "unknown structure",
-            "Use 'channel' (units really removed) or 'weight' (single weights set to zero)",
-        )
+    if zeros:
+        options: dict[str, Any] = {"criterion": criterion, "data": data, "exclude": exclude}
+        return sparsify(model, budget, structure, example_inputs=example_inputs, **options)
+    assert budget is not None
     network = trace(model, example_inputs)
     check_runs(model, example_inputs)
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    scores = [scored(group, parameters, named(criterion)) for group in network.groups]
+    chosen = named(cast("str | Criterion", criterion))
+    scores = [scored(group, parameters, chosen) for group in network.groups]
     sizes = Sizes(network, stated(model, network, example_inputs))
     closed: dict[int, str] = {}
     while True:
@@ -199,11 +201,11 @@ class ClassError(ProofError):
     groups: frozenset[int] = frozenset()
 
 
-def _check_arguments(model: object, budget: object, exclude: object) -> None:
+def _check_arguments(model: object, budget: object, exclude: object, accepted: Any) -> None:
     """Refuse what is of another kind than it should be."""
     for name, value, kind, remedy in (
         ("model", model, nn.Module, "Give the network itself, an instance of nn.Module"),
-        ("budget", budget, Budget, "Write for example rarefy.Budget(macs=0.5)"),
+        ("budget", budget, accepted, "Write for example rarefy.Budget(macs=0.5)"),
         ("exclude", exclude, list | tuple | set | frozenset, "Give a list of module paths"),
     ):
         if not isinstance(value, kind):
