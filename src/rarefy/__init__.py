@@ -17,6 +17,12 @@ if TYPE_CHECKING:
     from rarefy.distillation import losses as losses
     from rarefy.graph.trace import trace as trace
     from rarefy.pipeline import compress as compress
+    from rarefy.pruning import patterns as patterns
+    from rarefy.pruning import regularize as regularize
+    from rarefy.pruning.gradual import GradualPruning as GradualPruning
+    from rarefy.pruning.gradual import GradualUnits as GradualUnits
+    from rarefy.pruning.masks import hold as hold
+    from rarefy.pruning.masks import rewind as rewind
     from rarefy.pruning.prune import prune as prune
     from rarefy.pruning.repair import repair as repair
     from rarefy.quantization.quantize import quantize as quantize
@@ -33,6 +39,8 @@ if TYPE_CHECKING:
 
 _HOME = {
     "Budget": "rarefy.types",
+    "GradualPruning": "rarefy.pruning.gradual",
+    "GradualUnits": "rarefy.pruning.gradual",
     "Int8": "rarefy.types",
     "Stages": "rarefy.recipe.options",
     "Target": "rarefy.types",
@@ -40,17 +48,24 @@ _HOME = {
     "distill": "rarefy.training",
     "evaluate": "rarefy.training",
     "export": "rarefy.deployment.export",
+    "hold": "rarefy.pruning.masks",
     "inspect": "rarefy.storage.format",
     "load": "rarefy.storage.format",
     "measure": "rarefy.deployment.measure",
     "prune": "rarefy.pruning.prune",
     "quantize": "rarefy.quantization.quantize",
     "repair": "rarefy.pruning.repair",
+    "rewind": "rarefy.pruning.masks",
     "save": "rarefy.storage.format",
     "trace": "rarefy.graph.trace",
     "train": "rarefy.training",
 }
-_MODULES = {"errors": "rarefy.errors", "losses": "rarefy.distillation.losses"}
+_MODULES = {
+    "errors": "rarefy.errors",
+    "losses": "rarefy.distillation.losses",
+    "patterns": "rarefy.pruning.patterns",
+    "regularize": "rarefy.pruning.regularize",
+}
 
 __all__ = sorted([*_HOME, *_MODULES])
 

@@ -20,7 +20,7 @@ from rarefy.pruning.elements import SparseGPT, Wanda
 from rarefy.pruning.gram import Gram, rows
 from rarefy.pruning.lockstep import OPERANDS, Run, operand, unseen, unsolvable
 from rarefy.pruning.patterns import NM, Pattern, Unstructured, as_matrix, as_weight, within_rows
-from rarefy.pruning.sparsegpt import Selection, moved, ridged, solved, sweep
+from rarefy.pruning.sparsegpt import Selection, moved, reconstructed, ridged
 from rarefy.pruning.weights import Layer, zero
 from rarefy.types import Data, Inputs
 
@@ -207,11 +207,10 @@ class Calibration:
         hessian = ridged(sums.xx, self.rule.damp)
         optimum = moved(weight, sums.xx, sums.xy, hessian)
         selection = Selection(self.pattern, self._count(layer), layer.inputs, self.rule.block)
-        found, gone = sweep(optimum, hessian, selection)
-        exact = solved(optimum, hessian, gone)
-        found = (found if exact is None else exact).transpose(1, 2)
-        new = old if bias is None else (fit.y - fit.x @ found) / fit.count
         mask = as_matrix(self.gone[layer.path], layer.input_dim, self.pattern).view(weight.shape)
+        found, gone = reconstructed(optimum, hessian, selection, mask)
+        found = found.transpose(1, 2)
+        new = old if bias is None else (fit.y - fit.x @ found) / fit.count
         before = check.error(weight.masked_fill(mask, 0.0).transpose(1, 2), old)
         after = check.error(found, new)
         self.errors[layer.path] = (before, after)

@@ -158,10 +158,10 @@ def rewind(model: nn.Module, state: Mapping[str, Tensor], masks: Masks | None = 
     Frankle et al. 2020 (https://arxiv.org/abs/1912.05671) to those after a few hundred steps.
     Iterative magnitude pruning is a loop::
 
-        start = copy.deepcopy(model.state_dict())
-        for share in Iterative(final=0.9, rounds=5):
+        start, schedule = copy.deepcopy(model.state_dict()), Iterative(final=0.9, rounds=5)
+        for number in range(5):
             trained = train(model, data, after_step=hold(model))
-            sparse = prune(trained, x, Budget(sparsity=share), structure="weight")
+            sparse = prune(trained, x, Budget(sparsity=schedule(number)), structure="weight")
             model = rewind(sparse, start)
 
     Args:

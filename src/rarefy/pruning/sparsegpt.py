@@ -58,6 +58,34 @@ class Selection:
         return self.pattern.gone(scores, upto - done)
 
 
+def reconstructed(
+    optimum: Tensor, hessian: Tensor, selection: Selection, plain: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The best of what is tried: the sweep's choice and plain magnitude's, each solved exactly.
+
+    Args:
+        optimum: (groups, rows, columns), the weights without removal.
+        hessian: (groups, columns, columns).
+        selection: what goes.
+        plain: what goes by magnitude; as many units.
+
+    Returns:
+        The weights with the least error on the rows of the Hessian, and what went.
+    """
+    swept, gone = sweep(optimum, hessian, selection)
+    found = [(swept, gone)]
+    for mask in (gone, plain):
+        exact = solved(optimum, hessian, mask)
+        if exact is not None:
+            found.append((exact, mask))
+    return min(found, key=lambda pair: float(cost(pair[0] - optimum, hessian).sum()))
+
+
+def cost(step: Tensor, hessian: Tensor) -> Tensor:
+    """``step H step^T`` of every row, shape (groups, rows)."""
+    return ((step @ hessian) * step).sum(2)
+
+
 def ridged(gram: Tensor, damp: float) -> Tensor:
     """A Gram matrix with ``damp`` times its mean diagonal added; the identity where it is zero."""
     scale = damp * gram.diagonal(dim1=1, dim2=2).mean(1)
