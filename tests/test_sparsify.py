@@ -176,6 +176,7 @@ def test_blocks_are_counted(mixed, scope) -> None:
         assert scope == "global" or gone == len(cells) // 2
         found, total = found + gone, total + len(cells)
     assert scope == "local" or found == total // 2
+    assert sparse.sparsified.dense["depthwise.weight"] == "it is 6x3, smaller than a block of 2x5"
 
 
 def test_a_rewritten_graph_can_be_made_sparse(mixed) -> None:
@@ -269,6 +270,23 @@ def test_dimensions_first_weights_are_reconstructed() -> None:
     assert set(found.sparsified.errors) == {"weight", "head.weight"}
     groups = (found.weight != 0).T.reshape(8, 2, 4).sum(-1)
     assert (groups == 2).all()
+
+
+def test_biases_and_running_means_take_up_the_mean(convolutions, monkeypatch) -> None:
+    monkeypatch.setattr(calibrated, "ROWS", 10**6)  # all rows, not a draw of them
+    found = rf.prune(convolutions, DATA[0], structure="1:4", exclude=["grouped", "depthwise"],
+                     criterion="sparsegpt", data=DATA)  # fmt: skip
+    assert set(found.sparsified.errors) == {"point.weight", "head.weight"}
+    x = torch.cat(DATA)[torch.arange(128) % 5 != 1]  # those that are not held out
+    first = rf.prune(convolutions, DATA[0], Budget(sparsity=0.8), structure="weight",
+                     exclude=["grouped", "depthwise", "point", "head"],
+                     criterion="sparsegpt", data=DATA)  # fmt: skip
+    dense = copy.deepcopy(convolutions).eval()
+    with torch.no_grad():
+        means = [m.first(x).mean((0, 2, 3)) - m.norm.running_mean for m in (dense, first)]
+        torch.testing.assert_close(means[0], means[1], atol=1e-4, rtol=1e-3)
+        torch.testing.assert_close(dense(x).mean(0), found(x).mean(0), atol=1e-4, rtol=1e-3)
+    assert not torch.allclose(first.norm.running_mean, dense.norm.running_mean, atol=1e-4)
 
 
 def test_wanda_is_its_formula_on_the_inputs_as_pruned_so_far() -> None:
@@ -378,3 +396,24 @@ def test_nothing_of_the_callers_changes(convolutions) -> None:
     rf.prune(convolutions, DATA[0], structure="2:4", criterion="sparsegpt", data=DATA)
     assert torch.equal(state, torch.get_rng_state())
     assert convolutions.training == flag
+
+
+@pytest.mark.slow
+def test_transformers_are_reconstructed() -> None:
+    transformers = pytest.importorskip("transformers")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        config = transformers.GPT2Config(
+            n_layer=1, n_head=2, n_embd=16, vocab_size=50, n_positions=16,
+            bos_token_id=0, eos_token_id=0,
+        )  # fmt: skip
+        model = transformers.GPT2LMHeadModel(config).eval()
+    data = [{"input_ids": torch.randint(50, (16, 12))} for _ in range(2)]
+    found = rf.prune(model, data[0], structure="2:4", criterion="sparsegpt", data=data)
+    record = found.sparsified
+    assert set(record.fallback) == {"transformer.wte.weight"}  # it is the head's weight, too
+    assert set(record.dense) == {"transformer.wpe.weight"}
+    assert len(record.errors) == 4
+    assert all(after < before for before, after in record.errors.values())
+    weight = found.transformer.h[0].attn.c_attn.weight  # (inputs, outputs)
+    assert ((weight != 0).view(4, 4, -1).sum(1) == 2).all()

@@ -85,9 +85,14 @@ class SparseGPT:
     once; of every ``block`` of them the weights go whose removal costs least to second order,
     ``w^2 / [H^-1]_jj`` by the Cholesky factor of the inverse Hessian ``H = X^T X``, and the
     weights to the right make up for them. ``X`` are the layer's inputs in the network as pruned so
-    far. Two steps are added to the paper: before the sweep the weights are moved to reproduce the
-    dense network's outputs from those inputs, and after it the surviving weights of each row are
-    solved exactly where that is cheap.
+    far. Added to the paper: before the sweep the weights are moved to reproduce the dense
+    network's outputs from those inputs; after it the surviving weights of each row are solved
+    exactly where that is cheap, and so are those that magnitude would leave, should they be better;
+    and the layer's bias, or the running mean of a BatchNorm that alone reads it, takes up what the
+    mean of the outputs moved.
+
+    A fifth of the examples is kept from all this. A layer that is not nearer to the original on
+    them than by plain magnitude is pruned by that, and named in the record.
 
     Args:
         samples: number of examples to use.

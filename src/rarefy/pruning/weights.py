@@ -14,6 +14,7 @@ from rarefy.graph.program import Graph, Ref
 from rarefy.pruning.lockstep import OPERANDS, TRANSPOSED, operand
 from rarefy.pruning.patterns import (
     NM,
+    Block,
     Pattern,
     Unstructured,
     as_matrix,
@@ -147,11 +148,11 @@ def oriented(
             else:
                 dense[layer.path] = "it is not the matrix of a product"
             continue
-        oriented = replace(layer, input_dim=dim)
-        if isinstance(pattern, NM) and oriented.inputs < pattern.m:
-            dense[layer.path] = f"it has {oriented.inputs} inputs, fewer than {pattern.m}"
+        turned = replace(layer, input_dim=dim)
+        if reason := _too_small(turned, pattern):
+            dense[layer.path] = reason
         else:
-            found.append(oriented)
+            found.append(turned)
     if not found:
         raise InputError(
             f"prune(structure={shorthand(pattern)!r})",
@@ -159,6 +160,17 @@ def oriented(
             "Exclude less, or use structure='weight'",
         )
     return found, dense
+
+
+def _too_small(layer: Layer, pattern: Pattern) -> str:
+    """Why not one unit of the pattern fits into a weight; empty where one does."""
+    if isinstance(pattern, NM) and layer.inputs < pattern.m:
+        return f"it has {layer.inputs} inputs, fewer than {pattern.m}"
+    outputs = layer.weight.shape[1 - layer.input_dim]
+    columns = layer.weight.numel() // max(outputs, 1)
+    if isinstance(pattern, Block) and (outputs < pattern.rows or columns < pattern.columns):
+        return f"it is {outputs}x{columns}, smaller than a block of {shorthand(pattern)}"
+    return ""
 
 
 def _input_dims(graph: Graph) -> Iterator[tuple[str, int]]:
