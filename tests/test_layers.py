@@ -33,14 +33,17 @@ STAGES = [
 
 RANK = {room: rank for rank, rooms in enumerate(STAGES) for room in rooms}
 FILES = sorted(p for p in ROOT.rglob("*.py") if p != ROOT / "__init__.py")
-OPTIONAL = "onnx onnxruntime onnxscript sklearn transformers timm accelerate torchvision".split()
+OPTIONAL = (
+    "onnx onnxruntime onnxscript sklearn transformers timm accelerate torchvision lightning".split()
+)
 GRAPH = (
     "program allowed serialize labels flow editor equations rules zeros ops groups resolution "
     "convert capture resting trace count"
 ).split()
 PRUNING = (
     "evidence inputs taps gather aggregation criteria movement attributes plan expressions sized "
-    "stated provenance sizes select surgery masks reference proof repair prune"
+    "stated provenance sizes select surgery patterns elements masks lockstep gram sparsegpt "
+    "weights calibrated sparsify reference proof repair prune regularize gradual"
 ).split()
 
 

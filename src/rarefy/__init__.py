@@ -18,6 +18,12 @@ if TYPE_CHECKING:
     from rarefy.graph.trace import trace as trace
     from rarefy.pipeline import compress as compress
     from rarefy.pruning import criteria as criteria
+    from rarefy.pruning import patterns as patterns
+    from rarefy.pruning import regularize as regularize
+    from rarefy.pruning.gradual import GradualPruning as GradualPruning
+    from rarefy.pruning.gradual import GradualUnits as GradualUnits
+    from rarefy.pruning.masks import hold as hold
+    from rarefy.pruning.masks import rewind as rewind
     from rarefy.pruning.movement import Movement as Movement
     from rarefy.pruning.prune import prune as prune
     from rarefy.pruning.repair import repair as repair
@@ -35,6 +41,8 @@ if TYPE_CHECKING:
 
 _HOME = {
     "Budget": "rarefy.types",
+    "GradualPruning": "rarefy.pruning.gradual",
+    "GradualUnits": "rarefy.pruning.gradual",
     "Int8": "rarefy.types",
     "Movement": "rarefy.pruning.movement",
     "Stages": "rarefy.recipe.options",
@@ -43,12 +51,14 @@ _HOME = {
     "distill": "rarefy.training",
     "evaluate": "rarefy.training",
     "export": "rarefy.deployment.export",
+    "hold": "rarefy.pruning.masks",
     "inspect": "rarefy.storage.format",
     "load": "rarefy.storage.format",
     "measure": "rarefy.deployment.measure",
     "prune": "rarefy.pruning.prune",
     "quantize": "rarefy.quantization.quantize",
     "repair": "rarefy.pruning.repair",
+    "rewind": "rarefy.pruning.masks",
     "save": "rarefy.storage.format",
     "trace": "rarefy.graph.trace",
     "train": "rarefy.training",
@@ -57,6 +67,8 @@ _MODULES = {
     "criteria": "rarefy.pruning.criteria",
     "errors": "rarefy.errors",
     "losses": "rarefy.distillation.losses",
+    "patterns": "rarefy.pruning.patterns",
+    "regularize": "rarefy.pruning.regularize",
 }
 
 __all__ = sorted([*_HOME, *_MODULES])

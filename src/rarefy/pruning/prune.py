@@ -6,7 +6,7 @@ import copy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import inf
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -22,15 +22,17 @@ from rarefy.graph.program import GraphModel, Spec
 from rarefy.graph.resting import resting
 from rarefy.graph.trace import Frozen, Network, trace
 from rarefy.pruning.criteria import Criterion, named, needs, scored
+from rarefy.pruning.elements import ElementCriterion
 from rarefy.pruning.expressions import Equation
 from rarefy.pruning.gather import LossFunction, gather
-from rarefy.pruning.masks import sparsify
+from rarefy.pruning.patterns import Pattern
 from rarefy.pruning.plan import Plan, Scores
 from rarefy.pruning.proof import Build, Comparison, Masking, breaking, prove
 from rarefy.pruning.provenance import equations
 from rarefy.pruning.repair import repair
 from rarefy.pruning.select import select
 from rarefy.pruning.sizes import Sizes
+from rarefy.pruning.sparsify import sparsify
 from rarefy.pruning.surgery import Kept, cut, kept_entries, rewrite
 from rarefy.types import Budget, Data, Inputs, Width
 
@@ -60,10 +62,10 @@ class Pruned:
 def prune(
     model: nn.Module,
     example_inputs: Inputs,
-    budget: Budget,
+    budget: Budget | None = None,
     *,
-    criterion: str | Criterion = "magnitude",
-    structure: str = "channel",
+    criterion: str | Criterion | ElementCriterion = "magnitude",
+    structure: str | Pattern = "channel",
     data: Data | None = None,
     loss: LossFunction | None = None,
     heal: bool = True,
@@ -78,18 +80,24 @@ def prune(
     Args:
         model: a trained network.
         example_inputs: a tensor, a tuple of arguments or a mapping of keyword arguments.
-        budget: how much may remain, e.g. ``Budget(macs=0.5)``.
+        budget: how much may remain, e.g. ``Budget(macs=0.5)``; ``Budget(sparsity=0.9)`` for all
+            structures that set weights to zero, and nothing for N:M, which fixes the share.
         criterion: how important a unit is: a name in :data:`~rarefy.pruning.criteria.CRITERIA`
             (``"magnitude"``, ``"l1"``, ``"random"``, ``"norm_scale"``, ``"lamp"``, ``"fpgm"``; on
             data ``"gradient"``, ``"taylor"``, ``"taylor2"``, ``"fisher"``, ``"obd"``, ``"obs"``,
             ``"reconstruction"``, ``"wanda"``, ``"activation"``), one of the frozen values there
-            with other options, or a function (:data:`~rarefy.pruning.criteria.Criterion`).
-        structure: ``"channel"`` removes channels, heads and hidden units; ``"weight"`` sets single
-            weights to zero, which makes files smaller but nothing faster.
+            with other options, or a function (:data:`~rarefy.pruning.criteria.Criterion`). Of
+            weights: ``"magnitude"``, ``"lamp"``, ``"random"``, ``"wanda"``, ``"sparsegpt"``, or a
+            function (:data:`~rarefy.pruning.elements.ElementCriterion`).
+        structure: ``"channel"`` removes channels, heads and hidden units. All others set weights to
+            zero, which makes files smaller, and faster what a runtime has kernels for:
+            ``"weight"`` single ones, ``"2:4"`` two of every four, ``"1x4"`` blocks; or a value
+            such as ``Block(8, 8)`` (:mod:`rarefy.pruning.patterns`,
+            :func:`~rarefy.pruning.sparsify.sparsify`).
         data: batches with which units are scored, all of them, where the criterion asks for it
             (labelled where it needs gradients), and with which the smaller network is repaired by
             least squares, its BatchNorm statistics moved along
-            (:func:`~rarefy.pruning.repair.repair`).
+            (:func:`~rarefy.pruning.repair.repair`); or with which weights are chosen.
         loss: (logits, targets) -> mean loss of a batch, for criteria that need gradients; cross
             entropy if not given.
         heal: whether the smaller network is repaired where data are given.
@@ -99,7 +107,8 @@ def prune(
 
     Returns:
         A new network in eval mode. Where units were removed, its attribute ``pruned`` is a
-        :class:`Pruned` record.
+        :class:`Pruned` record; where weights were set to zero, ``sparsified`` is a
+        :class:`~rarefy.pruning.sparsify.Sparsified` record.
 
     Raises:
         InputError: weights are not finite, nothing can be pruned, a name matches nothing, the
@@ -116,26 +125,17 @@ def prune(
         >>> prune(net, torch.randn(2, 4), Budget(sparsity=0.5))[0]
         Linear(in_features=4, out_features=4, bias=True)
     """
-    _check_arguments(model, budget, exclude)
+    zeros = structure != "channel"
+    _check_arguments(model, budget, exclude, Budget | None if zeros else Budget)
     check_finite(model)
     check_copies(model)
-    if structure == "weight":
-        if data is not None or criterion != "magnitude":
-            raise InputError(
-                "prune(structure='weight')",
-                "single weights are removed by magnitude, without data",
-                "Leave criterion and data out, and train on with after_step=hold(pruned)",
-            )
-        return sparsify(model, budget, exclude=exclude)
-    if structure != "channel":
-        raise InputError(
-            f"prune(structure={structure!r})",
-            "unknown structure",
-            "Use 'channel' (units really removed) or 'weight' (single weights set to zero)",
-        )
+    if zeros:
+        options: dict[str, Any] = {"criterion": criterion, "data": data, "exclude": exclude}
+        return sparsify(model, budget, structure, example_inputs=example_inputs, **options)
+    assert budget is not None
     network = trace(model, example_inputs)
     check_runs(model, example_inputs)
-    judge = named(criterion)
+    judge = named(cast("str | Criterion", criterion))
     evidence = gather(model, network, needs(judge), data, loss)
     scores = [scored(group, evidence, judge) for group in network.groups]
     del evidence
@@ -215,11 +215,11 @@ class ClassError(ProofError):
     groups: frozenset[int] = frozenset()
 
 
-def _check_arguments(model: object, budget: object, exclude: object) -> None:
+def _check_arguments(model: object, budget: object, exclude: object, accepted: Any) -> None:
     """Refuse what is of another kind than it should be."""
     for name, value, kind, remedy in (
         ("model", model, nn.Module, "Give the network itself, an instance of nn.Module"),
-        ("budget", budget, Budget, "Write for example rarefy.Budget(macs=0.5)"),
+        ("budget", budget, accepted, "Write for example rarefy.Budget(macs=0.5)"),
         ("exclude", exclude, list | tuple | set | frozenset, "Give a list of module paths"),
     ):
         if not isinstance(value, kind):

@@ -27,7 +27,6 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from rarefy.batches import (
-    arguments,
     batch_size,
     batches,
     call,
@@ -41,8 +40,17 @@ from rarefy.copies import copied
 from rarefy.errors import DataError, InputError, first_line
 from rarefy.graph.capture import capture, graph_model
 from rarefy.graph.count import COSTS, is_uncounted
-from rarefy.graph.program import Graph, GraphModel, Node, Ref, Spec, last_use, resolve
+from rarefy.graph.program import Graph, GraphModel, Node, Ref, Spec, last_use
 from rarefy.pruning.inputs import each, padding
+from rarefy.pruning.lockstep import (
+    OPERANDS,
+    TRANSPOSED,
+    Run,
+    layer_name,
+    operand,
+    unseen,
+    unsolvable,
+)
 from rarefy.types import Data, Inputs
 
 MEMORY = 1 << 30
@@ -212,18 +220,6 @@ def _held_out(examples: int) -> Tensor:
     return chosen
 
 
-OPERANDS = {
-    **dict.fromkeys(("conv1d", "conv2d", "conv3d", "linear"), ("input", "weight", "bias")),
-    "addmm": ("mat1", "mat2", "self"),
-    "mm": ("self", "mat2", ""),
-    "matmul": ("self", "other", ""),
-}
-"""Operators whose weights are solved -> the names of their inputs, weight and bias."""
-
-TRANSPOSED = frozenset(("addmm", "mm", "matmul"))
-"""Those whose weight has its outputs along the second dimension."""
-
-
 def _layers(graph: Graph) -> list[tuple[tuple[str, str], Node]]:
     """Operators that have weights, each under its kind and the path of its first tensor.
 
@@ -303,8 +299,8 @@ class _Lockstep:
         """Go through both networks, layer by layer."""
         pairs, alone = _pairs(self.first.graph, self.second.graph)
         for node in alone:
-            self.skipped[_name(node)] = "the original does not run it in the same place"
-        one, two = _Run(self.first, inputs), _Run(self.second, inputs)
+            self.skipped[layer_name(node)] = "the original does not run it in the same place"
+        one, two = Run(self.first, inputs), Run(self.second, inputs)
         for left, right in pairs:
             one.through(left)
             two.before(right)
@@ -312,13 +308,13 @@ class _Lockstep:
 
     def _heal(self, left: Node, right: Node, a: Mapping[str, Any], b: Mapping[str, Any]) -> None:
         if right.kind in OPERANDS:
-            _check_finite(right, a[left.name], b[_operand(right, 0).name])
+            _check_finite(right, a[left.name], b[operand(right, 0).name])
             self._solve(left, right, a, b)
         elif right.kind == "batch_norm":
             _check_finite(right, a[left.args[0].name], b[right.args[0].name])
             self._move_statistics(left, right, a, b)
         elif self._is_changed(left, right, a, b):
-            self.skipped[_name(right)] = f"weights of {right.kind} are not solved"
+            self.skipped[layer_name(right)] = f"weights of {right.kind} are not solved"
 
     def _is_changed(
         self, left: Node, right: Node, a: Mapping[str, Any], b: Mapping[str, Any]
@@ -354,18 +350,18 @@ class _Lockstep:
         return torch.arange(size) if kept is None else torch.from_numpy(kept).to(like.device)
 
     def _solve(self, left: Node, right: Node, a: Mapping[str, Any], b: Mapping[str, Any]) -> None:
-        weight_node = self.second.graph.by_name[_operand(right, 1).name]
-        layer = _name(right)
-        old, new = a[_operand(left, 0).name], b[_operand(right, 0).name]
+        weight_node = self.second.graph.by_name[operand(right, 1).name]
+        layer = layer_name(right)
+        old, new = a[operand(left, 0).name], b[operand(right, 0).name]
         if old.shape == new.shape and torch.equal(old, new):
             return
-        reason = self._unsolvable(weight_node, right) or _unlike(right, old, new)
+        reason = unsolvable(self.second.graph, weight_node, right) or _unlike(right, old, new)
         if reason:
             self.skipped[layer] = reason
             return
         transposed = right.kind in TRANSPOSED
         survivors = self._survivors(weight_node.path, int(transposed), old)
-        held, bias = b[weight_node.name], _operand(right, 2)
+        held, bias = b[weight_node.name], operand(right, 2)
         weight = held.T if transposed else held
         system = _System.of(right, new, a[left.name], weight, survivors, self.held_out)
         if not 0 < system.held < system.x.shape[1]:
@@ -382,35 +378,6 @@ class _Lockstep:
             if bias is not None:
                 b[bias.name].copy_(solved.bias)
 
-    def _unsolvable(self, weight: Node, node: Node) -> str:
-        if weight.op != "tensor":
-            return "its weight is computed in the graph"
-        if len(self.second.graph.users[weight.name]) > 1:
-            return "its weight is used several times"
-        if node.kind in TRANSPOSED and (
-            len(weight.shape) != 2 or {node.argument("alpha"), node.argument("beta")} - {None, 1}
-        ):
-            return "it is more than a product with a matrix"
-        bias = _operand(node, 2)
-        if isinstance(bias, Ref) and self.second.graph.by_name[bias.name].op != "tensor":
-            return "its bias is computed in the graph"
-        if isinstance(bias, Ref) and len(self.second.graph.users[bias.name]) > 1:
-            return "its bias is used several times"
-        if node.kind.startswith("conv") and len(node.shape) != len(weight.shape):
-            return "its inputs have no batch dimension"
-        return ""
-
-
-def _operand(node: Node, which: int) -> Any:
-    """The reference to a layer's inputs (0), weight (1) or bias (2), which may be None."""
-    name = OPERANDS[node.kind][which]
-    return node.argument(name) if name else None
-
-
-def _name(node: Node) -> str:
-    """Path of the module that makes the call, or the node's own name."""
-    return node.scope or node.name
-
 
 def _unlike(node: Node, old: Tensor, new: Tensor) -> str:
     """Why the rows of one network's inputs are not those of the other's; empty where they are."""
@@ -424,45 +391,10 @@ def _unlike(node: Node, old: Tensor, new: Tensor) -> str:
 def _check_finite(node: Node, *activations: Tensor) -> None:
     if not all(bool(torch.isfinite(tensor).all()) for tensor in activations):
         raise DataError(
-            f"repair(data), layer {_name(node)!r}",
+            f"repair(data), layer {layer_name(node)!r}",
             "activations are NaN or infinite",
             "Check the data, and that both networks give finite outputs for them",
         )
-
-
-class _Run:
-    """One network on its way through a graph, operator by operator."""
-
-    def __init__(self, model: GraphModel, inputs: Inputs) -> None:
-        args, given = arguments(map_tensors(torch.clone, inputs))
-        named = {name: given[name] for name in model._keywords if name in given} | given
-        self._model, self._given = model, iter(pytree.tree_leaves((args, named)))
-        self._nodes = list(model.graph.nodes)
-        self._last_use = last_use(model.graph)
-        self._dead: tuple[str, ...] = ()
-        self.values: dict[str, Any] = {}
-
-    def through(self, node: Node) -> None:
-        """Run all nodes up to this one, and it."""
-        self.before(node)
-        self._step()
-
-    def before(self, node: Node) -> None:
-        """Run all nodes before this one; what it reads is in ``values``."""
-        while self._nodes[0] is not node:
-            self._step()
-
-    def _step(self) -> None:
-        for name in self._dead:
-            del self.values[name]
-        node = self._nodes.pop(0)
-        if node.op == "input":
-            self.values[node.name] = next(self._given)
-        elif node.op == "tensor":
-            self.values[node.name] = self._model.tensor(node.path)
-        else:
-            self.values[node.name] = self._model.step(node, resolve(node.op), self.values)
-        self._dead = self._last_use[node.name]
 
 
 @dataclass(frozen=True)
@@ -499,13 +431,13 @@ class _System:
         """Draw rows at random from one layer's inputs and the original's outputs."""
         unknowns = prod(weight.shape[1:])
         if not node.kind.startswith("conv"):
-            rows, held = _draw(_unseen(new.shape[:-1], held_out), unknowns)
+            rows, held = _draw(unseen(new.shape[:-1], held_out), unknowns)
             x = new.reshape(-1, new.shape[-1])[rows]
             y = target.reshape(-1, target.shape[-1])[rows][:, survivors]
             return cls(x.double()[None], y.double()[None], held)
         groups = node.argument("groups")
         places = prod(target.shape[2:])
-        rows, held = _draw(_unseen(new.shape[:1], held_out).repeat_interleave(places), unknowns)
+        rows, held = _draw(unseen(new.shape[:1], held_out).repeat_interleave(places), unknowns)
         x, y = _patches(node, new, target.index_select(1, survivors), weight, rows)
         return cls(
             x.double().reshape(len(x), groups, unknowns).transpose(0, 1),
@@ -550,22 +482,6 @@ class _System:
             y = y - y.mean(1, keepdim=True)
         error = float(residual.square().sum() / y.square().sum().clamp_min(1e-30))
         return error if error == error else float("inf")
-
-
-def _unseen(lead: tuple[int, ...], held_out: Tensor) -> Tensor:
-    """For each row of a tensor with these leading dimensions, whether its example is held out.
-
-    The examples are along the first dimension of a multiple of their number: they come first in
-    it where others (windows, frames) were merged into it. Without one, the first dimension is
-    divided as if they were.
-    """
-    if not lead:
-        return held_out[:1]
-    examples = len(held_out)
-    dim = next((d for d, size in enumerate(lead) if size % examples == 0), 0)
-    owner = torch.arange(lead[dim]) * examples // lead[dim]
-    column = held_out[owner].reshape(-1, *[1] * (len(lead) - dim - 1))
-    return column.expand(lead).reshape(-1)
 
 
 def _draw(unseen: Tensor, unknowns: int) -> tuple[Tensor, int]:
