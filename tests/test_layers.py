@@ -13,7 +13,7 @@ ROOT = Path(rarefy.__file__).parent
 
 STAGES = [
     {"errors"},
-    {"types", "schedules", "files", "environment", "progress", "process"},
+    {"types", "schedules", "files", "environment", "progress", "process", "drawing"},
     {"batches"},
     {"copies"},
     {"graph"},
@@ -36,11 +36,12 @@ FILES = sorted(p for p in ROOT.rglob("*.py") if p != ROOT / "__init__.py")
 OPTIONAL = "onnx onnxruntime onnxscript sklearn transformers timm accelerate torchvision".split()
 GRAPH = (
     "program allowed serialize labels flow editor equations rules zeros ops groups resolution "
-    "convert capture trace count"
+    "convert capture trace count layers"
 ).split()
 PRUNING = (
-    "criteria attributes plan expressions sized stated provenance sizes select surgery masks "
-    "reference proof repair prune"
+    "criteria attributes plan expressions sized stated provenance sizes paths limits costs "
+    "accounts curves allocation landing select surgery masks reference sensitivity proof repair "
+    "prune"
 ).split()
 
 
