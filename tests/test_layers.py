@@ -24,6 +24,7 @@ STAGES = [
     {"quantization"},
     {"storage"},
     {"deployment"},
+    {"measured"},
     {"reporting", "run_folder", "recipe", "preflight", "search"},
     {"pipeline"},
     {"integrations", "tasks"},
@@ -36,7 +37,7 @@ FILES = sorted(p for p in ROOT.rglob("*.py") if p != ROOT / "__init__.py")
 OPTIONAL = "onnx onnxruntime onnxscript sklearn transformers timm accelerate torchvision".split()
 GRAPH = (
     "program allowed serialize labels flow editor equations rules zeros ops groups resolution "
-    "convert capture trace count layers"
+    "convert capture trace count layer"
 ).split()
 PRUNING = (
     "criteria attributes plan expressions sized stated provenance sizes paths limits costs "

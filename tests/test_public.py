@@ -9,8 +9,8 @@ import pytest
 import rarefy
 
 PUBLIC = """
-Budget Int8 Stages Target compress distill errors evaluate export inspect load losses measure prune
-quantize repair save trace train
+Budget Int8 Limit Sensitivity Stages Target compress distill errors evaluate export inspect load
+losses measure prune quantize repair save sensitivity trace train
 """.split()
 
 CALLABLES = [n for n in PUBLIC if not isinstance(getattr(rarefy, n), types.ModuleType)]

@@ -16,9 +16,11 @@ if TYPE_CHECKING:
     from rarefy.deployment.measure import measure as measure
     from rarefy.distillation import losses as losses
     from rarefy.graph.trace import trace as trace
+    from rarefy.measured import prune as prune
     from rarefy.pipeline import compress as compress
-    from rarefy.pruning.prune import prune as prune
+    from rarefy.pruning.curves import Sensitivity as Sensitivity
     from rarefy.pruning.repair import repair as repair
+    from rarefy.pruning.sensitivity import sensitivity as sensitivity
     from rarefy.quantization.quantize import quantize as quantize
     from rarefy.recipe.options import Stages as Stages
     from rarefy.storage.format import inspect as inspect
@@ -29,11 +31,14 @@ if TYPE_CHECKING:
     from rarefy.training import train as train
     from rarefy.types import Budget as Budget
     from rarefy.types import Int8 as Int8
+    from rarefy.types import Limit as Limit
     from rarefy.types import Target as Target
 
 _HOME = {
     "Budget": "rarefy.types",
     "Int8": "rarefy.types",
+    "Limit": "rarefy.types",
+    "Sensitivity": "rarefy.pruning.curves",
     "Stages": "rarefy.recipe.options",
     "Target": "rarefy.types",
     "compress": "rarefy.pipeline",
@@ -43,10 +48,11 @@ _HOME = {
     "inspect": "rarefy.storage.format",
     "load": "rarefy.storage.format",
     "measure": "rarefy.deployment.measure",
-    "prune": "rarefy.pruning.prune",
+    "prune": "rarefy.measured",
     "quantize": "rarefy.quantization.quantize",
     "repair": "rarefy.pruning.repair",
     "save": "rarefy.storage.format",
+    "sensitivity": "rarefy.pruning.sensitivity",
     "trace": "rarefy.graph.trace",
     "train": "rarefy.training",
 }

@@ -17,7 +17,7 @@ from torch import nn
 
 from rarefy.graph.count import COSTS, Shapes
 from rarefy.graph.labels import Atoms
-from rarefy.graph.layers import layer
+from rarefy.graph.layer import layer
 from rarefy.graph.program import Graph, Node, Spec, is_view
 from rarefy.graph.trace import Network
 from rarefy.pruning.costs import Costs, Surface
@@ -55,7 +55,7 @@ class Account:
         self, network: Network, prices: Mapping[str, Price], constant: float = 0.0
     ) -> None:
         self._network, self._constant = network, constant
-        self._extents = _Extents(network)
+        self._extents = Extents(network)
         self._terms = [
             _Term(price, self._extents.of([name, *network.captured.graph.by_name[name].inputs]), {})
             for name, price in prices.items()
@@ -79,7 +79,7 @@ class Account:
         return self(plan) / max(self.before, 1e-12)
 
 
-class _Extents:
+class Extents:
     """The sizes of all labelled dimensions under a plan, each distinct one counted once."""
 
     def __init__(self, network: Network) -> None:

@@ -28,7 +28,7 @@ class Lane:
 
     Attributes:
         values: importance of each item in ascending order, shape (items,).
-        saved: what the removal of one item saves.
+        saved: share of the whole cost that the removal of one item saves.
         range: how many may go.
     """
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from rarefy.graph.layers import Layer
+from rarefy.graph.layer import Layer
 
 
 @dataclass(frozen=True)

@@ -38,9 +38,9 @@ class Range:
             keep = min(self.size, math.ceil(keep / self.step) * self.step)
         return self.size - keep
 
-    def fewer(self, count: int) -> int:
-        """The next smaller number that may go, or ``count`` where there is none."""
-        found = self.nearest(count - 1)
+    def fewer(self, count: int, by: int = 1) -> int:
+        """A number smaller by at least ``by`` that may go, or ``count`` where there is none."""
+        found = self.nearest(count - by)
         return found if self.low <= found < count else count
 
     def more(self, count: int) -> int:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import copy
-import difflib
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from rarefy.errors import BudgetError, InputError
+from rarefy.pruning.paths import matching, paths, within
 from rarefy.types import Budget
 
 
@@ -35,7 +35,7 @@ def sparsify(model: nn.Module, budget: Budget, *, exclude: Sequence[str] = ()) -
             "zeros save neither MACs nor parameters",
             "Give Budget(sparsity=0.9), the share of weights to set to zero",
         )
-    for name in ("min_keep", "max_drop", "round_to"):
+    for name in ("min_keep", "max_drop", "round_to", "layers"):
         if getattr(budget, name) != Budget.__dataclass_fields__[name].default:
             raise BudgetError(
                 f"Budget({name}={getattr(budget, name)!r})",
@@ -57,21 +57,14 @@ def prunable(model: nn.Module, exclude: Sequence[str] = ()) -> list[Tensor]:
     Raises:
         InputError: an excluded name matches nothing, or nothing is left.
     """
-    paths = {n for n, _ in model.named_modules() if n} | {n for n, _ in model.named_parameters()}
-    for name in exclude:
-        if name not in paths:
-            near = difflib.get_close_matches(name, sorted(paths), 3)
-            raise InputError(
-                f"prune(exclude=[{name!r}])",
-                "no module or parameter has that path",
-                f"Did you mean {' or '.join(near)}" if near else "See model.named_modules()",
-            )
+    known = paths(model)
+    excluded = frozenset[str]().union(
+        *(matching(name, known, f"prune(exclude=[{name!r}])") for name in exclude)
+    )
     found: list[Tensor] = [
         parameter
         for path, parameter in model.named_parameters()
-        if parameter.ndim > 1
-        and parameter.is_floating_point()
-        and not any(f"{path}.".startswith(f"{name}.") for name in exclude)
+        if parameter.ndim > 1 and parameter.is_floating_point() and not within(path, excluded)
     ]
     if not found:
         raise InputError(

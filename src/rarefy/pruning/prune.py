@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import inf
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 import torch
@@ -20,7 +20,9 @@ from rarefy.errors import BudgetError, InputError, ProofError, first_line
 from rarefy.graph.capture import check_runs
 from rarefy.graph.program import GraphModel, Spec
 from rarefy.graph.trace import Frozen, Network, trace
+from rarefy.pruning.costs import Costs
 from rarefy.pruning.criteria import Criterion, named, scored
+from rarefy.pruning.curves import Sensitivity
 from rarefy.pruning.expressions import Equation
 from rarefy.pruning.masks import sparsify
 from rarefy.pruning.plan import Plan, Scores
@@ -31,6 +33,9 @@ from rarefy.pruning.select import select
 from rarefy.pruning.sizes import Sizes
 from rarefy.pruning.surgery import cut, kept_entries, rewrite
 from rarefy.types import Budget, Data, Inputs, Width
+
+Timing = Callable[[Network], Costs]
+"""A traced network -> the latencies of its layers."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +60,17 @@ class Pruned:
     error: float
 
 
+class PruneOptions(TypedDict, total=False):
+    """Options of :func:`prune` that every kind of budget leaves to the user."""
+
+    criterion: str | Criterion
+    structure: str
+    data: Data | None
+    exclude: Sequence[str]
+    keep_class: bool
+    sensitivity: Sensitivity | None
+
+
 def prune(
     model: nn.Module,
     example_inputs: Inputs,
@@ -65,6 +81,8 @@ def prune(
     data: Data | None = None,
     exclude: Sequence[str] = (),
     keep_class: bool = False,
+    costs: Timing | None = None,
+    sensitivity: Sensitivity | None = None,
 ) -> nn.Module:
     """Remove the least important units of a network, with proof.
 
@@ -81,9 +99,14 @@ def prune(
             weights to zero, which makes files smaller but nothing faster.
         data: batches (labels are not needed) with which the smaller network is repaired by least
             squares, its BatchNorm statistics moved along (:func:`~rarefy.pruning.repair.repair`).
-        exclude: paths of modules or parameters whose own outputs keep their width.
+        exclude: paths of modules or parameters, or patterns with ``*?[]``, whose own outputs keep
+            their width.
         keep_class: never return a rewritten graph: units that the forward holds in place with
             numbers of its own stay, and are named in ``pruned.frozen``.
+        costs: times the layers of the traced network, for a budget of latency.
+        sensitivity: what the removal of each group's units costs, as measured by
+            :func:`rarefy.sensitivity`: groups that hurt are cut less, those that were not measured
+            stay whole. Units within a group are chosen by the criterion.
 
     Returns:
         A new network in eval mode. Where units were removed, its attribute ``pruned`` is a
@@ -124,9 +147,12 @@ def prune(
     parameters = dict(model.named_parameters(remove_duplicate=False))
     scores = [scored(group, parameters, named(criterion)) for group in network.groups]
     sizes = Sizes(network, stated(model, network, example_inputs))
+    options: dict[str, Any] = {"sensitivity": sensitivity}
+    if costs is not None:
+        options["costs"] = costs(network)
     closed: dict[int, str] = {}
     while True:
-        plan = _plan(network, model, scores, budget, exclude, sizes, closed, keep_class)
+        plan = _plan(network, model, scores, budget, exclude, sizes, closed, keep_class, options)
         try:
             small = operate(model, example_inputs, network, plan, sizes, keep_class=keep_class)
         except ClassError as error:
@@ -137,7 +163,7 @@ def prune(
             break
     record: Any = small.pruned
     if record.kind == "graph" and plan.whole:  # a graph need not fit the forward
-        plan = select(network, model, scores, budget, exclude)
+        plan = select(network, model, scores, budget, exclude, **options)
         small = operate(model, example_inputs, network, plan, sizes, fault=record.reason)
     return small if data is None else repair(model, small, data)
 
@@ -151,6 +177,7 @@ def _plan(
     sizes: Sizes,
     closed: Mapping[int, str],
     keep_class: bool,
+    options: Mapping[str, Any],
 ) -> Plan:
     """A plan that the user's forward can carry out; where none does it, one for the graph.
 
@@ -158,13 +185,13 @@ def _plan(
         ClassError: the class has to be kept, and nothing can go then.
         BudgetError, InputError: see :func:`~rarefy.pruning.select.select`.
     """
-    options: dict[str, Any] = {"closed": closed, "keep_class": keep_class}
+    held: dict[str, Any] = {**options, "closed": closed, "keep_class": keep_class}
     try:
-        plan = select(network, model, scores, budget, exclude, sizes, **options)
+        plan = select(network, model, scores, budget, exclude, sizes, **held)
     except BudgetError:
         if keep_class:
             raise
-        return select(network, model, scores, budget, exclude)
+        return select(network, model, scores, budget, exclude, **options)
     if plan.removed.any() or not plan.whole:
         return plan
     if keep_class:
@@ -174,7 +201,7 @@ def _plan(
             "Write sizes in forward as x.shape[...] or module attributes, or accept a rewritten "
             "graph (keep_class=False)",
         )
-    return select(network, model, scores, budget, exclude)
+    return select(network, model, scores, budget, exclude, **options)
 
 
 def stated(model: nn.Module, network: Network, example_inputs: Inputs) -> tuple[Equation, ...]:

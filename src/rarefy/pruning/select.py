@@ -220,7 +220,8 @@ class _Choice:
         )
 
     def _saved_by_one(self, group: int) -> float:
-        return max(self._saved(group, 1), 1e-12) if self.account is not None else 1.0
+        whole = sum(map(len, self.network.groups)) if self.account is None else self.account.before
+        return max(self._saved(group, 1) / max(whole, 1e-12), 1e-12)
 
     def _saved(self, group: int, count: int) -> float:
         """What the removal of so many units of one group alone saves."""
