@@ -41,8 +41,8 @@ GRAPH = (
 ).split()
 PRUNING = (
     "criteria attributes plan expressions sized stated provenance sizes paths limits costs "
-    "accounts curves allocation landing select surgery masks reference sensitivity proof repair "
-    "prune"
+    "accounts curves journal allocation landing select surgery masks reference sensitivity proof "
+    "repair prune"
 ).split()
 
 

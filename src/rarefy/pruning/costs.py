@@ -27,7 +27,7 @@ class Surface:
     times: int
 
     def __call__(self, layer: Layer) -> float:
-        """Milliseconds at the layer's widths, by interpolation; from below the least on, to zero.
+        """Milliseconds at the layer's widths, by interpolation; half of the least at no width.
 
         Time is in proportion to the repetitions.
 
@@ -38,7 +38,8 @@ class Surface:
         inner, outer = (0, *self.inner), (0, *self.outer)
         table = np.zeros((len(inner), len(outer)))
         table[1:, 1:] = self.ms
-        table[0], table[:, 0] = table[1] / 2, table[:, 1] / 2  # a call of no width takes time, too
+        table[0] = table[1] / 2  # a call of no width takes time, too
+        table[:, 0] = table[:, 1] / 2
         row = [float(np.interp(layer.outer, outer, line)) for line in table]
         return float(np.interp(layer.inner, inner, row)) * layer.times / max(self.times, 1)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,9 @@ from rarefy.errors import FormatError, OutputError
 from rarefy.pruning.curves import Point, point
 
 FORMAT = "rarefy.sensitivity/1"
+
+BEGINNING = json.dumps({"format": FORMAT})[:-1].encode()
+"""Of every journal."""
 
 
 class Journal:
@@ -66,16 +70,18 @@ class Journal:
     def _read(self, path: Path) -> None:
         try:
             text = path.read_bytes()
-            whole = text[: text.rfind(b"\n") + 1]
-            if len(whole) < len(text):
-                os.truncate(path, len(whole))
         except OSError as error:
             raise OutputError(str(path), f"it cannot be read: {error}", "Check the path") from error
-        lines = whole.splitlines()
-        if not lines and text.lstrip()[:1] in (b"", b"{"):
-            return
+        whole = text[: text.rfind(b"\n") + 1]
+        if whole or not BEGINNING.startswith(text[: len(BEGINNING)]):
+            self._parse(path, whole)
+        if len(whole) < len(text):
+            with suppress(OSError):  # then the next line cannot be written, either
+                os.truncate(path, len(whole))
+
+    def _parse(self, path: Path, text: bytes) -> None:
         try:
-            head, *rest = (json.loads(line) for line in lines)
+            head, *rest = (json.loads(line) for line in text.splitlines())
             if head["format"] != FORMAT:
                 raise ValueError(head["format"])
             self.points = [point(held) for held in rest]
