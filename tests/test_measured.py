@@ -62,8 +62,8 @@ def test_the_first_that_comes_close_is_taken() -> None:
 
 
 def test_a_share_that_overshoots_is_corrected_upwards() -> None:
-    small = reach(Budget(latency=0.6), lambda s: (made(s), 0.6 * s))
-    assert 0.58 <= 0.6 * small.asked <= 0.62
+    small = reach(Budget(latency=0.6), lambda s: (made(s), s**2))
+    assert 0.58 <= small.asked**2 <= 0.62
 
 
 def test_where_all_miss_the_error_says_what_was_measured() -> None:

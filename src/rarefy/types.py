@@ -127,7 +127,8 @@ class Budget:
         min_keep: the smallest number of units that any group keeps.
         max_drop: the largest share of a group's units that may go, in (0, 1].
         round_to: widths are rounded up to a multiple of this number where that is possible;
-            ``"auto"`` takes the one that the runtime computes fast.
+            ``"auto"`` takes the one that the runtime computes fast, as does a budget of latency
+            where this is 1. Groups of no more units than that may keep any number.
         layers: limits of single layers by module or parameter path, which concern the width of
             their own outputs: a :class:`Limit`, or a number, the share of units that goes. Paths
             may hold the wildcards ``*``, ``?`` and ``[...]``, where ``*`` also matches dots. Of

@@ -14,6 +14,9 @@ CLOSE = 0.02
 PORTION = 0.25
 """Share of what is still free that is given back to one lane at once."""
 
+MOST_STEPS = 8
+"""Steps of one lane that a swap takes at most."""
+
 MOST_TRIALS = 1000
 """Plans that are tried at most to come closer."""
 
@@ -94,14 +97,17 @@ def _given_back(
 def _swapped(
     found: Landed, lanes: Sequence[Lane], attempt: Try, limit: float, budget: Iterator[int]
 ) -> Landed | None:
-    """The first swap that comes nearer to the limit."""
-    for i, lane in enumerate(lanes):
-        trial = _changed(found, i, lane.range.more(found.counts[i]), attempt, budget)
-        if trial is None or trial.share > limit:
-            continue
-        trial = _given_back(trial, lanes, attempt, limit, budget, {i})
-        if trial.share > found.share:
-            return trial
+    """The first swap that comes nearer to the limit: small ones of all lanes before large ones."""
+    taken = list(found.counts)
+    for _ in range(MOST_STEPS):
+        for i, lane in enumerate(lanes):
+            taken[i] = lane.range.more(taken[i])
+            trial = _changed(found, i, taken[i], attempt, budget)
+            if trial is None or trial.share > limit:
+                continue
+            trial = _given_back(trial, lanes, attempt, limit, budget, {i})
+            if trial.share > found.share:
+                return trial
     return None
 
 

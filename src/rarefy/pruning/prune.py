@@ -129,11 +129,12 @@ def prune(
     check_finite(model)
     check_copies(model)
     if structure == "weight":
-        if data is not None or criterion != "magnitude":
+        if data is not None or criterion != "magnitude" or sensitivity is not None:
             raise InputError(
                 "prune(structure='weight')",
                 "single weights are removed by magnitude, without data",
-                "Leave criterion and data out, and train on with after_step=hold(pruned)",
+                "Leave criterion, data and sensitivity out, and train on with "
+                "after_step=hold(pruned)",
             )
         return sparsify(model, budget, exclude=exclude)
     if structure != "channel":
