@@ -13,7 +13,7 @@ ROOT = Path(rarefy.__file__).parent
 
 STAGES = [
     {"errors"},
-    {"types", "schedules", "files", "environment", "progress", "process"},
+    {"types", "schedules", "files", "environment", "progress", "process", "drawing"},
     {"batches"},
     {"copies"},
     {"graph"},
@@ -24,6 +24,7 @@ STAGES = [
     {"quantization"},
     {"storage"},
     {"deployment"},
+    {"measured"},
     {"reporting", "run_folder", "recipe", "preflight", "search"},
     {"pipeline"},
     {"integrations", "tasks"},
@@ -38,12 +39,13 @@ OPTIONAL = (
 )
 GRAPH = (
     "program allowed serialize labels flow editor equations rules zeros ops groups resolution "
-    "convert capture resting trace count"
+    "convert capture resting trace count layer"
 ).split()
 PRUNING = (
     "evidence inputs taps gather aggregation criteria movement attributes plan expressions sized "
-    "stated provenance sizes select surgery patterns elements masks lockstep gram sparsegpt "
-    "weights calibrated sparsify reference proof repair prune regularize gradual"
+    "stated provenance sizes paths limits costs accounts curves journal allocation landing select "
+    "surgery patterns elements masks lockstep gram sparsegpt weights calibrated sparsify reference "
+    "sensitivity proof repair prune regularize gradual"
 ).split()
 
 

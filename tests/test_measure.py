@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from rarefy.deployment.export import export
-from rarefy.deployment.measure import _time, compare, latency, measure, settled, speedup
+from rarefy.deployment.measure import compare, latency, measure, settled, speedup, timed
 from rarefy.errors import InputError
 from rarefy.types import Latency, Measurement
 
@@ -34,10 +34,10 @@ def test_measure_measures_one(paths):
 def test_calls_are_interleaved_and_bounded():
     order = []
     runners = [lambda: order.append("a"), lambda: order.append("b")]
-    times = _time(runners, 3, 1, float("inf"))
+    times = timed(runners, 3, 1, float("inf"))
     assert "".join(order) == "ab" * 4
     assert [len(series) for series in times] == [3, 3]
-    assert [len(series) for series in _time(runners, 100, 100, 0.0)] == [1, 1]
+    assert [len(series) for series in timed(runners, 100, 100, 0.0)] == [1, 1]
 
 
 def test_latency_is_in_milliseconds():

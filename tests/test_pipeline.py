@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import rarefy.pipeline
+from rarefy.copies import fingerprint
 from rarefy.deployment.runtimes import OnnxSession
 from rarefy.errors import (
     DataError,
@@ -37,7 +38,7 @@ from rarefy.preflight import check_data
 from rarefy.recipe.options import DistillStage, PruneStage, Stages
 from rarefy.reporting.summary import as_dict
 from rarefy.storage.format import load
-from rarefy.training import evaluate, fingerprint
+from rarefy.training import evaluate
 from rarefy.types import Data, Target
 from tiny_networks import ALL, SHORT, examples, held_out, perceptron, shuffled
 

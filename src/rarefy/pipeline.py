@@ -14,6 +14,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from rarefy.batches import batch_size, batches, seeded, take
+from rarefy.copies import fingerprint
 from rarefy.deployment.export import export
 from rarefy.deployment.measure import settled, speedup
 from rarefy.deployment.runtimes import OnnxSession, load_onnx, load_onnxruntime
@@ -21,6 +22,7 @@ from rarefy.distillation.losses import KD
 from rarefy.environment import environment
 from rarefy.errors import ExportError, InputError
 from rarefy.graph.count import count
+from rarefy.measured import prune
 from rarefy.metrics import top1
 from rarefy.preflight import (
     check_data,
@@ -32,7 +34,7 @@ from rarefy.preflight import (
 )
 from rarefy.process import replayable
 from rarefy.pruning.criteria import named, needs
-from rarefy.pruning.prune import Pruned, check_finite, prune
+from rarefy.pruning.prune import Pruned, check_finite
 from rarefy.pruning.repair import repair
 from rarefy.quantization.quantize import quantize
 from rarefy.recipe.options import PruneStage, Stages
@@ -40,7 +42,7 @@ from rarefy.reporting.files import write
 from rarefy.run_folder import PruningFacts, RunFolder, StageFacts
 from rarefy.search import reachable_budget
 from rarefy.storage.format import load, save
-from rarefy.training import distill, evaluate, fingerprint, train
+from rarefy.training import distill, evaluate, train
 from rarefy.types import Batch, Check, Data, Inputs, Measurement, Report, Stage, Target, Width
 
 CALIBRATION = 512

@@ -7,7 +7,6 @@ leave what they were given as it was. :func:`evaluate` is the metric that they s
 from __future__ import annotations
 
 import copy
-import hashlib
 import itertools
 import math
 import operator
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from rarefy.batches import batch_size, batches, call, evaluating, logits, map_tensors, seeded
+from rarefy.copies import fingerprint
 from rarefy.distillation.losses import KD, CrossEntropy
 from rarefy.errors import DataError, InputError, TrainingError
 from rarefy.graph.program import GraphModel
@@ -298,21 +298,6 @@ def evaluate(model: nn.Module, data: Data) -> float:
     device = _device(model)
     with evaluating(model), seeded(0), replayable(data):
         return top1(lambda x: call(model, _to(x, device)), data, where="evaluate")
-
-
-def fingerprint(model: nn.Module) -> str:
-    """A hash of the names, shapes, types and bytes of all parameters and buffers.
-
-    Example:
-        >>> fingerprint(nn.ReLU())[:8]
-        'e3b0c442'
-    """
-    found = hashlib.sha256()
-    for name, tensor in _tensors(model):
-        found.update(f"{name} {tuple(tensor.shape)} {tensor.dtype};".encode())
-        flat = tensor.detach().cpu().contiguous().reshape(-1)
-        found.update(flat.view(torch.uint8).numpy().data)
-    return found.hexdigest()
 
 
 # --- what is trained, and against what -----------------------------------------------------------

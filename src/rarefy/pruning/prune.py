@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import inf
-from typing import Any, cast
+from typing import Any, TypedDict, cast
 
 import numpy as np
 import torch
@@ -21,7 +21,9 @@ from rarefy.graph.capture import check_runs
 from rarefy.graph.program import GraphModel, Spec
 from rarefy.graph.resting import resting
 from rarefy.graph.trace import Frozen, Network, trace
+from rarefy.pruning.costs import Costs
 from rarefy.pruning.criteria import Criterion, named, needs, scored
+from rarefy.pruning.curves import Sensitivity
 from rarefy.pruning.elements import ElementCriterion
 from rarefy.pruning.expressions import Equation
 from rarefy.pruning.gather import LossFunction, gather
@@ -35,6 +37,9 @@ from rarefy.pruning.sizes import Sizes
 from rarefy.pruning.sparsify import sparsify
 from rarefy.pruning.surgery import Kept, cut, kept_entries, rewrite
 from rarefy.types import Budget, Data, Inputs, Width
+
+Timing = Callable[[Network], Costs]
+"""A traced network -> the latencies of its layers."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +64,19 @@ class Pruned:
     error: float
 
 
+class PruneOptions(TypedDict, total=False):
+    """Options of :func:`prune` that every kind of budget leaves to the user."""
+
+    criterion: str | Criterion | ElementCriterion
+    structure: str | Pattern
+    data: Data | None
+    loss: LossFunction | None
+    heal: bool
+    exclude: Sequence[str]
+    keep_class: bool
+    sensitivity: Sensitivity | None
+
+
 def prune(
     model: nn.Module,
     example_inputs: Inputs,
@@ -71,6 +89,8 @@ def prune(
     heal: bool = True,
     exclude: Sequence[str] = (),
     keep_class: bool = False,
+    costs: Timing | None = None,
+    sensitivity: Sensitivity | None = None,
 ) -> nn.Module:
     """Remove the least important units of a network, with proof.
 
@@ -101,9 +121,14 @@ def prune(
         loss: (logits, targets) -> mean loss of a batch, for criteria that need gradients; cross
             entropy if not given.
         heal: whether the smaller network is repaired where data are given.
-        exclude: paths of modules or parameters whose own outputs keep their width.
+        exclude: paths of modules or parameters, or patterns with ``*?[]``, whose own outputs keep
+            their width.
         keep_class: never return a rewritten graph: units that the forward holds in place with
             numbers of its own stay, and are named in ``pruned.frozen``.
+        costs: times the layers of the traced network, for a budget of latency.
+        sensitivity: what the removal of each group's units costs, as measured by
+            :func:`rarefy.sensitivity`: groups that hurt are cut less, those that were not measured
+            stay whole. Units within a group are chosen by the criterion.
 
     Returns:
         A new network in eval mode. Where units were removed, its attribute ``pruned`` is a
@@ -130,8 +155,14 @@ def prune(
     check_finite(model)
     check_copies(model)
     if zeros:
-        options: dict[str, Any] = {"criterion": criterion, "data": data, "exclude": exclude}
-        return sparsify(model, budget, structure, example_inputs=example_inputs, **options)
+        if sensitivity is not None:
+            raise InputError(
+                f"prune(structure={structure!r}, sensitivity=...)",
+                "sensitivity was measured for units, and weights are to be removed",
+                "Leave sensitivity out",
+            )
+        given: dict[str, Any] = {"criterion": criterion, "data": data, "exclude": exclude}
+        return sparsify(model, budget, structure, example_inputs=example_inputs, **given)
     assert budget is not None
     network = trace(model, example_inputs)
     check_runs(model, example_inputs)
@@ -140,9 +171,12 @@ def prune(
     scores = [scored(group, evidence, judge) for group in network.groups]
     del evidence
     sizes = Sizes(network, stated(model, network, example_inputs))
+    options: dict[str, Any] = {"sensitivity": sensitivity}
+    if costs is not None:
+        options["costs"] = costs(network)
     closed: dict[int, str] = {}
     while True:
-        plan = _plan(network, model, scores, budget, exclude, sizes, closed, keep_class)
+        plan = _plan(network, model, scores, budget, exclude, sizes, closed, keep_class, options)
         try:
             small = operate(model, example_inputs, network, plan, sizes, keep_class=keep_class)
         except ClassError as error:
@@ -153,7 +187,7 @@ def prune(
             break
     record: Any = small.pruned
     if record.kind == "graph" and plan.whole:  # a graph need not fit the forward
-        plan = select(network, model, scores, budget, exclude)
+        plan = select(network, model, scores, budget, exclude, **options)
         small = operate(model, example_inputs, network, plan, sizes, fault=record.reason)
     return small if data is None or not heal else repair(model, small, data)
 
@@ -167,6 +201,7 @@ def _plan(
     sizes: Sizes,
     closed: Mapping[int, str],
     keep_class: bool,
+    options: Mapping[str, Any],
 ) -> Plan:
     """A plan that the user's forward can carry out; where none does it, one for the graph.
 
@@ -174,13 +209,13 @@ def _plan(
         ClassError: the class has to be kept, and nothing can go then.
         BudgetError, InputError: see :func:`~rarefy.pruning.select.select`.
     """
-    options: dict[str, Any] = {"closed": closed, "keep_class": keep_class}
+    held: dict[str, Any] = {**options, "closed": closed, "keep_class": keep_class}
     try:
-        plan = select(network, model, scores, budget, exclude, sizes, **options)
+        plan = select(network, model, scores, budget, exclude, sizes, **held)
     except BudgetError:
         if keep_class:
             raise
-        return select(network, model, scores, budget, exclude)
+        return select(network, model, scores, budget, exclude, **options)
     if plan.removed.any() or not plan.whole:
         return plan
     if keep_class:
@@ -190,7 +225,7 @@ def _plan(
             "Write sizes in forward as x.shape[...] or module attributes, or accept a rewritten "
             "graph (keep_class=False)",
         )
-    return select(network, model, scores, budget, exclude)
+    return select(network, model, scores, budget, exclude, **options)
 
 
 def stated(model: nn.Module, network: Network, example_inputs: Inputs) -> tuple[Equation, ...]:

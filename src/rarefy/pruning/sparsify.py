@@ -127,7 +127,7 @@ def _share(pattern: Pattern, budget: Budget | None) -> float:
             "zeros save neither MACs nor parameters",
             "Give Budget(sparsity=0.9), the share of weights to set to zero",
         )
-    for name in ("min_keep", "max_drop", "round_to"):
+    for name in ("min_keep", "max_drop", "round_to", "layers"):
         if getattr(budget, name) != Budget.__dataclass_fields__[name].default:
             raise BudgetError(
                 f"Budget({name}={getattr(budget, name)!r})",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 from rarefy.errors import InputError
 from rarefy.graph.program import Graph, Ref
 from rarefy.pruning.lockstep import OPERANDS, TRANSPOSED, operand
+from rarefy.pruning.paths import matching, paths, within
 from rarefy.pruning.patterns import (
     NM,
     Block,
@@ -50,22 +50,12 @@ def prunable(model: nn.Module, exclude: Sequence[str] = ()) -> list[tuple[str, T
     Raises:
         InputError: an excluded name matches nothing, or nothing is left.
     """
-    paths = {n for n, _ in model.named_modules() if n}
-    paths |= {n for n, _ in model.named_parameters(remove_duplicate=False)}
-    for name in exclude:
-        if name not in paths:
-            near = difflib.get_close_matches(name, sorted(paths), 3)
-            raise InputError(
-                f"prune(exclude=[{name!r}])",
-                "no module or parameter has that path",
-                f"Did you mean {' or '.join(near)}" if near else "See model.named_modules()",
-            )
+    known = paths(model)
+    excluded = frozenset[str]().union(
+        *(matching(name, known, f"prune(exclude=[{name!r}])") for name in exclude)
+    )
     every = list(model.named_parameters(remove_duplicate=False))
-    out = {
-        id(tensor)
-        for path, tensor in every
-        if any(f"{path}.".startswith(f"{name}.") for name in exclude)
-    }
+    out = {id(tensor) for path, tensor in every if within(path, excluded)}
     found: list[tuple[str, Tensor]] = [
         (path, parameter)
         for path, parameter in model.named_parameters()
