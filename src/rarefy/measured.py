@@ -89,8 +89,9 @@ def prune(
             (``"magnitude"``, ``"l1"``, ``"random"``, ``"norm_scale"``, ``"lamp"``, ``"fpgm"``; on
             data ``"gradient"``, ``"taylor"``, ``"taylor2"``, ``"fisher"``, ``"obd"``, ``"obs"``,
             ``"reconstruction"``, ``"wanda"``, ``"activation"``), one of the frozen values there
-            with other options, or a function (:data:`~rarefy.pruning.criteria.Criterion`). Of
-            weights: ``"magnitude"``, ``"lamp"``, ``"random"``, ``"wanda"``, ``"sparsegpt"``, or a
+            with other options, or a function (:data:`~rarefy.pruning.criteria.Criterion`).
+            ``"compensated"`` (:class:`~rarefy.pruning.compensated.Compensated`) measures on data
+            how much each group may lose. Of weights: ``"magnitude"``, ``"lamp"``, ``"random"``, ``"wanda"``, ``"sparsegpt"``, or a
             function (:data:`~rarefy.pruning.elements.ElementCriterion`).
         structure: ``"channel"`` removes channels, heads and hidden units. All others set weights to
             zero, which makes files smaller, and faster what a runtime has kernels for:

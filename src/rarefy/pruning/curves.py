@@ -99,7 +99,7 @@ class Sensitivity:
                 )
             shares = np.array([0.0, *(p.removed / p.units for p in curve)])
             drops = np.maximum.accumulate([0.0, *(self.drop(p) for p in curve)])
-            found[g] = _interpolated(shares, drops)
+            found[g] = interpolated(shares, drops)
         return found
 
     def __str__(self) -> str:
@@ -189,7 +189,8 @@ def labels(groups: Sequence[Group]) -> tuple[str, ...]:
     return tuple(found)
 
 
-def _interpolated(shares: NDArray[np.float64], drops: NDArray[np.float64]) -> Losses:
+def interpolated(shares: NDArray[np.float64], drops: NDArray[np.float64]) -> Losses:
+    """Losses that are known at ascending shares: linear in between, and beyond the last."""
     slope = 0.0
     if len(shares) > 1 and shares[-1] > shares[-2]:
         slope = float((drops[-1] - drops[-2]) / (shares[-1] - shares[-2]))

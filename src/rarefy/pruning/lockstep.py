@@ -6,6 +6,7 @@ squares: convolutions of any rank, linear layers, products with a matrix.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from rarefy.batches import arguments, map_tensors
-from rarefy.graph.program import Graph, GraphModel, Node, Ref, last_use, resolve
+from rarefy.graph.program import Graph, GraphModel, Node, Ref, last_use, resolve, substitute
 from rarefy.types import Inputs
 
 OPERANDS = {
@@ -50,6 +51,30 @@ class Run:
         while self._nodes[0] is not node:
             self._step()
 
+    def rest(self, changed: Mapping[str, Tensor], shifts: Mapping[str, Tensor]) -> list[Tensor]:
+        """What the network would return with other tensors; the run itself stays where it is.
+
+        Args:
+            changed: name of a parameter's or buffer's node -> what takes its place.
+            shifts: name of a call -> what is added to its result.
+        """
+        nodes, dead = self._nodes, self._dead
+        values = _apart(self.values, self._model.graph.by_name) | dict(changed)
+        for node in nodes:
+            for name in dead:
+                values.pop(name, None)
+            if node.op == "output":
+                leaves = pytree.tree_leaves(substitute(node.args[0], lambda ref: values[ref.name]))
+                return [t for t in leaves if isinstance(t, Tensor) and t.is_floating_point()]
+            if node.op == "tensor":
+                values[node.name] = changed.get(node.name, self._model.tensor(node.path))
+            else:
+                values[node.name] = self._model.step(node, resolve(node.op), values)
+            if node.name in shifts:
+                values[node.name] = values[node.name] + shifts[node.name]
+            dead = self._last_use[node.name]
+        raise AssertionError("a graph ends with its output")
+
     def _step(self) -> None:
         for name in self._dead:
             del self.values[name]
@@ -61,6 +86,24 @@ class Run:
         else:
             self.values[node.name] = self._model.step(node, resolve(node.op), self.values)
         self._dead = self._last_use[node.name]
+
+
+def _apart(values: Mapping[str, Any], nodes: Mapping[str, Node]) -> dict[str, Any]:
+    """The values in memory of their own, views of one another as before; tensors as they are."""
+    copies: dict[int, torch.UntypedStorage] = {}
+
+    def own(tensor: Tensor) -> Tensor:
+        held = tensor.untyped_storage()
+        if held.data_ptr() not in copies:
+            copies[held.data_ptr()] = held.clone()  # type: ignore[no-untyped-call]
+        place = (tensor.storage_offset(), tensor.shape, tensor.stride())
+        empty = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+        return empty.set_(copies[held.data_ptr()], *place)
+
+    return {
+        name: value if nodes[name].op == "tensor" else map_tensors(own, value)
+        for name, value in values.items()
+    }
 
 
 def operand(node: Node, which: int) -> Any:

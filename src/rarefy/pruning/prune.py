@@ -14,13 +14,14 @@ from numpy.typing import NDArray
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from rarefy.batches import doubled, tensors
+from rarefy.batches import doubled, evaluating, tensors
 from rarefy.copies import computed
 from rarefy.errors import BudgetError, InputError, ProofError, first_line
 from rarefy.graph.capture import check_runs
 from rarefy.graph.program import GraphModel, Spec
 from rarefy.graph.resting import resting
 from rarefy.graph.trace import Frozen, Network, trace
+from rarefy.pruning.compensated import Compensated, Response, respond
 from rarefy.pruning.costs import Costs
 from rarefy.pruning.criteria import Criterion, named, needs, scored
 from rarefy.pruning.curves import Sensitivity
@@ -67,7 +68,7 @@ class Pruned:
 class PruneOptions(TypedDict, total=False):
     """Options of :func:`prune` that every kind of budget leaves to the user."""
 
-    criterion: str | Criterion | ElementCriterion
+    criterion: str | Criterion | Compensated | ElementCriterion
     structure: str | Pattern
     data: Data | None
     loss: LossFunction | None
@@ -82,7 +83,7 @@ def prune(
     example_inputs: Inputs,
     budget: Budget | None = None,
     *,
-    criterion: str | Criterion | ElementCriterion = "magnitude",
+    criterion: str | Criterion | Compensated | ElementCriterion = "magnitude",
     structure: str | Pattern = "channel",
     data: Data | None = None,
     loss: LossFunction | None = None,
@@ -106,8 +107,9 @@ def prune(
             (``"magnitude"``, ``"l1"``, ``"random"``, ``"norm_scale"``, ``"lamp"``, ``"fpgm"``; on
             data ``"gradient"``, ``"taylor"``, ``"taylor2"``, ``"fisher"``, ``"obd"``, ``"obs"``,
             ``"reconstruction"``, ``"wanda"``, ``"activation"``), one of the frozen values there
-            with other options, or a function (:data:`~rarefy.pruning.criteria.Criterion`). Of
-            weights: ``"magnitude"``, ``"lamp"``, ``"random"``, ``"wanda"``, ``"sparsegpt"``, or a
+            with other options, or a function (:data:`~rarefy.pruning.criteria.Criterion`).
+            ``"compensated"`` (:class:`~rarefy.pruning.compensated.Compensated`) measures on data
+            how much each group may lose. Of weights: ``"magnitude"``, ``"lamp"``, ``"random"``, ``"wanda"``, ``"sparsegpt"``, or a
             function (:data:`~rarefy.pruning.elements.ElementCriterion`).
         structure: ``"channel"`` removes channels, heads and hidden units. All others set weights to
             zero, which makes files smaller, and faster what a runtime has kernels for:
@@ -166,15 +168,13 @@ def prune(
     assert budget is not None
     network = trace(model, example_inputs)
     check_runs(model, example_inputs)
-    judge = named(cast("str | Criterion", criterion))
-    evidence = gather(model, network, needs(judge), data, loss)
-    scores = [scored(group, evidence, judge) for group in network.groups]
-    del evidence
+    judged = _judged(model, network, criterion, data, loss)
+    scores, closed = judged.scores, dict(judged.unmeasured)
     sizes = Sizes(network, stated(model, network, example_inputs))
-    options: dict[str, Any] = {"sensitivity": sensitivity}
+    losses = judged.losses if sensitivity is None else sensitivity.losses(network.groups)
+    options: dict[str, Any] = {"losses": losses}
     if costs is not None:
         options["costs"] = costs(network)
-    closed: dict[int, str] = {}
     while True:
         plan = _plan(network, model, scores, budget, exclude, sizes, closed, keep_class, options)
         try:
@@ -190,6 +190,30 @@ def prune(
         plan = select(network, model, scores, budget, exclude, **options)
         small = operate(model, example_inputs, network, plan, sizes, fault=record.reason)
     return small if data is None or not heal else repair(model, small, data)
+
+
+def _judged(
+    model: nn.Module,
+    network: Network,
+    criterion: str | Criterion | Compensated | ElementCriterion,
+    data: Data | None,
+    loss: LossFunction | None,
+) -> Response:
+    """The importance of all units, and what their removal costs where that is measured."""
+    if criterion == "compensated":
+        criterion = Compensated()
+    if isinstance(criterion, Compensated):
+        if data is None:
+            raise InputError(
+                f"prune(criterion={criterion!r})",
+                "it measures what the outputs lose, and no data are given",
+                "Give data=, batches of examples; labels are not needed",
+            )
+        with evaluating(model):
+            return respond(model, network, data, criterion)
+    judge = named(cast("str | Criterion", criterion))
+    evidence = gather(model, network, needs(judge), data, loss)
+    return Response(tuple(scored(group, evidence, judge) for group in network.groups))
 
 
 def _plan(

@@ -24,11 +24,9 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from rarefy.batches import (
     batch_size,
-    batches,
     call,
     evaluating,
     map_tensors,
@@ -40,7 +38,8 @@ from rarefy.copies import copied
 from rarefy.errors import DataError, InputError, first_line
 from rarefy.graph.capture import capture, graph_model
 from rarefy.graph.count import COSTS, is_uncounted
-from rarefy.graph.program import Graph, GraphModel, Node, Ref, Spec, last_use
+from rarefy.graph.program import Graph, GraphModel, Node, Ref
+from rarefy.pruning.examples import affordable, collect, distance, outputs
 from rarefy.pruning.inputs import each, padding
 from rarefy.pruning.lockstep import (
     OPERANDS,
@@ -52,9 +51,6 @@ from rarefy.pruning.lockstep import (
     unsolvable,
 )
 from rarefy.types import Data, Inputs
-
-MEMORY = 1 << 30
-"""Bytes of activations that may be held at once; fewer samples are used beyond it."""
 
 ROWS = 24
 """Rows of the least-squares system per unknown of an output channel, drawn at random."""
@@ -90,7 +86,8 @@ def repair(
         original: the network before pruning.
         pruned: what :func:`~rarefy.pruning.prune.prune` made of it.
         data: batches, labelled or not.
-        samples: number of examples to use, fewer where their activations exceed :data:`MEMORY`.
+        samples: number of examples to use, fewer where their activations exceed
+            :data:`~rarefy.pruning.examples.MEMORY`.
         seed: of the draw of rows.
 
     Returns:
@@ -107,7 +104,7 @@ def repair(
         )
     if samples < 1:
         raise InputError(f"repair(samples={samples})", "no sample", "Use a few hundred")
-    joined, single = _collect(data, samples)
+    joined, single = collect(data, samples)
     failure = Exception()
     with evaluating(original, pruned):
         for inputs, shown in ((joined, take(joined, 2)), (single, single)):
@@ -142,12 +139,12 @@ def _healed(original: nn.Module, pruned: nn.Module, inputs: Inputs, shown: Input
     first = graph_model(original, capture(original, shown))
     second = graph_model(healed, capture(healed, shown))
     if shown is not inputs:
-        inputs = take(inputs, _affordable(first, batch_size(inputs)))
+        inputs = take(inputs, affordable(first, batch_size(inputs)))
     record: Any = pruned.pruned
     walk = _Lockstep(first, second, record.kept, _held_out(batch_size(inputs)))
     walk.run(inputs)
-    expected = _outputs(original, inputs)
-    before, after = (_distance(_outputs(m, inputs), expected) for m in (pruned, healed))
+    expected = outputs(original, inputs)
+    before, after = (distance(outputs(m, inputs), expected) for m in (pruned, healed))
     errors, skipped = walk.errors, walk.skipped
     if not after <= before:
         healed = copied(pruned)
@@ -155,25 +152,6 @@ def _healed(original: nn.Module, pruned: nn.Module, inputs: Inputs, shown: Input
         errors = {layer: (error, error) for layer, (error, _) in errors.items()}
     healed.repaired = Repaired(errors, skipped, batch_size(inputs))  # type: ignore[assignment]
     return healed
-
-
-def _outputs(model: nn.Module, inputs: Inputs) -> list[Tensor]:
-    found = call(model, map_tensors(torch.clone, inputs))
-    leaves = pytree.tree_leaves(found)
-    if not any(isinstance(leaf, Tensor) for leaf in leaves):
-        leaves = tensors(found)
-    return [t for t in leaves if isinstance(t, Tensor) and t.is_floating_point()]
-
-
-def _distance(found: list[Tensor], expected: list[Tensor]) -> float:
-    """Squared error of all outputs, each relative to its own squares."""
-    total = 0.0
-    for a, b in zip(found, expected, strict=True):
-        counted = torch.isfinite(b)
-        difference = a[counted].double() - b[counted].double()
-        squares = b[counted].double().square().sum().clamp_min(1e-30)
-        total += float(difference.square().sum() / squares)
-    return total
 
 
 def _check_taken(model: nn.Module, inputs: Inputs) -> None:
@@ -187,30 +165,6 @@ def _check_taken(model: nn.Module, inputs: Inputs) -> None:
             f"the network does not run on its first batch: {first_line(error)}",
             "Yield inputs like those that the network was traced with",
         ) from error
-
-
-def _collect(data: Data, samples: int) -> tuple[Inputs, Inputs]:
-    """The first examples of the data as one batch, and the first batch as it comes."""
-    held: list[Inputs] = []
-    found = 0
-    single: Inputs | None = None
-    for inputs, _ in batches(data, "repair(data)"):
-        single = inputs if single is None else single
-        held.append(take(inputs, samples - found))
-        found += batch_size(held[-1])
-        if found >= samples:
-            break
-    leaves = [pytree.tree_flatten(item) for item in held]
-    joined = [
-        torch.cat(parts) if isinstance(parts[0], Tensor) and parts[0].ndim else parts[0]
-        for parts in zip(*(flat for flat, _ in leaves), strict=True)
-    ]
-    result: Inputs = pytree.tree_unflatten(joined, leaves[0][1])
-    for tensor in joined:
-        if isinstance(tensor, Tensor) and not bool(torch.isfinite(tensor).all()):
-            raise DataError("repair(data)", "inputs are NaN or infinite", "Clean the data")
-    assert single is not None  # or batches() would have raised
-    return result, single
 
 
 def _held_out(examples: int) -> Tensor:
@@ -261,24 +215,6 @@ def _pairs(first: Graph, second: Graph) -> tuple[list[tuple[Node, Node]], list[N
         )
     paired = {right.name for _, right in pairs}
     return pairs, [node for _, node in sides[1] if node.name not in paired]
-
-
-def _affordable(model: GraphModel, wanted: int) -> int:
-    """How many examples fit into :data:`MEMORY`, both networks' live values counted."""
-    done = last_use(model.graph)
-    live = peak = 0
-    sizes: dict[str, int] = {}
-    batch = 1
-    for node in model.graph.nodes:
-        if node.op == "input" and isinstance(node.value, Spec) and node.value.shape:
-            batch = max(batch, node.value.shape[0])
-        if node.op != "tensor":
-            specs = [v for v in pytree.tree_leaves(node.value) if isinstance(v, Spec)]
-            sizes[node.name] = sum(prod(s.shape) * s.dtype.itemsize for s in specs)
-            live += sizes[node.name]
-            peak = max(peak, live)
-        live -= sum(sizes.get(name, 0) for name in done[node.name])
-    return max(1, min(wanted, MEMORY // max(2 * peak // batch, 1)))
 
 
 class _Lockstep:

@@ -17,7 +17,7 @@ from rarefy.pruning import accounts
 from rarefy.pruning.accounts import Account
 from rarefy.pruning.allocation import Allocation, Choices, Lane, even, knapsack, ranked
 from rarefy.pruning.costs import Costs
-from rarefy.pruning.curves import Losses, Sensitivity
+from rarefy.pruning.curves import Losses
 from rarefy.pruning.landing import CLOSE, Landed, closer, least_removal
 from rarefy.pruning.limits import Range, ranges
 from rarefy.pruning.plan import Plan, Scores
@@ -39,7 +39,7 @@ def select(
     closed: Mapping[int, str] | None = None,
     keep_class: bool = False,
     costs: Costs | None = None,
-    sensitivity: Sensitivity | None = None,
+    losses: Mapping[int, Losses] | None = None,
 ) -> Plan:
     """Choose the units that go so that what remains fits the budget.
 
@@ -60,7 +60,8 @@ def select(
         closed: numbers of groups that stay whole, each with the reason.
         keep_class: leave groups whole whose size the forward states as a plain number.
         costs: latencies of the layers, for a budget of latency.
-        sensitivity: what the removal of each group's units costs, measured.
+        losses: group -> what the removal of a share of its units costs, measured; groups that are
+            not in it stay whole.
 
     Raises:
         InputError: a name matches nothing; nothing can be pruned.
@@ -68,7 +69,6 @@ def select(
     """
     closed = closed or {}
     allowed = ranges(network, model, budget, exclude, closed)
-    losses = None if sensitivity is None else sensitivity.losses(network.groups)
     if losses is not None:
         allowed = {g: r for g, r in allowed.items() if g in losses}
     if not allowed:
