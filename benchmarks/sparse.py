@@ -46,8 +46,8 @@ def main() -> None:
     test = list(zip(x.split(250), y.split(250), strict=True))
     train = cifar.images("train", chosen.seeds * chosen.samples)[0].split(chosen.samples)
     example = torch.zeros(2, 3, 32, 32)
-    print(f"ResNet-{chosen.depth}, {len(y)} test images, {chosen.samples} unlabelled images, ")
-    print(f"mean of {chosen.seeds} draws; base {rf.evaluate(model, test):.2%}\n")
+    print(f"ResNet-{chosen.depth}, {len(y)} test images, {chosen.samples} unlabelled images,")
+    print(f"draws: {chosen.seeds}, base {rf.evaluate(model, test):.2%}\n")
     print("| zeros | scope | criterion | accuracy | with BatchNorm re-estimated | s |")
     print("| --- | --- | --- | --- | --- | --- |")
     for target, scope, criterion in product(chosen.targets, chosen.scopes, chosen.criteria):

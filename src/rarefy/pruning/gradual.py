@@ -26,8 +26,9 @@ from rarefy.graph.capture import capture
 from rarefy.graph.trace import trace
 from rarefy.pruning import criteria, elements
 from rarefy.pruning.criteria import Criterion, scored
+from rarefy.pruning.elements import Scorer
 from rarefy.pruning.masks import Masks
-from rarefy.pruning.patterns import NM, Pattern, Scorer, Unstructured, named, shorthand
+from rarefy.pruning.patterns import NM, Pattern, Unstructured, named, shorthand
 from rarefy.pruning.plan import Plan
 from rarefy.pruning.prune import operate, stated
 from rarefy.pruning.select import select
