@@ -210,7 +210,7 @@ class Calibration:
         try:
             optimum = moved(weight, sums.xx, sums.xy, hessian)
             found, gone = reconstructed(optimum, hessian, selection, mask)
-        except torch.linalg.LinAlgError as error:
+        except RuntimeError as error:
             self._fall_back(layer, f"it cannot be solved: {first_line(error)}")
             return
         found = found.transpose(1, 2)
