@@ -1,5 +1,9 @@
 """Accuracy with most weights at zero, without any training: magnitude, Wanda, SparseGPT.
 
+Each is shown as it is and with BatchNorm statistics taken anew. That helps magnitude, whose outputs
+shrank by accident, and harms reconstruction: least squares lets an output shrink by as much as the
+inputs that are left cannot explain of it, and new statistics scale what is left of it up again.
+
 Run it: python benchmarks/sparse.py --depth 20 --test 2000 --seeds 3
 """
 
