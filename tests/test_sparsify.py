@@ -349,6 +349,15 @@ def test_plain_magnitude_is_taken_where_it_is_better(monkeypatch, convolutions) 
         assert torch.equal(found.state_dict()[path], tensor), path
 
 
+def test_a_hessian_without_rank_falls_back(convolutions) -> None:
+    rule = SparseGPT(damp=1e-30)
+    constant = [torch.ones(16, 3, 8, 8)]
+    found = rf.prune(convolutions, DATA[0], structure="2:4", criterion=rule, data=constant)
+    assert "cannot be solved" in found.sparsified.fallback["head.weight"]
+    plain = rf.prune(convolutions, DATA[0], structure="2:4")
+    assert torch.equal(found.head.weight, plain.head.weight)
+
+
 def test_memory_bounds_the_samples(monkeypatch, convolutions) -> None:
     monkeypatch.setattr(calibrated, "MEMORY", 40 * 2 * 2 * 8 * 8 * 8 * 4)
     rule = SparseGPT(samples=1000)

@@ -22,6 +22,7 @@ class AfterStep(Callback):
         network: path of the network below the ``LightningModule``; empty for the module itself.
 
     Example:
+        >>> from torch import nn
         >>> from rarefy.pruning.masks import hold
         >>> callback = AfterStep(hold(nn.Linear(2, 1)), network="net")
     """

@@ -166,7 +166,7 @@ class Calibration:
         groups = node.argument("groups") if convolution else 1
         outputs = weight.shape[1 - layer.input_dim] // groups
         unknowns = weight.numel() // weight.shape[1 - layer.input_dim]
-        fit, check = (Gram.empty(groups, unknowns, outputs) for _ in range(2))
+        fit, check = (Gram.empty(groups, unknowns, outputs, weight.device) for _ in range(2))
         every = sum(y.numel() for _, y, _ in pairs) // (groups * outputs)
         share = min(1.0, max(ROWS * unknowns, 4096) / max(every, 1))
         generator = torch.Generator().manual_seed(0)
@@ -175,7 +175,7 @@ class Calibration:
             places = prod(y.shape[2:]) if convolution else 1
             out = unseen(tuple(lead), seen).repeat_interleave(places)
             for left, right, index in rows(node, x, y, weight, share, generator):
-                aside = out[index]
+                aside = out[index].to(left.device)
                 fit.add(left[:, ~aside], right[:, ~aside])
                 check.add(left[:, aside], right[:, aside])
         return _ordered(fit, layer, self.pattern), _ordered(check, layer, self.pattern)
@@ -205,10 +205,14 @@ class Calibration:
         old = torch.zeros_like(fit.y) if bias is None else bias.old.view(fit.y.shape)
         sums = fit if bias is None else fit.centered()
         hessian = ridged(sums.xx, self.rule.damp)
-        optimum = moved(weight, sums.xx, sums.xy, hessian)
         selection = Selection(self.pattern, self._count(layer), layer.inputs, self.rule.block)
         mask = as_matrix(self.gone[layer.path], layer.input_dim, self.pattern).view(weight.shape)
-        found, gone = reconstructed(optimum, hessian, selection, mask)
+        try:
+            optimum = moved(weight, sums.xx, sums.xy, hessian)
+            found, gone = reconstructed(optimum, hessian, selection, mask)
+        except RuntimeError as error:
+            self._fall_back(layer, f"it cannot be solved: {first_line(error)}")
+            return
         found = found.transpose(1, 2)
         new = old if bias is None else (fit.y - fit.x @ found) / fit.count
         before = check.error(weight.masked_fill(mask, 0.0).transpose(1, 2), old)

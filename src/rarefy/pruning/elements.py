@@ -6,7 +6,7 @@ frozen value whose type picks the action (:mod:`rarefy.pruning.sparsify`).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 
 from rarefy.errors import InputError
-from rarefy.pruning.patterns import Scorer
+
+Scorer: TypeAlias = Callable[[Tensor], Tensor]
+"""A weight -> scores of its entries, of its shape; the smallest go first."""
 
 
 def magnitude(weight: Tensor) -> Tensor:

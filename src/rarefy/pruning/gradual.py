@@ -28,7 +28,7 @@ from rarefy.pruning import criteria, elements
 from rarefy.pruning.criteria import Criterion, needs, scored
 from rarefy.pruning.gather import gather
 from rarefy.pruning.masks import Masks
-from rarefy.pruning.patterns import NM, Pattern, Scorer, Unstructured, named, shorthand
+from rarefy.pruning.patterns import NM, Pattern, Unstructured, named, shorthand
 from rarefy.pruning.plan import Plan
 from rarefy.pruning.prune import operate, stated
 from rarefy.pruning.select import select

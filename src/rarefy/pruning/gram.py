@@ -98,10 +98,15 @@ class Gram:
     y: Tensor
 
     @classmethod
-    def empty(cls, groups: int, unknowns: int, outputs: int) -> Gram:
+    def empty(
+        cls, groups: int, unknowns: int, outputs: int, device: torch.device | None = None
+    ) -> Gram:
         """No rows yet."""
         shapes = ((unknowns, unknowns), (unknowns, outputs), (1, outputs), (1, unknowns))
-        sums = [torch.zeros(groups, *shape, dtype=torch.float64) for shape in (*shapes, shapes[2])]
+        sums = [
+            torch.zeros(groups, *shape, dtype=torch.float64, device=device)
+            for shape in (*shapes, shapes[2])
+        ]
         return cls(0, *sums)
 
     def add(self, x: Tensor, y: Tensor) -> None:

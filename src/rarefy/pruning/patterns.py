@@ -6,7 +6,7 @@ places of the kernel, in the order that the pattern wants (:func:`as_matrix`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil
 from typing import TypeAlias
@@ -302,7 +302,3 @@ def resolved_share(pattern: Pattern, share: float | None, where: str) -> float:
             "Give Budget(sparsity=0.9), the share of weights to set to zero",
         )
     return share
-
-
-Scorer: TypeAlias = Callable[[Tensor], Tensor]
-"""A weight -> scores of its entries, of its shape; the smallest go first."""

@@ -90,7 +90,7 @@ def ridged(gram: Tensor, damp: float) -> Tensor:
     """A Gram matrix with ``damp`` times its mean diagonal added; the identity where it is zero."""
     scale = damp * gram.diagonal(dim1=1, dim2=2).mean(1)
     scale = torch.where(scale > 0, scale, torch.ones_like(scale))
-    eye = torch.eye(gram.shape[1], dtype=gram.dtype)
+    eye = torch.eye(gram.shape[1], dtype=gram.dtype, device=gram.device)
     return gram + scale[:, None, None] * eye
 
 
@@ -129,7 +129,7 @@ def sweep(weight: Tensor, hessian: Tensor, selection: Selection) -> tuple[Tensor
     factor = torch.linalg.cholesky(inverse, upper=True)
     for ranges in _batched(list(selection.ranges(columns)), selection.block):
         first, last = ranges[0][0], ranges[-1][1]
-        errors = torch.zeros(groups, rows, last - first, dtype=w.dtype)
+        errors = w.new_zeros(groups, rows, last - first)
         for start, end in ranges:
             diagonal = factor[:, start:end, start:end].diagonal(dim1=1, dim2=2)[:, None]
             scores = (w[:, :, start:end] / diagonal).square().flatten(0, 1)

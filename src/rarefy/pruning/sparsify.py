@@ -56,9 +56,10 @@ def sparsify(
 ) -> nn.Module:
     """Set the least important weights to zero, in a copy of the model.
 
-    Concerns weights of two or more dimensions; biases and normalization stay. N:M, blocks and
-    whatever uses data concern matrices of products alone: not embeddings, and not weights that are
-    computed in the forward; the record names them.
+    Concerns weights of two or more dimensions; biases and normalization stay. N:M and blocks are
+    for the matrices of products: not for embeddings, and not for weights that are computed in the
+    forward or too small for one unit, which stay dense. Where data choose, weights that cannot be
+    solved for go by magnitude. The record names both.
 
     The share is exact: ``floor(sparsity * n)`` of the ``n`` units (weights or blocks), of every
     tensor (``scope="local"``) or of all together (``scope="global"``). Where data choose, each
