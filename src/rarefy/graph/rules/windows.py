@@ -54,23 +54,24 @@ class Window:
         return atoms[first : len(atoms) - (lost - first)]
 
 
-def window(node: Node, place: int, size: int | None = None) -> Window | None:
+def window(node: Node, place: int, size: Any = None) -> Window | None:
     """The window of a pooling or convolution along its ``place``-th spatial dimension.
 
-    ``size`` is given where no argument states it. None where a number follows the batch.
+    ``size`` is given where no argument states it. None where a number follows the batch, or where
+    the padding is not the same at both ends.
     """
-    size = _stated(node, "kernel_size", place, 1) if size is None else size
-    padding = node.argument("padding")
-    if isinstance(padding, str):
-        assert isinstance(size, int)
-        padded: Any = {"same": (size - 1) / 2, "valid": 0}.get(padding)
-    else:
-        padded = _stated(node, "padding", place, 0)
+    if size is None:
+        size = _stated(node, "kernel_size", place, 1)
     stride = _stated(node, "stride", place, size)
-    numbers = (size, stride, _stated(node, "dilation", place, 1), padded)
-    if any(n != int(n) if isinstance(n, int | float) else True for n in numbers):
+    dilation = _stated(node, "dilation", place, 1)
+    padding = node.argument("padding")
+    if padding == "same":
+        padding = (size - 1) // 2 if size % 2 else None
+    else:
+        padding = 0 if padding == "valid" else _stated(node, "padding", place, 0)
+    if any(not isinstance(n, int) for n in (size, stride, dilation, padding)):
         return None
-    return Window(*map(int, numbers))
+    return Window(size, stride, dilation, padding)
 
 
 def _stated(node: Node, name: str, place: int, default: Any) -> Any:
