@@ -45,7 +45,7 @@ PRUNING = (
     "evidence inputs taps gather aggregation criteria movement attributes plan expressions sized "
     "stated provenance sizes paths limits costs accounts curves journal allocation landing select "
     "surgery patterns elements masks lockstep gram sparsegpt weights calibrated sparsify examples "
-    "surgeon readers compensated reference sensitivity proof repair prune regularize gradual"
+    "surgeon readers compensated reference sensitivity sums proof repair prune regularize gradual"
 ).split()
 
 

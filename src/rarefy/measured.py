@@ -91,8 +91,9 @@ def prune(
             ``"reconstruction"``, ``"wanda"``, ``"activation"``), one of the frozen values there
             with other options, or a function (:data:`~rarefy.pruning.criteria.Criterion`).
             ``"compensated"`` (:class:`~rarefy.pruning.compensated.Compensated`) measures on data
-            how much each group may lose. Of weights: ``"magnitude"``, ``"lamp"``, ``"random"``, ``"wanda"``, ``"sparsegpt"``, or a
-            function (:data:`~rarefy.pruning.elements.ElementCriterion`).
+            how much each group may lose. Of weights: ``"magnitude"``, ``"lamp"``, ``"random"``,
+            ``"wanda"``, ``"sparsegpt"``, or a function
+            (:data:`~rarefy.pruning.elements.ElementCriterion`).
         structure: ``"channel"`` removes channels, heads and hidden units. All others set weights to
             zero, which makes files smaller, and faster what a runtime has kernels for:
             ``"weight"`` single ones, ``"2:4"`` two of every four, ``"1x4"`` blocks; or a value

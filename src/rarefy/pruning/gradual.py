@@ -26,6 +26,7 @@ from rarefy.graph.capture import capture
 from rarefy.graph.trace import trace
 from rarefy.pruning import criteria, elements
 from rarefy.pruning.criteria import Criterion, needs, scored
+from rarefy.pruning.elements import Scorer
 from rarefy.pruning.gather import gather
 from rarefy.pruning.masks import Masks
 from rarefy.pruning.patterns import NM, Pattern, Unstructured, named, shorthand

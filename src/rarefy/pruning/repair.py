@@ -50,9 +50,10 @@ from rarefy.pruning.lockstep import (
     unseen,
     unsolvable,
 )
+from rarefy.pruning.sums import owed
 from rarefy.types import Data, Inputs
 
-ROWS = 24
+ROWS = 64
 """Rows of the least-squares system per unknown of an output channel, drawn at random."""
 
 RIDGE = 1e-3
@@ -230,6 +231,7 @@ class _Lockstep:
         self.first, self.second, self.kept, self.held_out = first, second, kept, held_out
         self.errors: dict[str, tuple[float, float]] = {}
         self.skipped: dict[str, str] = {}
+        self.means: dict[str, Tensor] = {}  # of what solved layers without a bias should give
 
     def run(self, inputs: Inputs) -> None:
         """Go through both networks, layer by layer."""
@@ -276,6 +278,10 @@ class _Lockstep:
         dims = [d for d in range(old.ndim) if d != 1]
         old_var, old_mean = torch.var_mean(old.index_select(1, survivors), dims, correction=0)
         new_var, new_mean = torch.var_mean(new, dims, correction=0)
+        solved = self.means.get(right.args[0].name)
+        if solved is not None:  # it gives less where its inputs cannot tell: that is to stay less
+            b[mean.name].add_(new_mean - solved)
+            return
         ratio = torch.where(old_var > 0, new_var / old_var.clamp_min(1e-12), 1.0)
         b[mean.name].add_(new_mean - old_mean)
         b[variance.name].mul_(ratio.clamp(1e-3, 1e3))
@@ -299,7 +305,13 @@ class _Lockstep:
         survivors = self._survivors(weight_node.path, int(transposed), old)
         held, bias = b[weight_node.name], operand(right, 2)
         weight = held.T if transposed else held
-        system = _System.of(right, new, a[left.name], weight, survivors, self.held_out)
+        dim = 1 if right.kind.startswith("conv") else -1
+        target = a[left.name].index_select(dim, survivors)
+        graphs = self.first.graph, self.second.graph
+        lacking = owed(graphs, (left, right), (a, b), survivors, dim)
+        if lacking is not None:
+            target += lacking
+        system = _System.of(right, new, target, weight, self.held_out)
         if not 0 < system.held < system.x.shape[1]:
             self.skipped[layer] = "too few examples to solve it on some and check it on others"
             return
@@ -311,6 +323,9 @@ class _Lockstep:
         self.errors[layer] = solved.errors
         if solved.errors[1] < solved.errors[0]:
             weight.copy_(solved.weight)
+            self.means[right.name] = target.mean(
+                [d for d in range(target.ndim) if d != dim % target.ndim]
+            )
             if bias is not None:
                 b[bias.name].copy_(solved.bias)
 
@@ -361,20 +376,19 @@ class _System:
         new: Tensor,
         target: Tensor,
         weight: Tensor,
-        survivors: Tensor,
         held_out: Tensor,
     ) -> _System:
-        """Draw rows at random from one layer's inputs and the original's outputs."""
+        """Draw rows at random from one layer's inputs and what its outputs should be."""
         unknowns = prod(weight.shape[1:])
         if not node.kind.startswith("conv"):
             rows, held = _draw(unseen(new.shape[:-1], held_out), unknowns)
             x = new.reshape(-1, new.shape[-1])[rows]
-            y = target.reshape(-1, target.shape[-1])[rows][:, survivors]
+            y = target.reshape(-1, target.shape[-1])[rows]
             return cls(x.double()[None], y.double()[None], held)
         groups = node.argument("groups")
         places = prod(target.shape[2:])
         rows, held = _draw(unseen(new.shape[:1], held_out).repeat_interleave(places), unknowns)
-        x, y = _patches(node, new, target.index_select(1, survivors), weight, rows)
+        x, y = _patches(node, new, target, weight, rows)
         return cls(
             x.double().reshape(len(x), groups, unknowns).transpose(0, 1),
             y.double().reshape(len(y), groups, -1).transpose(0, 1),

@@ -24,7 +24,7 @@ from rarefy.pruning.plan import Plan, Scores
 from rarefy.pruning.sizes import Sizes
 from rarefy.types import Budget
 
-OPTIONS = 12
+OPTIONS = 32
 """Alternatives of each group that a knapsack chooses from, at most; single units then close in."""
 
 
