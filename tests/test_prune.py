@@ -79,7 +79,8 @@ def test_criteria(criterion) -> None:
 
 def test_options_that_do_not_concern_single_weights_are_refused() -> None:
     share = rf.Budget(sparsity=0.5)
-    for options in ({"data": [X]}, {"criterion": "random"}):
+    curves = rf.Sensitivity(1.0, (), "magnitude", True, "")
+    for options in ({"data": [X]}, {"criterion": "random"}, {"sensitivity": curves}):
         with pytest.raises(InputError, match="Leave criterion and data out"):
             rf.prune(Net(), X, share, structure="weight", **options)
     with pytest.raises(BudgetError, match="round_to"):

@@ -133,7 +133,7 @@ def prune(
             raise InputError(
                 "prune(structure='weight')",
                 "single weights are removed by magnitude, without data",
-                "Leave criterion, data and sensitivity out, and train on with "
+                "Leave criterion and data out, and sensitivity, and train on with "
                 "after_step=hold(pruned)",
             )
         return sparsify(model, budget, exclude=exclude)
