@@ -20,7 +20,7 @@ from rarefy.types import Budget, Latency, Measurement
 from tiny_networks import perceptron
 
 torch.set_num_threads(1)
-QUICK = settings(max_examples=100, deadline=None, derandomize=True, database=None)
+QUICK = settings(max_examples=40, deadline=None, derandomize=True, database=None)
 X = torch.randn(2, 8, generator=torch.Generator().manual_seed(0))
 
 
@@ -87,7 +87,7 @@ def test_where_pruning_refuses_the_error_says_why() -> None:
     assert "measured is 0.7" in caught.value.what or "measured is 0.8" in caught.value.what
 
 
-@pytest.mark.parametrize("share", [0.3, 0.5, 0.8])
+@pytest.mark.parametrize("share", [0.3, 0.8])
 def test_a_budget_of_bytes_is_that_of_the_files(share: float, tmp_path: Path) -> None:
     net = wide()
     small = rf.prune(net, X, Budget(bytes=share))

@@ -46,8 +46,8 @@ class Served:
     Attributes:
         before: the original, exported.
         after: the smaller network, exported; the two were called in turn.
-        share: latency that is left, as a share of the original's: the median of the ratios of two
-            calls one right after the other.
+        share: latency that is left, as a share of the original's
+            (:func:`~rarefy.deployment.measure.relative`).
         faster: whether it is faster at all.
     """
 

@@ -95,6 +95,8 @@ def knapsack(choices: Sequence[Choices]) -> Allocation:
     reachable = int(np.flatnonzero(np.isfinite(best)).max())
 
     def allocate(share: float) -> list[int]:
+        if share >= 1:  # rounding must not hide the last of what can be saved
+            return [lane.counts[-1] for lane in choices]
         level = min(math.ceil(share * levels - 1e-9), reachable)
         counts = []
         for lane, row in zip(reversed(choices), reversed(taken), strict=True):
