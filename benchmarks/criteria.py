@@ -9,7 +9,7 @@ Run it: python benchmarks/criteria.py --depth 56 --macs 0.5
 import argparse
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import cifar
 import torch
@@ -18,16 +18,26 @@ from torch import Tensor, nn
 
 import rarefy as rf
 from rarefy.graph.trace import Network
+from rarefy.pruning.compensated import Compensated, respond
 from rarefy.pruning.criteria import CRITERIA, Criterion, needs, scored
 from rarefy.pruning.gather import gather
 
 
+ALL: Mapping[str, Criterion | Compensated] = {**CRITERIA, "compensated": Compensated()}
+
+
 def cost(
-    model: nn.Module, network: Network, criterion: Criterion, data: list[tuple[Tensor, Tensor]]
+    model: nn.Module,
+    network: Network,
+    criterion: Criterion | Compensated,
+    data: list[tuple[Tensor, Tensor]],
 ) -> float:
     """Processor time of scoring over that of training's forward and backward, medians of three."""
 
     def score() -> None:
+        if isinstance(criterion, Compensated):
+            respond(model, network, data, criterion)
+            return
         evidence = gather(model, network, needs(criterion), data)
         for group in network.groups:
             scored(group, evidence, criterion)
@@ -59,7 +69,7 @@ def main() -> None:
         "--samples", type=int, default=1024, help="training images to score and repair"
     )
     parser.add_argument("--timed", type=int, default=256, help="images to time the scoring on")
-    parser.add_argument("--criteria", nargs="+", default=list(CRITERIA), choices=list(CRITERIA))
+    parser.add_argument("--criteria", nargs="+", default=list(ALL), choices=list(ALL))
     chosen = parser.parse_args()
 
     model = cifar.network(chosen.depth)
@@ -75,12 +85,13 @@ def main() -> None:
     print("| criterion | removed | repaired | scoring over forward-backward |")
     print("| --- | --- | --- | --- |")
     for name in chosen.criteria:
-        criterion = CRITERIA[name]
+        criterion = ALL[name]
         small = rf.prune(
             model, example, rf.Budget(macs=chosen.macs), criterion=name, data=data, heal=False
         )
         healed = rf.repair(model, small, data, samples=chosen.samples)
-        times = f"{cost(model, network, criterion, timed):.2f}" if needs(criterion) else "no data"
+        on_data = isinstance(criterion, Compensated) or needs(criterion)
+        times = f"{cost(model, network, criterion, timed):.2f}" if on_data else "no data"
         print(
             f"| {name} | {rf.evaluate(small, test):.2%} | {rf.evaluate(healed, test):.2%} "
             f"| {times} |",
