@@ -22,7 +22,6 @@ from rarefy.pruning.compensated import Compensated, respond
 from rarefy.pruning.criteria import CRITERIA, Criterion, needs, scored
 from rarefy.pruning.gather import gather
 
-
 ALL: Mapping[str, Criterion | Compensated] = {**CRITERIA, "compensated": Compensated()}
 
 
