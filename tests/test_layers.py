@@ -36,11 +36,11 @@ FILES = sorted(p for p in ROOT.rglob("*.py") if p != ROOT / "__init__.py")
 OPTIONAL = "onnx onnxruntime onnxscript sklearn transformers timm accelerate torchvision".split()
 GRAPH = (
     "program allowed serialize labels flow editor equations rules zeros ops groups resolution "
-    "convert capture trace count"
+    "convert capture count blocks stubs trace"
 ).split()
 PRUNING = (
     "criteria attributes plan expressions sized stated provenance sizes select surgery masks "
-    "reference proof repair prune"
+    "reference proof depth influence shorten repair prune"
 ).split()
 
 

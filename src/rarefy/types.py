@@ -51,12 +51,13 @@ class Budget:
     Args:
         macs: share of the multiply-accumulate operations to keep, in (0, 1].
         params: share of the parameters to keep, in (0, 1].
-        sparsity: share of units (or weights) to *remove*, in [0, 1).
+        sparsity: share of units (or weights, or blocks) to *remove*, in [0, 1).
         scope: ``"global"`` ranks all units of the network together; ``"local"`` takes the same
             share from every group.
         min_keep: the smallest number of units that any group keeps.
         max_drop: the largest share of a group's units that may go, in (0, 1].
         round_to: widths are rounded up to a multiple of this number where that is possible.
+        blocks: instead of a share, the number of residual blocks to *remove*.
 
     Raises:
         BudgetError: no share or several are given, or one is out of range.
@@ -73,15 +74,17 @@ class Budget:
     min_keep: int = 1
     max_drop: float = 0.95
     round_to: int = 1
+    blocks: int | None = None
 
     def __post_init__(self) -> None:
         _check_numbers(self, "macs params sparsity max_drop", float)
-        _check_numbers(self, "min_keep round_to", int)
-        given = [n for n in ("macs", "params", "sparsity") if getattr(self, n) is not None]
+        _check_numbers(self, "blocks min_keep round_to", int)
+        shares = ("macs", "params", "sparsity", "blocks")
+        given = [n for n in shares if getattr(self, n) is not None]
         if len(given) != 1:
             raise BudgetError(
                 "Budget(...)",
-                f"exactly one of macs, params and sparsity must be given, not {given or 'none'}",
+                f"exactly one of {', '.join(shares)} must be given, not {given or 'none'}",
                 "Write for example Budget(macs=0.5)",
             )
         _check_share("Budget", "macs", self.macs)
@@ -92,6 +95,12 @@ class Budget:
                 f"Budget(sparsity={self.sparsity!r})",
                 "sparsity is the share that goes, at least 0 and below 1",
                 "Write sparsity=0.5 to remove half",
+            )
+        if self.blocks is not None and self.blocks < 0:
+            raise BudgetError(
+                f"Budget(blocks={self.blocks!r})",
+                "it is the number of blocks to remove, at least 0",
+                "Write blocks=2 to remove two",
             )
         if self.scope not in ("global", "local"):
             raise BudgetError(

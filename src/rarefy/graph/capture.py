@@ -76,7 +76,7 @@ def capture(model: nn.Module, example_inputs: Inputs) -> Capture:
         for context in (
             unchanged(model, values=False),
             _functions_forget(model),
-            _plain_attention(model),
+            plain_attention(model),
             _quiet(),
             seeded(0),
             evaluating(model),
@@ -197,7 +197,7 @@ def _described(tensor: Tensor) -> str:
 
 
 @contextmanager
-def _plain_attention(model: nn.Module) -> Iterator[None]:
+def plain_attention(model: nn.Module) -> Iterator[None]:
     """``nn.TransformerEncoder`` and the like as the operators that they consist of.
 
     Their fast path is one operator that nobody can look into, and they look into the values of

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from math import inf
 from typing import Any
 
@@ -15,8 +15,8 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from rarefy.batches import doubled, tensors
-from rarefy.copies import computed
-from rarefy.errors import BudgetError, InputError, ProofError, first_line
+from rarefy.copies import computed, copied
+from rarefy.errors import BudgetError, InputError, first_line
 from rarefy.graph.capture import check_runs
 from rarefy.graph.program import GraphModel, Spec
 from rarefy.graph.trace import Frozen, Network, trace
@@ -24,10 +24,11 @@ from rarefy.pruning.criteria import Criterion, named, scored
 from rarefy.pruning.expressions import Equation
 from rarefy.pruning.masks import sparsify
 from rarefy.pruning.plan import Plan, Scores
-from rarefy.pruning.proof import Build, Comparison, Masking, breaking, prove
+from rarefy.pruning.proof import Build, ClassError, Comparison, Masking, breaking, prove
 from rarefy.pruning.provenance import equations
 from rarefy.pruning.repair import repair
-from rarefy.pruning.select import select
+from rarefy.pruning.select import Accountant, select
+from rarefy.pruning.shorten import Shortened, shorten
 from rarefy.pruning.sizes import Sizes
 from rarefy.pruning.surgery import cut, kept_entries, rewrite
 from rarefy.types import Budget, Data, Inputs, Width
@@ -41,10 +42,12 @@ class Pruned:
         kind: ``"module"`` where the user's class was kept, ``"graph"`` where its forward works
             with sizes that cannot be changed and the captured graph was rewritten instead.
         reason: why the class was not kept, or empty.
-        widths: width of every layer that changed, before and after.
+        widths: width of every layer, before and after; 0 after where the layer is gone.
         kept: (path, dimension) -> entries of the original that stay.
         frozen: what could not be pruned, and why.
         error: largest difference from masking, relative to the outputs' sensitivity.
+        blocks: residual blocks that were removed, by name.
+        held: blocks that stay since the class does not work without them, each with the reason.
     """
 
     kind: str
@@ -53,6 +56,8 @@ class Pruned:
     kept: Mapping[tuple[str, int], NDArray[np.int64]]
     frozen: tuple[Frozen, ...]
     error: float
+    blocks: tuple[str, ...] = ()
+    held: Mapping[str, str] = field(default_factory=dict)
 
 
 def prune(
@@ -61,7 +66,7 @@ def prune(
     budget: Budget,
     *,
     criterion: str | Criterion = "magnitude",
-    structure: str = "channel",
+    structure: str | Sequence[str] = "channel",
     data: Data | None = None,
     exclude: Sequence[str] = (),
     keep_class: bool = False,
@@ -77,13 +82,18 @@ def prune(
         budget: how much may remain, e.g. ``Budget(macs=0.5)``.
         criterion: ``"magnitude"``, ``"l1"``, ``"random"``, or a function
             (:data:`~rarefy.pruning.criteria.Criterion`).
-        structure: ``"channel"`` removes channels, heads and hidden units; ``"weight"`` sets single
-            weights to zero, which makes files smaller but nothing faster.
+        structure: ``"channel"`` removes channels, heads and hidden units; ``"depth"`` removes whole
+            residual blocks (:attr:`~rarefy.graph.trace.Network.blocks`), ``Budget(blocks=2)`` of
+            them or what a share takes; with ``("channel", "depth")`` both compete for one budget,
+            by importance per saved cost. ``"weight"`` sets single weights to zero, which makes
+            files smaller but nothing faster.
         data: batches (labels are not needed) with which the smaller network is repaired by least
-            squares, its BatchNorm statistics moved along (:func:`~rarefy.pruning.repair.repair`).
-        exclude: paths of modules or parameters whose own outputs keep their width.
+            squares, its BatchNorm statistics moved along (:func:`~rarefy.pruning.repair.repair`);
+            they also tell how much each block does (:mod:`~rarefy.pruning.influence`).
+        exclude: paths of modules or parameters whose own outputs keep their width; blocks that
+            hold any of them stay.
         keep_class: never return a rewritten graph: units that the forward holds in place with
-            numbers of its own stay, and are named in ``pruned.frozen``.
+            numbers of its own stay, and are named in ``pruned.frozen``; blocks in ``pruned.held``.
 
     Returns:
         A new network in eval mode. Where units were removed, its attribute ``pruned`` is a
@@ -103,9 +113,10 @@ def prune(
         Linear(in_features=4, out_features=4, bias=True)
     """
     _check_arguments(model, budget, exclude)
+    kinds = _structures(structure, budget)
     check_finite(model)
     check_copies(model)
-    if structure == "weight":
+    if kinds == {"weight"}:
         if data is not None or criterion != "magnitude":
             raise InputError(
                 "prune(structure='weight')",
@@ -113,16 +124,143 @@ def prune(
                 "Leave criterion and data out, and train on with after_step=hold(pruned)",
             )
         return sparsify(model, budget, exclude=exclude)
-    if structure != "channel":
+    network = trace(model, example_inputs)
+    check_runs(model, example_inputs)
+    score = named(criterion)
+    if kinds == {"channel"}:
+        small = _narrowed(
+            model, example_inputs, network, budget, score, exclude=exclude, keep_class=keep_class
+        )
+        return small if data is None else repair(model, small, data)
+    short = shorten(
+        model,
+        example_inputs,
+        network,
+        _scores(model, network, score),
+        budget,
+        width="channel" in kinds,
+        data=data,
+        exclude=exclude,
+        keep_class=keep_class,
+    )
+    small = short.model
+    if "channel" in kinds:
+        small = _narrowed_further(
+            model, small, example_inputs, network, budget, score, exclude, keep_class
+        )
+    small = _recorded(model, network, short, small)
+    return small if data is None else repair(model, small, data)
+
+
+STRUCTURES = ("channel", "weight", "depth")
+"""What can be removed: units, single weights, residual blocks."""
+
+
+def _structures(structure: str | Sequence[str], budget: Budget) -> frozenset[str]:
+    """What is to be removed.
+
+    Raises:
+        InputError: that is unknown, or single weights and something else.
+        BudgetError: the budget does not fit it.
+    """
+    kinds = {structure} if isinstance(structure, str) else set(structure)
+    if not kinds or not kinds <= set(STRUCTURES) or ("weight" in kinds and len(kinds) > 1):
         raise InputError(
             f"prune(structure={structure!r})",
             "unknown structure",
-            "Use 'channel' (units really removed) or 'weight' (single weights set to zero)",
+            "Use 'channel' (units really removed), 'depth' (whole residual blocks), both as "
+            "('channel', 'depth'), or 'weight' (single weights set to zero)",
         )
-    network = trace(model, example_inputs)
-    check_runs(model, example_inputs)
+    if budget.blocks is not None and kinds != {"depth"}:
+        raise BudgetError(
+            f"prune(structure={structure!r}, budget=Budget(blocks={budget.blocks}))",
+            "a number of blocks can be removed only where nothing else is",
+            "Use structure='depth', or give the share of macs or params that may remain",
+        )
+    if len(kinds) > 1 and (budget.sparsity is not None or budget.scope != "global"):
+        raise BudgetError(
+            f"prune(structure={structure!r})",
+            "blocks and units compete by what they save, over the whole network",
+            "Give Budget(macs=...) or Budget(params=...) with scope='global'",
+        )
+    return frozenset(kinds)
+
+
+def _scores(model: nn.Module, network: Network, criterion: Criterion) -> Scores:
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    scores = [scored(group, parameters, named(criterion)) for group in network.groups]
+    return [scored(group, parameters, criterion) for group in network.groups]
+
+
+def _narrowed_further(
+    model: nn.Module,
+    short: nn.Module,
+    example_inputs: Inputs,
+    network: Network,
+    budget: Budget,
+    criterion: Criterion,
+    exclude: Sequence[str],
+    keep_class: bool,
+) -> nn.Module:
+    """A network without some blocks, narrower by what is left of the budget.
+
+    Raises:
+        BudgetError: see :func:`~rarefy.pruning.select.select`; shares are those of ``model``.
+    """
+    name = "macs" if budget.macs is not None else "params"
+    left = budget
+    if short is not model:
+        if next(short.parameters(), None) is None:
+            return short
+        rest = trace(short, example_inputs)
+        before, after = Accountant(network, model), Accountant(rest, short)
+        share = getattr(after, f"{name}_before") / max(getattr(before, f"{name}_before"), 1)
+        allowed = getattr(budget, name) / share
+        if allowed >= 1:
+            return short
+        network, left = rest, replace(budget, **{name: allowed})
+        exclude = [path for path in exclude if path in _paths(short)]
+    return _narrowed(
+        short, example_inputs, network, left, criterion, exclude=exclude, keep_class=keep_class
+    )
+
+
+def _paths(model: nn.Module) -> set[str]:
+    """Paths of all modules and parameters."""
+    return {path for path, _ in [*model.named_modules(), *model.named_parameters()]}
+
+
+def _recorded(model: nn.Module, network: Network, short: Shortened, small: nn.Module) -> nn.Module:
+    """The result with the record of what went from ``model``, blocks and units."""
+    if small is model:  # nothing went
+        return copied(model).eval()
+    held: Any = getattr(small, "pruned", None) if small is not short.model else None
+    kept = held.kept if held else {}
+    kind = "graph" if isinstance(small, GraphModel) else "module"
+    small.pruned = Pruned(  # type: ignore[assignment]
+        kind=kind,
+        reason=short.reason or (held.reason if held else ""),
+        widths=_widths(model, kept, {path for path, _ in small.named_parameters()}),
+        kept=kept,
+        frozen=held.frozen if held else network.frozen,
+        error=max(short.error, held.error if held else 0.0),
+        blocks=tuple(block.name for block in short.blocks),
+        held=short.held,
+    )
+    return small
+
+
+def _narrowed(
+    model: nn.Module,
+    example_inputs: Inputs,
+    network: Network,
+    budget: Budget,
+    criterion: Criterion,
+    *,
+    exclude: Sequence[str],
+    keep_class: bool,
+) -> nn.Module:
+    """The network without the units that a budget takes, proven."""
+    scores = _scores(model, network, criterion)
     sizes = Sizes(network, stated(model, network, example_inputs))
     closed: dict[int, str] = {}
     while True:
@@ -139,7 +277,7 @@ def prune(
     if record.kind == "graph" and plan.whole:  # a graph need not fit the forward
         plan = select(network, model, scores, budget, exclude)
         small = operate(model, example_inputs, network, plan, sizes, fault=record.reason)
-    return small if data is None else repair(model, small, data)
+    return small
 
 
 def _plan(
@@ -187,16 +325,6 @@ def stated(model: nn.Module, network: Network, example_inputs: Inputs) -> tuple[
         if [s.shape for s in specs] == [tuple(t.shape) for t in tensors(given)]:
             return equations(model, graph, given)
     return ()
-
-
-class ClassError(ProofError):
-    """The user's class cannot be kept with these units gone.
-
-    Attributes:
-        groups: numbers of the groups because of which it cannot, where they could be found.
-    """
-
-    groups: frozenset[int] = frozenset()
 
 
 def _check_arguments(model: object, budget: object, exclude: object) -> None:
@@ -335,9 +463,11 @@ def check_finite(model: nn.Module) -> None:
 
 
 def _widths(
-    model: nn.Module, kept: Mapping[tuple[str, int], NDArray[np.int64]]
+    model: nn.Module,
+    kept: Mapping[tuple[str, int], NDArray[np.int64]],
+    left: Collection[str] | None = None,
 ) -> tuple[Width, ...]:
-    """Output width of every layer with a kernel, before and after."""
+    """Output width of every layer with a kernel, before and after; of those left, where given."""
     found = []
     for path, parameter in model.named_parameters():
         if parameter.ndim < 2:
@@ -346,5 +476,6 @@ def _widths(
         transposed = isinstance(model.get_submodule(owner), nn.modules.conv._ConvTransposeNd)
         dim = 1 if transposed else 0
         after = len(kept.get((path, dim), range(parameter.shape[dim])))
+        after = after if left is None or path in left else 0
         found.append(Width(owner or path, parameter.shape[dim], after))
     return tuple(found)

@@ -56,7 +56,7 @@ def select(
         BudgetError: the budget cannot be reached; the message says what can.
     """
     closed = closed or {}
-    open_groups = [g for g in _open(network, model, exclude) if g not in closed]
+    open_groups = [g for g in free_groups(network, model, exclude) if g not in closed]
     if not open_groups:
         reasons = "; ".join(str(f) for f in network.frozen[:4])
         raise InputError(
@@ -65,8 +65,8 @@ def select(
             "Exclude less, or change what holds the units; rarefy.trace(model, example_inputs) "
             "lists every tensor with its reason",
         )
-    accountant = _Accountant(network, model)
-    floors = {g: _floor(network.groups[g], budget) for g in open_groups}
+    accountant = Accountant(network, model)
+    floors = {g: floor_of(network.groups[g], budget) for g in open_groups}
     widths = {g: len(network.groups[g]) for g in open_groups}
     if budget.scope == "local":
         counter = _local(widths)
@@ -87,7 +87,7 @@ def select(
     return _fit(network, accountant, plan, budget)
 
 
-def _open(network: Network, model: nn.Module, exclude: Sequence[str]) -> list[int]:
+def free_groups(network: Network, model: nn.Module, exclude: Sequence[str]) -> list[int]:
     """Groups none of whose own outputs is excluded."""
     paths = {name for name, _ in model.named_modules()} | {n for n, _ in model.named_parameters()}
     for name in exclude:
@@ -117,13 +117,13 @@ def _open(network: Network, model: nn.Module, exclude: Sequence[str]) -> list[in
     return [g for g, group in enumerate(network.groups) if not excluded(group)]
 
 
-def _floor(group: Group, budget: Budget) -> int:
+def floor_of(group: Group, budget: Budget) -> int:
     """The number of units that a group keeps whatever the budget."""
     most = math.floor(len(group) * budget.max_drop + 1e-9)
     return min(len(group), max(budget.min_keep, len(group) - most, 1))
 
 
-class _Accountant:
+class Accountant:
     """MACs and parameters that remain under a plan."""
 
     def __init__(self, network: Network, model: nn.Module) -> None:
@@ -241,7 +241,7 @@ def _rounded(count: int, size: int, floor: int, budget: Budget) -> int:
 
 def _fit(
     network: Network,
-    accountant: _Accountant,
+    accountant: Accountant,
     choose: Callable[[float], Plan],
     budget: Budget,
 ) -> Plan:
