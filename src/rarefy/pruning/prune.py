@@ -146,7 +146,7 @@ def prune(
     small = short.model
     if "channel" in kinds:
         small = _narrowed_further(
-            model, small, example_inputs, network, budget, score, exclude, keep_class
+            model, short, example_inputs, network, budget, score, exclude, keep_class
         )
     small = _recorded(model, network, short, small)
     return small if data is None else repair(model, small, data)
@@ -193,7 +193,7 @@ def _scores(model: nn.Module, network: Network, criterion: Criterion) -> Scores:
 
 def _narrowed_further(
     model: nn.Module,
-    short: nn.Module,
+    short: Shortened,
     example_inputs: Inputs,
     network: Network,
     budget: Budget,
@@ -201,45 +201,52 @@ def _narrowed_further(
     exclude: Sequence[str],
     keep_class: bool,
 ) -> nn.Module:
-    """A network without some blocks, narrower by what is left of the budget.
+    """The network without some blocks, narrower by what is left of the budget.
 
     Raises:
-        BudgetError: see :func:`~rarefy.pruning.select.select`; shares are those of ``model``.
+        BudgetError: units do not reach it; the message says what is reachable.
     """
+    options: dict[str, Any] = {"exclude": exclude, "keep_class": keep_class}
+    small = short.model
+    if not short.blocks:
+        return _narrowed(small, example_inputs, network, budget, criterion, **options)
+    if next(small.parameters(), None) is None:
+        return small
+    rest = trace(small, example_inputs)
     name = "macs" if budget.macs is not None else "params"
-    left = budget
-    if short is not model:
-        if next(short.parameters(), None) is None:
-            return short
-        rest = trace(short, example_inputs)
-        before, after = Accountant(network, model), Accountant(rest, short)
-        share = getattr(after, f"{name}_before") / max(getattr(before, f"{name}_before"), 1)
-        allowed = getattr(budget, name) / share
-        if allowed >= 1:
-            return short
-        network, left = rest, replace(budget, **{name: allowed})
-        exclude = [path for path in exclude if path in _paths(short)]
-    return _narrowed(
-        short, example_inputs, network, left, criterion, exclude=exclude, keep_class=keep_class
-    )
+    before, after = Accountant(network, model), Accountant(rest, small)
+    share = getattr(after, f"{name}_before") / max(getattr(before, f"{name}_before"), 1)
+    wanted = getattr(budget, name)
+    if wanted >= share:
+        return small
+    options["exclude"] = [path for path in exclude if path in _paths(small)]
+    left = replace(budget, **{name: wanted / share})
+    try:
+        return _narrowed(small, example_inputs, rest, left, criterion, **options)
+    except BudgetError as error:
+        raise BudgetError(
+            f"prune(budget=Budget({name}={wanted:g}))",
+            f"without {len(short.blocks)} blocks {share:.3f} remain, and of these {error.what}",
+            f"Ask for more {name}, or relax min_keep, max_drop, round_to and exclude",
+        ) from error
 
 
 def _paths(model: nn.Module) -> set[str]:
     """Paths of all modules and parameters."""
-    return {path for path, _ in [*model.named_modules(), *model.named_parameters()]}
+    parameters = model.named_parameters(remove_duplicate=False)
+    return {path for path, _ in [*model.named_modules(), *parameters]}
 
 
 def _recorded(model: nn.Module, network: Network, short: Shortened, small: nn.Module) -> nn.Module:
     """The result with the record of what went from ``model``, blocks and units."""
-    if small is model:  # nothing went
-        return copied(model).eval()
-    held: Any = getattr(small, "pruned", None) if small is not short.model else None
+    held: Any = small.pruned if small is not short.model else None
+    small = copied(model).eval() if small is model else small  # nothing went
     kept = held.kept if held else {}
     kind = "graph" if isinstance(small, GraphModel) else "module"
     small.pruned = Pruned(  # type: ignore[assignment]
         kind=kind,
         reason=short.reason or (held.reason if held else ""),
-        widths=_widths(model, kept, {path for path, _ in small.named_parameters()}),
+        widths=_widths(model, kept, _paths(small)),
         kept=kept,
         frozen=held.frozen if held else network.frozen,
         error=max(short.error, held.error if held else 0.0),
