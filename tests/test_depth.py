@@ -5,10 +5,8 @@ import copy
 import pytest
 import torch
 from hypothesis import given, settings
-from residual_networks import Case, Residual, cases, inputs
 from torch import Tensor, nn
 
-from rarefy.batches import call
 from rarefy.errors import ProofError
 from rarefy.graph.count import count
 from rarefy.graph.program import GraphModel
@@ -18,6 +16,7 @@ from rarefy.pruning.depth import BlockError, bypass, bypassed
 from rarefy.pruning.plan import Plan
 from rarefy.pruning.reference import without_branches
 from rarefy.storage.format import load, save
+from residual_networks import Case, Residual, cases, inputs
 
 torch.set_num_threads(1)
 
@@ -35,7 +34,7 @@ def close(a: Tensor, b: Tensor) -> None:
 
 
 @given(cases())
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=10, deadline=None)
 def test_without_blocks_a_network_is_as_with_branches_of_zeros(case: Case) -> None:
     model, x = Residual(case.kinds, case.seed), inputs(case.seed)
     network = trace(model, x)
@@ -55,7 +54,7 @@ def test_without_blocks_a_network_is_as_with_branches_of_zeros(case: Case) -> No
 
 
 @given(cases())
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=4, deadline=None)
 def test_what_was_saved_is_loaded_into_a_fresh_instance(tmp_path_factory, case: Case) -> None:
     model, x = Residual(case.kinds, case.seed), inputs()
     network = trace(model, x)
@@ -71,7 +70,7 @@ def test_what_was_saved_is_loaded_into_a_fresh_instance(tmp_path_factory, case: 
 
 
 @given(cases())
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=3, deadline=None)
 def test_a_graph_goes_the_same_way(case: Case) -> None:
     model, x = Residual(case.kinds, case.seed), inputs()
     network = trace(model, x)
