@@ -176,10 +176,11 @@ def test_networks_without_blocks() -> None:
         ("layer", {"macs": 0.5}, "unknown structure"),
         (("weight", "depth"), {"macs": 0.5}, "unknown structure"),
         ((), {"macs": 0.5}, "unknown structure"),
+        (None, {"macs": 0.5}, "unknown structure"),
         ("channel", {"blocks": 1}, "only where nothing else is"),
         (BOTH, {"blocks": 1}, "only where nothing else is"),
-        (BOTH, {"sparsity": 0.5}, "compete by what they save"),
-        (BOTH, {"macs": 0.5, "scope": "local"}, "compete by what they save"),
+        (BOTH, {"sparsity": 0.5}, "blocks go by what they save"),
+        (BOTH, {"macs": 0.5, "scope": "local"}, "blocks go by what they save"),
     ],
 )
 def test_options_that_do_not_fit(model, structure, budget, message) -> None:

@@ -71,16 +71,18 @@ def bypass(
     found = Comparison(inf, "it is a graph already")
     if not isinstance(model, GraphModel):
         called = outputs(model, example_inputs)
-        for places in _ways(model, network, blocks, called):
-            found = _against(model, example_inputs, network, blocks, places, masking)
+        for way in _ways(model, network, blocks, called):
+            found = _against(model, example_inputs, network, blocks, way, masking)
             if not found.fault:
-                return stubbed(model, places).eval(), "", found.error
+                return stubbed(model, way).eval(), "", found.error
         if keep_class:
             raise _refused(model, example_inputs, network, blocks, called, found.fault)
     error = prove(
         model, example_inputs, network, plan, lambda m, p: bypassed(m, network, p.blocks), masking
     )
-    reason = f"its forward needs modules of the blocks that go: {found.fault}"
+    reason = found.fault
+    if not isinstance(model, GraphModel):
+        reason = f"its forward needs modules of the blocks that go: {reason}"
     return bypassed(model, network, blocks).eval(), reason, error
 
 

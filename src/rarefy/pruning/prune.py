@@ -163,7 +163,8 @@ def _structures(structure: str | Sequence[str], budget: Budget) -> frozenset[str
         InputError: that is unknown, or single weights and something else.
         BudgetError: the budget does not fit it.
     """
-    kinds = {structure} if isinstance(structure, str) else set(structure)
+    several = isinstance(structure, tuple | list | set | frozenset)
+    kinds: set[Any] = set(structure) if several else {structure}
     if not kinds or not kinds <= set(STRUCTURES) or ("weight" in kinds and len(kinds) > 1):
         raise InputError(
             f"prune(structure={structure!r})",
@@ -177,11 +178,13 @@ def _structures(structure: str | Sequence[str], budget: Budget) -> frozenset[str
             "a number of blocks can be removed only where nothing else is",
             "Use structure='depth', or give the share of macs or params that may remain",
         )
-    if len(kinds) > 1 and (budget.sparsity is not None or budget.scope != "global"):
+    shares = ("macs", "params") if len(kinds) > 1 else ("macs", "params", "sparsity", "blocks")
+    fits = any(getattr(budget, name) is not None for name in shares)
+    if "depth" in kinds and (not fits or (len(kinds) > 1 and budget.scope != "global")):
         raise BudgetError(
             f"prune(structure={structure!r})",
-            "blocks and units compete by what they save, over the whole network",
-            "Give Budget(macs=...) or Budget(params=...) with scope='global'",
+            "blocks go by what they save, together with units over the whole network",
+            f"Give a budget of {' or '.join(shares)} with scope='global'",
         )
     return frozenset(kinds)
 
