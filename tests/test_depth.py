@@ -119,6 +119,7 @@ class Own(nn.Module):
         with torch.random.fork_rng():
             torch.manual_seed(0)
             self.a, self.b, self.c = (nn.Linear(6, 6) for _ in range(3))
+            self.wide = nn.Linear(6, 12)
             self.attention = nn.MultiheadAttention(6, 2, batch_first=True)
         self.body = body
         self.eval()
@@ -153,8 +154,7 @@ def test_modules_that_are_called_by_keyword() -> None:
 
 def test_code_that_does_not_take_zeros_of_another_shape_becomes_a_graph() -> None:
     def body(m, x):
-        q = m.b(x).view(2, 5, 2, 3).mean(2).repeat(1, 1, 2)
-        return m.a(x + torch.cat([q, q], -1).view(2, 5, 2, 6).sum(2) * m.c.weight[0])
+        return m.a(x + m.wide(x).unflatten(-1, (2, 6)).sum(2))
 
     small, reason, _ = remove_all(Own(body))
     assert isinstance(small, GraphModel)
