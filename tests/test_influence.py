@@ -64,12 +64,14 @@ def test_a_sum_in_place_does_not_hide_the_branch() -> None:
         assert found[0] == pytest.approx(1 - cosine(x, x + model.a(x)), rel=1e-4)
 
 
-def test_magnitude_is_the_mean_square_of_the_weights(traced) -> None:
+def test_magnitude_is_the_mean_square_of_outputs_for_white_inputs(traced) -> None:
     model, network = traced
     half = model.blocks[2]
-    weights = torch.cat([half.fc1.weight.flatten(), half.fc2.weight.flatten()])
-    found = magnitudes(model, network)
-    assert found[2] == pytest.approx(float(weights.detach().square().mean()), rel=1e-5)
+    squares = []
+    for layer in (half.fc1, half.fc2):
+        covariance = layer.weight.detach().flatten(1) @ layer.weight.detach().flatten(1).T
+        squares.append(float(covariance.diagonal().mean()))
+    assert magnitudes(model, network)[2] == pytest.approx(sum(squares) / 2, rel=1e-5)
 
 
 def test_a_block_of_mean_influence_counts_as_much_as_its_units(traced) -> None:

@@ -87,8 +87,7 @@ def test_a_budget_out_of_reach_says_what_is_in_reach(model) -> None:
         rf.prune(model, X, rf.Budget(macs=0.001), structure=BOTH)
 
 
-@pytest.mark.parametrize("name", ["macs", "params"])
-@pytest.mark.parametrize("share", [0.4, 0.7])
+@pytest.mark.parametrize(("name", "share"), [("macs", 0.4), ("params", 0.7)])
 def test_blocks_and_units_share_a_budget(model, name, share) -> None:
     net = weak(model, 2)
     small = rf.prune(net, X, rf.Budget(**{name: share}), structure=BOTH)

@@ -5,10 +5,11 @@ that live in it alone, times its *influence*: how much its branch does to the tr
 the other blocks. With data, influence is ``1 - cos(trunk, trunk + branch)``, one minus the cosine
 between what goes into a block and what comes out (Men et al. 2024, ShortGPT,
 https://arxiv.org/abs/2403.03853; there of every token, here of every example, since a graph does
-not tell which dimensions are positions). Without data it is the mean square of the block's weights
-(the magnitude of whole blocks, as in Kim et al. 2024, https://arxiv.org/abs/2402.02834, by the
-number of weights). Influences have mean 1 over the blocks of a network, so that a block of mean
-influence counts as much as all of its units together, under any criterion.
+not tell which dimensions are positions). Without data it is the magnitude of the block's weights
+(as in Kim et al. 2024, https://arxiv.org/abs/2402.02834; there their sum, here squared and by
+output unit, so that wide and narrow layers count alike). Influences have mean 1 over the blocks of
+a network, so that a block of mean influence counts as much as all of its units together, under any
+criterion.
 """
 
 from __future__ import annotations
@@ -78,17 +79,21 @@ def inner(network: Network, blocks: Collection[Block]) -> frozenset[int]:
 
 
 def magnitudes(model: nn.Module, network: Network) -> NDArray[np.float64]:
-    """Mean square of the weights of every block; of its other parameters where it has none."""
+    """Mean over the weights ``W`` of every block of ``||W||^2 / rows(W)``.
+
+    That is the mean square of a layer's outputs where its inputs are white, and does not depend on
+    its width. A block without weights counts with its other parameters.
+    """
     parameters = dict(model.named_parameters(remove_duplicate=False))
 
-    def mean_square(block: Block) -> float:
+    def gain(block: Block) -> float:
         paths = dict.fromkeys((*block.tensors, *block.shared))
         held = [parameters[path].detach() for path in paths if path in parameters]
         kernels = [t for t in held if t.ndim > 1] or held
-        squares = sum(float(t.double().square().sum()) for t in kernels)
-        return squares / max(sum(t.numel() for t in kernels), 1)
+        gains = [float(t.double().square().sum()) / len(t) for t in kernels if t.numel()]
+        return sum(gains) / max(len(gains), 1)
 
-    return np.array([mean_square(block) for block in network.blocks])
+    return np.array([gain(block) for block in network.blocks])
 
 
 def influences(model: nn.Module, network: Network, data: Data) -> NDArray[np.float64]:
