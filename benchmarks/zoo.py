@@ -298,13 +298,14 @@ def reasons(model: nn.Module, network: Any) -> list[str]:
 def graph_line(subject: Subject, budget: Any) -> str:
     """Where the user's own forward stops working with other widths."""
     from rarefy.pruning.criteria import named, scored
+    from rarefy.pruning.evidence import Evidence
     from rarefy.pruning.select import select
     from rarefy.pruning.surgery import cut
 
     try:
         network = subject.traced
-        tensors = dict(subject.model.named_parameters(remove_duplicate=False))
-        scores = [scored(group, tensors, named("magnitude")) for group in network.groups]
+        evidence = Evidence(dict(subject.model.named_parameters(remove_duplicate=False)))
+        scores = [scored(group, evidence, named("magnitude")) for group in network.groups]
         plan = select(network, subject.model, scores, budget)
         outputs(cut(subject.model, network, plan), subject.inputs)
     except Exception as error:  # noqa: BLE001 - the error is what is asked for

@@ -487,6 +487,39 @@ class Dense(nn.Module):
         return self.head(x)  # type: ignore[no-any-return]
 
 
+class WaveNet(nn.Module):
+    """Gated dilated convolutions with skips; what the last one hands on, nobody reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        rates = (1, 2, 4)
+        self.first = nn.Conv1d(1, 16, 1)
+        self.gated = nn.ModuleList(nn.Conv1d(16, 48, 3, padding=d, dilation=d) for d in rates)
+        self.skip = nn.ModuleList(nn.Conv1d(24, 32, 1) for _ in rates)
+        self.residual = nn.ModuleList(nn.Conv1d(24, 16, 1) for _ in rates)
+        self.head = nn.Sequential(nn.ReLU(), nn.Conv1d(32, 24, 1), nn.ReLU(), nn.Conv1d(24, 12, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, 1, T) -> (B, 12, T)."""
+        x, skips = self.first(x), []
+        for gated, skip, residual in zip(self.gated, self.skip, self.residual, strict=True):
+            signal, gate = gated(x).chunk(2, 1)
+            y = torch.tanh(signal) * torch.sigmoid(gate)
+            skips.append(skip(y))
+            x = x + residual(y)
+        return self.head(torch.stack(skips).sum(0))  # type: ignore[no-any-return]
+
+
+def alexnet() -> nn.Module:
+    """The network of 2012 in small, with groups and local response normalization."""
+    return nn.Sequential(
+        nn.Conv2d(3, 24, 7, 2, 2), nn.ReLU(), nn.LocalResponseNorm(5, k=2), nn.MaxPool2d(3, 2),
+        nn.Conv2d(24, 32, 5, padding=2, groups=2), nn.ReLU(), nn.LocalResponseNorm(5, k=2),
+        nn.MaxPool2d(3, 2), nn.Conv2d(32, 48, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(2),
+        nn.Flatten(), nn.Dropout(), nn.Linear(192, 64), nn.ReLU(), nn.Linear(64, 7),
+    )  # fmt: skip
+
+
 def _own(model: Callable[[], nn.Module], *shape: int) -> Network:
     return model(), torch.randn(2, *shape)
 
@@ -534,4 +567,6 @@ OWN: dict[str, Builder] = {
     ),
     "attention_pool": lambda: _own(Attending, 3, 10, 10),
     "dense_3d": lambda: _own(Dense, 2, 5, 6, 7),
+    "wavenet": lambda: _own(WaveNet, 1, 29),
+    "alexnet_2012": lambda: _own(alexnet, 3, 34, 34),
 }

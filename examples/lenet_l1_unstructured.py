@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import rarefy as rf
-from rarefy.pruning.masks import hold, sparsity
+from rarefy.pruning.masks import sparsity
 from rarefy.tasks.vision import digits
 
 
@@ -55,7 +55,9 @@ def main() -> None:
     budget = rf.Budget(sparsity=chosen.sparsity, scope="local")  # that share of every layer
     example = torch.zeros(1, 1, 32, 32)
     pruned = rf.prune(dense, example, budget, structure="weight")
-    tuned = rf.train(pruned, data.train, epochs=2, lr=0.01, progress=False, after_step=hold(pruned))
+    tuned = rf.train(
+        pruned, data.train, epochs=2, lr=0.01, progress=False, after_step=rf.hold(pruned)
+    )
 
     with tempfile.TemporaryDirectory() as folder:
         dense_file = rf.save(dense, Path(folder) / "dense.safetensors")

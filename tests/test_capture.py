@@ -125,7 +125,7 @@ def test_the_model_is_left_alone() -> None:
     assert torch.is_grad_enabled()
 
 
-def test_dead_code_is_dropped_and_shared_tensors_are_read_once() -> None:
+def test_dead_code_is_told_apart_and_shared_tensors_are_read_once() -> None:
     class Tied(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -139,8 +139,10 @@ def test_dead_code_is_dropped_and_shared_tensors_are_read_once() -> None:
 
     net, x = Tied(), torch.randn(2, 4)
     captured = capture(net, x)
-    paths = [n.path for n in captured.graph.nodes if n.op == "tensor"]
+    paths = [n.path for n in captured.graph.live.nodes if n.op == "tensor"]
     assert sorted(paths) == ["a.bias", "a.weight", "b.bias"]
+    unused = captured.graph.tensor_paths - captured.graph.live.tensor_paths
+    assert unused == {"unused.weight", "unused.bias"}
     torch.testing.assert_close(graph_model(net, captured)(x), net(x))
 
 

@@ -443,6 +443,21 @@ def test_bags_of_embeddings_shrink_in_width(mode) -> None:
     assert kinds == {"module"}
 
 
+def test_rows_that_are_shortened_shrink_in_width() -> None:
+    class Shortened(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = nn.Embedding(11, 8, max_norm=1.5)
+            self.out = nn.Linear(8, 3)
+
+        def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+            return self.out(self.table(tokens).relu())
+
+    network, kinds = check_masking(Shortened(), INDICES)
+    assert described(network) == {"8: out.weight[1] table.weight[1]"}
+    assert kinds == {"module"}
+
+
 def test_a_one_hot_product_is_a_look_up() -> None:
     network, kinds = check_masking(OneHot(), F.one_hot(INDICES, 11).double())
     assert described(network) == {"8: out.weight[1] table[1]"}
@@ -656,7 +671,7 @@ def test_a_kernel_that_all_channels_share_lets_them_go(function, width, sizes, k
     assert found == kinds
 
 
-def test_a_kernel_of_one_entry_leaves_positions_to_themselves() -> None:
+def test_a_kernel_of_one_entry_leaves_positions_to_themselves_and_a_wide_one_mixes() -> None:
     def gated(net: Convolved, x: torch.Tensor) -> torch.Tensor:
         rows = x.flatten(2).transpose(1, 2)
         return (rows * net.tokens(rows)).transpose(1, 2).unflatten(2, (3, 3))
@@ -668,7 +683,9 @@ def test_a_kernel_of_one_entry_leaves_positions_to_themselves() -> None:
     x = numbers(2, 3, 3, 3)
     network, kinds = check_masking(Convolved(gated), x)
     assert (holders(network, "first.weight", 0), kinds) == ({8}, {"module"})
-    assert not holders(check_masking(Convolved(mixed), x)[0], "first.weight", 0)
+    assert not network.flow.over_survivors
+    network = trace(Convolved(mixed).double(), x)
+    assert (holders(network, "first.weight", 0), len(network.flow.over_survivors)) == ({8}, 1)
 
 
 @pytest.mark.parametrize(

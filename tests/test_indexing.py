@@ -59,6 +59,13 @@ CARRIED = {
     "every second window": (lambda n, y, z: image(y, 4)[:, ::2, ::2, 1::2].sum((2, 3)), 4),
     "flip": (lambda n, y, z: y.flip(1) * z.flip([-1]), 8),
     "flip sides": (lambda n, y, z: torch.fliplr(y) * torch.flipud(z), 8),
+    "quarter turns beside units": (
+        lambda n, y, z: (image(y).rot90(1, (2, 3)) * image(z).rot90(3, (-1, -2))).flatten(1),
+        32,
+    ),
+    "a quarter turn of units": (lambda n, y, z: torch.rot90(y, 1, (0, 1)).T * z, 8),
+    "a quarter turn of units back": (lambda n, y, z: torch.rot90(y, -1, (0, 1)).T + z, 8),
+    "half a turn of units": (lambda n, y, z: (image(y).rot90(2, (1, 2)) * image(z)).flatten(1), 32),
     "roll": (lambda n, y, z: y.roll(3, 1) + z.roll(-2, -1), 8),
     "roll of several": (lambda n, y, z: image(y).roll((1, 2, 1), (3, 1, 2)).flatten(1), 32),
     "roll twice": (lambda n, y, z: y.roll((1, 2), (1, 1)), 8),

@@ -7,7 +7,8 @@ from torch import nn
 
 from rarefy.errors import DataError
 from rarefy.graph.trace import trace
-from rarefy.pruning.criteria import magnitude, scored
+from rarefy.pruning.criteria import CRITERIA, scored
+from rarefy.pruning.evidence import Evidence
 from rarefy.pruning.influence import importances, influences, inner, magnitudes
 from residual_networks import Residual, inputs
 
@@ -76,15 +77,16 @@ def test_magnitude_is_the_mean_square_of_outputs_for_white_inputs(traced) -> Non
 
 def test_a_block_of_mean_influence_counts_as_much_as_its_units(traced) -> None:
     model, network = traced
-    parameters = dict(model.named_parameters())
-    scores = [scored(group, parameters, magnitude) for group in network.groups]
-    found = importances(model, network, scores)
+    evidence = Evidence(dict(model.named_parameters()))
+    magnitude = CRITERIA["magnitude"]
+    totals = [float(scored(group, evidence, magnitude).sum()) for group in network.groups]
+    found = importances(model, network, totals)
     relative = magnitudes(model, network)
-    own = [sum(float(scores[g].sum()) for g in inner(network, [b])) for b in network.blocks]
+    own = [sum(totals[g] for g in inner(network, [b])) for b in network.blocks]
     assert [total > 0 for total in own] == [True, True, True, False]
     own[3] = sum(own[:3]) / 3  # without units of its own it counts as the others
     np.testing.assert_allclose(found, np.array(own) * relative / relative.mean())
-    doubled = importances(model, network, [2 * s for s in scores])
+    doubled = importances(model, network, [2 * total for total in totals])
     np.testing.assert_allclose(doubled, 2 * found)
 
 

@@ -13,17 +13,18 @@ ROOT = Path(rarefy.__file__).parent
 
 STAGES = [
     {"errors"},
-    {"types", "schedules", "files", "environment", "progress", "process"},
+    {"types", "schedules", "files", "environment", "progress", "process", "drawing"},
     {"batches"},
     {"copies"},
     {"graph"},
-    {"pruning"},
     {"distillation"},
+    {"pruning"},
     {"metrics"},
     {"training"},
     {"quantization"},
     {"storage"},
     {"deployment"},
+    {"measured"},
     {"reporting", "run_folder", "recipe", "preflight", "search"},
     {"pipeline"},
     {"integrations", "tasks"},
@@ -33,14 +34,19 @@ STAGES = [
 
 RANK = {room: rank for rank, rooms in enumerate(STAGES) for room in rooms}
 FILES = sorted(p for p in ROOT.rglob("*.py") if p != ROOT / "__init__.py")
-OPTIONAL = "onnx onnxruntime onnxscript sklearn transformers timm accelerate torchvision".split()
+OPTIONAL = (
+    "onnx onnxruntime onnxscript sklearn transformers timm accelerate torchvision lightning".split()
+)
 GRAPH = (
     "program allowed serialize labels flow editor equations rules zeros ops groups resolution "
-    "convert capture count blocks stubs trace"
+    "convert capture resting count blocks stubs trace layer"
 ).split()
 PRUNING = (
-    "criteria attributes plan expressions sized stated provenance sizes select surgery masks "
-    "reference proof depth influence shorten repair prune"
+    "evidence inputs taps gather aggregation criteria movement attributes plan expressions sized "
+    "stated provenance sizes paths limits costs accounts curves journal allocation landing select "
+    "surgery patterns elements masks lockstep gram sparsegpt weights calibrated sparsify examples "
+    "surgeon readers compensated reference sensitivity sums proof depth influence shorten repair "
+    "checks narrow prune regularize gradual"
 ).split()
 
 

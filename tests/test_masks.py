@@ -1,82 +1,127 @@
-"""Single weights set to zero."""
+"""Zeros that stay zeros: through optimizers, averages, copies and files; and lottery tickets."""
+
+from __future__ import annotations
 
 import copy
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from rarefy.errors import BudgetError, InputError
-from rarefy.pruning.masks import hold, prunable, sparsify, sparsity
+import rarefy as rf
+from rarefy.errors import InputError
+from rarefy.pruning.masks import Masks, hold, rewind, sparsity
+from rarefy.pruning.sparsify import sparsify
 from rarefy.types import Budget
 
 torch.set_num_threads(1)
 with torch.random.fork_rng():
     torch.manual_seed(0)
-    NET = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(16, 5))
+    DENSE = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
+    DENSE[2].weight.requires_grad_(False)
+    DENSE.append(nn.Linear(2, 2, bias=False))
+    DENSE.append(DENSE[-1])  # shared
+    X, Y = torch.randn(32, 6), torch.randint(2, (32,))
+
+OPTIMIZERS = {
+    "sgd": lambda p: torch.optim.SGD(p, 0.1, momentum=0.9, weight_decay=0.01, nesterov=True),
+    "adamw": lambda p: torch.optim.AdamW(p, 0.01, weight_decay=0.1),
+    "adam": lambda p: torch.optim.Adam(p, 0.01, amsgrad=True),
+}
 
 
-def zeros(model: nn.Module) -> list[int]:
-    return [int((w == 0).sum()) for w in (model[0].weight, model[3].weight)]
+def zero_places(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {path: p.detach() == 0 for path, p in model.named_parameters() if p.ndim > 1}
 
 
-@settings(max_examples=30, deadline=None)
-@given(st.floats(0, 0.999))
-def test_the_share_is_exact(share) -> None:
-    local = sparsify(NET, Budget(sparsity=share, scope="local"))
-    assert zeros(local) == [int(share * 36 + 1e-9), int(share * 80 + 1e-9)]
-    assert sum(zeros(sparsify(NET, Budget(sparsity=share)))) == int(share * 116 + 1e-9)
+def same(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == two.keys() and all(torch.equal(one[k], two[k]) for k in one)
 
 
-def test_the_smallest_go_and_the_rest_is_untouched() -> None:
-    before = copy.deepcopy(NET.state_dict())
-    sparse = sparsify(NET, Budget(sparsity=0.5))
-    gone = torch.cat(
-        [NET[i].weight.abs().flatten()[sparse[i].weight.flatten() == 0] for i in (0, 3)]
-    )
-    left = torch.cat([sparse[i].weight[sparse[i].weight != 0].abs() for i in (0, 3)])
-    assert gone.max() <= left.min()
-    assert torch.equal(sparse[0].bias, NET[0].bias)
-    assert torch.equal(sparse[1].weight, NET[1].weight)
-    assert all(torch.equal(v, before[k]) for k, v in NET.state_dict().items())
-    assert NET.training
-    assert not sparse.training
+def loss(model: nn.Module) -> torch.Tensor:
+    return nn.functional.cross_entropy(model(X), Y)
 
 
-def test_equal_weights_are_still_cut_exactly() -> None:
-    layer = nn.Linear(4, 4)
-    nn.init.ones_(layer.weight)
-    assert sparsity(sparsify(nn.Sequential(layer), Budget(sparsity=0.5))) == 0.5
-
-
-def test_excluded_layers_stay_dense() -> None:
-    assert zeros(sparsify(NET, Budget(sparsity=0.5, scope="local"), exclude=["0"])) == [0, 40]
-    assert zeros(sparsify(NET, Budget(sparsity=0.5), exclude=["3.weight"])) == [18, 0]
-    with pytest.raises(InputError, match="no module"):
-        sparsify(NET, Budget(sparsity=0.5), exclude=["9"])
-    with pytest.raises(InputError, match="no weight"):
-        sparsify(NET, Budget(sparsity=0.5), exclude=["0", "3"])
-
-
-def test_only_sparsity_makes_sense() -> None:
-    with pytest.raises(BudgetError, match="sparsity"):
-        sparsify(NET, Budget(macs=0.5))
-
-
-def test_shared_weights_are_counted_once() -> None:
-    layer = nn.Linear(4, 4)
-    assert len(prunable(nn.Sequential(layer, layer))) == 1
-
-
-def test_zeros_survive_training() -> None:
-    sparse = sparsify(NET, Budget(sparsity=0.7)).train()
-    before = zeros(sparse)
-    again = hold(sparse)
-    optimizer = torch.optim.SGD(sparse.parameters(), 0.1, momentum=0.9)
-    for _ in range(3):
-        sparse(torch.randn(2, 1, 4, 4)).square().sum().backward()
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("way", ["called", "attached"])
+def test_zeros_are_exact_after_every_step(name, way) -> None:
+    model = sparsify(DENSE, Budget(sparsity=0.7)).train()
+    before, start = zero_places(model), copy.deepcopy(model.state_dict())
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9))
+    optimizer = OPTIMIZERS[name](p for p in model.parameters() if p.requires_grad)
+    again = hold(model)
+    if way == "attached":
+        again.attach(optimizer)
+    for _ in range(50):
+        optimizer.zero_grad()
+        loss(model).backward()
         optimizer.step()
-        again(sparse)
-    assert zeros(sparse) == before
+        if way == "called":
+            again()
+        assert same(zero_places(model), before)
+        average.update_parameters(model)
+    assert same(zero_places(average.module), before)
+    assert not torch.equal(model[0].weight, start["0.weight"])
+    assert model[0].weight.grad[before["0.weight"]].any()  # gradients flow, for regrowth
+    assert model.state_dict().keys() == DENSE.state_dict().keys()
+
+
+def test_detached_optimizers_are_as_they_were() -> None:
+    model = sparsify(DENSE, Budget(sparsity=0.7)).train()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with hold(model).attach(optimizer):
+        assert optimizer._optimizer_step_post_hooks
+    assert not optimizer._optimizer_step_post_hooks
+    loss(model).backward()
+    optimizer.step()
+    assert sparsity(model) < 0.6
+
+
+def test_zeros_survive_rarefys_loop_and_files(tmp_path) -> None:
+    sparse = sparsify(DENSE, Budget(sparsity=0.7))
+    tuned = rf.train(sparse, [(X, Y)], epochs=3, progress=False, after_step=hold(sparse))
+    assert same(zero_places(tuned), zero_places(sparse))
+    assert not torch.equal(tuned[0].weight, sparse[0].weight)
+    assert same(zero_places(copy.deepcopy(tuned)), zero_places(sparse))
+    loaded = rf.load(rf.save(tuned, tmp_path / "m.safetensors"), copy.deepcopy(DENSE))
+    assert same(zero_places(loaded), zero_places(sparse))
+    fresh = copy.deepcopy(DENSE)
+    fresh.load_state_dict(tuned.state_dict())
+    assert same(zero_places(fresh), zero_places(sparse))
+
+
+def test_only_what_was_pruned_is_held() -> None:
+    model = copy.deepcopy(DENSE)
+    nn.init.zeros_(model[4].weight)  # an adapter that starts at zero
+    sparse = sparsify(model, Budget(sparsity=0.5), exclude=["4"])
+    assert set(Masks.of(sparse)) == {"0.weight", "2.weight", "5.weight"}
+    assert "4.weight" in Masks.of(copy.deepcopy(model))
+
+
+def test_masks_of_another_network_are_refused() -> None:
+    masks = Masks.of(sparsify(DENSE, Budget(sparsity=0.5)))
+    with pytest.raises(InputError, match=r"no parameter of Wrapper.*did you mean net\.0\.weight"):
+        masks.apply(Wrapper(copy.deepcopy(DENSE)))
+    with pytest.raises(InputError, match="shape"):
+        masks.apply(nn.Sequential(nn.Linear(3, 3)))
+
+
+class Wrapper(nn.Module):
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+
+def test_a_ticket_has_the_first_weights_and_the_last_zeros() -> None:
+    start = copy.deepcopy(DENSE.state_dict())
+    trained = rf.train(DENSE, [(X, Y)], epochs=5, progress=False)
+    sparse = sparsify(trained, Budget(sparsity=0.6))
+    ticket = rewind(sparse, start)
+    assert same(zero_places(ticket), zero_places(sparse))
+    for path, parameter in ticket.named_parameters():
+        gone = zero_places(sparse).get(path, torch.zeros(parameter.shape, dtype=torch.bool))
+        assert torch.equal(parameter[~gone], start[path][~gone])
+    assert not torch.equal(sparse[0].weight, ticket[0].weight)
+    with pytest.raises(InputError, match="not a state of this network"):
+        rewind(sparse, {})

@@ -1,11 +1,21 @@
 """Timing."""
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from rarefy.deployment.export import export
-from rarefy.deployment.measure import _time, compare, latency, measure, settled, speedup
+from rarefy.deployment.measure import (
+    _share,
+    compare,
+    latency,
+    measure,
+    relative,
+    settled,
+    speedup,
+    timed,
+)
 from rarefy.errors import InputError
 from rarefy.types import Latency, Measurement
 
@@ -34,10 +44,10 @@ def test_measure_measures_one(paths):
 def test_calls_are_interleaved_and_bounded():
     order = []
     runners = [lambda: order.append("a"), lambda: order.append("b")]
-    times = _time(runners, 3, 1, float("inf"))
+    times = timed(runners, 3, 1, float("inf"))
     assert "".join(order) == "ab" * 4
     assert [len(series) for series in times] == [3, 3]
-    assert [len(series) for series in _time(runners, 100, 100, 0.0)] == [1, 1]
+    assert [len(series) for series in timed(runners, 100, 100, 0.0)] == [1, 1]
 
 
 def test_latency_is_in_milliseconds():
@@ -69,3 +79,23 @@ def test_a_disturbed_measurement_is_made_again(monkeypatch):
 
     monkeypatch.setattr("rarefy.deployment.measure.compare", disturbed)
     assert settled(["a", "b"], torch.zeros(1))[0].latency_ms.p90 == 2.0
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "share"),
+    [
+        ([10] * 20, [5] * 20, 0.5),
+        ([10] * 10 + [30] * 10, [5] * 10 + [15] * 10, 0.5),  # both slowed down together
+        ([10] * 3 + [100] * 17, [5] * 20, 0.5),  # long calls are interrupted, short ones are not
+        ([10] * 20, [1] * 3 + [5] * 17, 0.5),  # a few short calls are luck
+    ],
+)
+def test_noise_does_not_make_a_network_faster(before: list, after: list, share: float) -> None:
+    assert _share(np.array(before), np.array(after)) == share
+
+
+def test_the_share_is_of_the_first_file(paths):
+    small, large = paths
+    first, second, share = relative(large, small, torch.ones(1, 8), rounds=30, warmup=2)
+    assert (first.path, second.path) == (str(large), str(small))
+    assert share < 1 < relative(small, large, torch.ones(1, 8), rounds=30, warmup=2)[2]

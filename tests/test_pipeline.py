@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import rarefy.pipeline
+from rarefy.copies import fingerprint
 from rarefy.deployment.runtimes import OnnxSession
 from rarefy.errors import (
     DataError,
@@ -34,10 +35,10 @@ from rarefy.graph.count import count
 from rarefy.metrics import top1
 from rarefy.pipeline import Compressed, _repeatable, compress
 from rarefy.preflight import check_data
-from rarefy.recipe.options import DistillStage, Stages
+from rarefy.recipe.options import DistillStage, PruneStage, Stages
 from rarefy.reporting.summary import as_dict
 from rarefy.storage.format import load
-from rarefy.training import evaluate, fingerprint
+from rarefy.training import evaluate
 from rarefy.types import Data, Target
 from tiny_networks import ALL, SHORT, examples, held_out, perceptron, shuffled
 
@@ -302,6 +303,16 @@ def test_unlabelled_training_data(tmp_path: Path) -> None:
     stages = ALL.model_copy(update={"train": None, "quantize": None})
     result = run(tmp_path, train=[x for x, _ in shuffled()], stages=stages)
     assert [stage.name for stage in result.report.stages] == NAMES[:3]
+
+
+def test_units_may_be_scored_on_the_training_data(tmp_path: Path) -> None:
+    found = {}
+    for criterion in ("magnitude", "fisher"):
+        prune = PruneStage(sparsity=0.5, criterion=criterion)
+        stages = Stages(prune=prune, repair=None, distill=None, quantize=None)
+        done = run(tmp_path / criterion, stages=stages)
+        found[criterion] = torch.cat([p.detach().flatten() for p in done.model.parameters()])
+    assert not torch.equal(found["magnitude"], found["fisher"])
 
 
 def test_repair_alone(tmp_path: Path) -> None:

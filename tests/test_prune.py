@@ -14,6 +14,7 @@ from rarefy.batches import call, logits, map_tensors
 from rarefy.errors import BudgetError, InputError, ProofError
 from rarefy.graph.program import GraphModel
 from rarefy.pruning.criteria import named
+from rarefy.pruning.evidence import Evidence
 from rarefy.types import Width
 
 torch.set_num_threads(1)
@@ -72,16 +73,19 @@ def test_criteria(criterion) -> None:
     net = Net()
     small = rf.prune(net, X, HALF, criterion=criterion)
     group = rf.trace(net, X).groups[0]
-    scores = torch.as_tensor(named(criterion)(group, dict(net.named_parameters())))
+    scores = torch.as_tensor(named(criterion)(group, Evidence(dict(net.named_parameters()))))
     best = scores.argsort(stable=True)[len(group) // 2 :].sort().values
     assert small.pruned.kept["a.weight", 0].tolist() == best.tolist()
 
 
 def test_options_that_do_not_concern_single_weights_are_refused() -> None:
     share = rf.Budget(sparsity=0.5)
-    for options in ({"data": [X]}, {"criterion": "random"}):
-        with pytest.raises(InputError, match="Leave criterion and data out"):
-            rf.prune(Net(), X, share, structure="weight", **options)
+    with pytest.raises(InputError, match="Leave data out"):
+        rf.prune(Net(), X, share, structure="weight", data=[X])
+    with pytest.raises(InputError, match="no criterion of single weights"):
+        rf.prune(Net(), X, share, structure="weight", criterion="l1")
+    with pytest.raises(InputError, match="no criterion has that name"):
+        rf.prune(Net(), X, share, criterion="sparsegpt")
     with pytest.raises(BudgetError, match="round_to"):
         rf.prune(Net(), X, rf.Budget(sparsity=0.5, round_to=8), structure="weight")
 
@@ -90,7 +94,7 @@ def test_a_defect_of_the_surgery_is_not_taken_for_a_forward_that_fails(monkeypat
     def broken(*_):
         raise KeyError("bug")
 
-    monkeypatch.setattr("rarefy.pruning.prune.cut", broken)
+    monkeypatch.setattr("rarefy.pruning.narrow.cut", broken)
     with pytest.raises(KeyError, match="bug"):
         rf.prune(Net(), X, HALF)
 

@@ -9,8 +9,9 @@ import pytest
 import rarefy
 
 PUBLIC = """
-Budget Int8 Stages Target compress distill errors evaluate export inspect load losses measure prune
-quantize repair save trace train
+Budget GradualPruning GradualUnits Int8 Limit Movement Sensitivity Stages Target compress criteria
+distill errors evaluate export hold inspect load losses measure patterns prune quantize regularize
+repair rewind save sensitivity trace train
 """.split()
 
 CALLABLES = [n for n in PUBLIC if not isinstance(getattr(rarefy, n), types.ModuleType)]

@@ -14,7 +14,7 @@ from torch import nn
 
 from rarefy.errors import DataError, InputError, RecipeError
 from rarefy.recipe import PruneStage, QuantizeStage, Recipe, TargetOptions, load_recipe, resolve
-from rarefy.types import Budget, Int8, Target
+from rarefy.types import Budget, Int8, Limit, Target
 
 NAMES = "source: net.py\nmodel: make_model\ndata: make_data\n"
 
@@ -94,6 +94,15 @@ def test_a_full_recipe_is_read(write: Write, tmp_path: Path) -> None:
     assert (recipe.seed, recipe.output) == (3, tmp_path / "small")
 
 
+def test_every_kind_of_budget_with_limits_of_layers_is_read(write: Write) -> None:
+    for kind in ("params", "bytes", "latency"):
+        prune = f"{kind}: 0.5, round_to: auto, layers: {{stem: 0.25, 'b.*': {{min_keep: 16}}}}"
+        recipe = load_recipe(write(f"{NAMES}stages: {{prune: {{{prune}}}}}\n"))
+        assert recipe.stages.prune is not None
+        layers = {"stem": 0.25, "b.*": Limit(min_keep=16)}
+        assert recipe.stages.prune.budget() == Budget(**{kind: 0.5}, round_to="auto", layers=layers)
+
+
 def test_three_names_are_enough(write: Write) -> None:
     recipe = load_recipe(write(NAMES))
     assert recipe.stages.train is None
@@ -126,7 +135,7 @@ def test_a_byte_order_mark_is_harmless(write: Write) -> None:
 @pytest.mark.parametrize(
     ("mirror", "option", "extra"),
     [
-        (PruneStage, Budget, {"criterion", "exclude"}),
+        (PruneStage, Budget, {"criterion", "exclude", "layers"}),  # layers are spelled otherwise
         (QuantizeStage, Int8, set()),
         (TargetOptions, Target, set()),
     ],
@@ -135,7 +144,7 @@ def test_options_mirror_their_values(
     mirror: type[PruneStage], option: type[Budget], extra: set[str]
 ) -> None:
     """A field or default that changes in one place and not in the other is found here."""
-    fields = {f.name: f.default for f in dataclasses.fields(option)}
+    fields = {f.name: f.default for f in dataclasses.fields(option) if f.name not in extra}
     mirrored = {n: f.default for n, f in mirror.model_fields.items() if n not in extra}
     assert mirrored == fields
 
@@ -221,6 +230,9 @@ def test_all_problems_are_listed_at_once_in_order(write: Write) -> None:
         (NAMES + "stages: {prune: {}}\n", "stages.prune: exactly one of macs, params"),
         (NAMES + "stages: {prune: {macs: 0.5, params: 0.5}}\n", "exactly one of macs, params"),
         (NAMES + "stages: {prune: {macs: 1, exclude: a}}\n", "exclude: must be a list"),
+        (NAMES + "stages: {prune: {latency: 2}}\n", "stages.prune.latency: a budget is the share"),
+        (NAMES + "stages: {prune: {macs: 1, layers: {a: {min_keep: 0}}}}\n", "at least 1"),
+        (NAMES + "stages: {prune: {macs: 1, layers: {a: 1.5}}}\n", "at least 0 and below 1"),
         (
             NAMES + "stages: {prune: {macs: 1, exclude: [a, 2]}}\n",
             "stages.prune.exclude.1: must be",

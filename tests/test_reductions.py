@@ -36,8 +36,21 @@ class Net(nn.Module):
         return self.out(self.function(self.a(x), self.b(x)))
 
 
+def _response(x: Tensor, size: int) -> Tensor:
+    """Local response normalization along the last dimension."""
+    return F.local_response_norm(x.transpose(1, 2), size, 0.5).transpose(1, 2)
+
+
 LAST = {"dim": -1, "keepdim": True}
 OVER_WHAT_REMAINS = {
+    "average of neighbors": lambda a, b: a * F.avg_pool1d(b, 3, 1, 1),
+    "average of neighbors without padding": lambda a, b: (
+        a * F.avg_pool1d(b, 5, 1, 2, count_include_pad=False)
+    ),
+    "largest of neighbors": lambda a, b: a * F.max_pool1d(b, 3, 1, 1),
+    "average of padded neighbors": lambda a, b: a * F.avg_pool1d(F.pad(b, (2, 1)), 4, 1),
+    "local response": lambda a, b: a * _response(b, 3),
+    "local response of an even size": lambda a, b: a * _response(b, 4),
     "mean": lambda a, b: a * b.mean(**LAST),
     "mean of what masking does not zero": lambda a, b: a * b.sigmoid().mean(**LAST),
     "mean of all": lambda a, b: a * b.mean(),
@@ -106,7 +119,10 @@ FROZEN = {
     "sorted": lambda a, b: a * b.sort(-1)[0],
     "largest": lambda a, b: a * b.topk(2, -1)[0].sum(**LAST),
     "median": lambda a, b: a * b.median(**LAST)[0],
-    "pooled over units": lambda a, b: a * F.avg_pool1d(b, 3, 1, 1),
+    "pooled over units in steps": lambda a, b: a * F.avg_pool1d(b, 3, 2, 1).repeat(1, 1, 2),
+    "pooled over units that are apart": lambda a, b: a * F.pad(F.max_pool1d(b, 3, 1, 1, 2), (1, 1)),
+    "pooled over units without padding": lambda a, b: a * F.pad(F.avg_pool1d(b, 3, 1), (1, 1)),
+    "pooled over units to one size": lambda a, b: a * F.adaptive_avg_pool1d(b, 8),
 }
 
 

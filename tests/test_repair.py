@@ -12,7 +12,8 @@ from rarefy.batches import evaluating
 from rarefy.errors import DataError, InputError
 from rarefy.graph.capture import capture
 from rarefy.pruning import repair as module
-from rarefy.pruning.repair import _draw, _patches, _System, _unseen, repair
+from rarefy.pruning.lockstep import unseen
+from rarefy.pruning.repair import _draw, _patches, _System, repair
 
 torch.set_num_threads(1)
 HALF = rf.Budget(sparsity=0.5, scope="local")
@@ -241,11 +242,11 @@ def test_activations_that_are_not_finite_are_named_by_their_layer() -> None:
     ],
 )
 def test_rows_are_held_out_by_example(lead, rows) -> None:
-    unseen = _unseen(lead, torch.tensor([False, True, False, False]))
-    assert unseen.nonzero().flatten().tolist() == rows
-    drawn, held = _draw(unseen, 1)
+    aside = unseen(lead, torch.tensor([False, True, False, False]))
+    assert aside.nonzero().flatten().tolist() == rows
+    drawn, held = _draw(aside, 1)
     assert drawn[:held].tolist() == rows
-    assert sorted(drawn.tolist()) == list(range(len(unseen)))
+    assert sorted(drawn.tolist()) == list(range(len(aside)))
 
 
 def test_no_solve_sees_the_held_out_examples(monkeypatch) -> None:

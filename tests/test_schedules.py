@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rarefy.errors import InputError
-from rarefy.schedules import Constant, Cosine, Cubic, Linear, Warmup
+from rarefy.schedules import Constant, Cosine, Cubic, Iterative, Linear, Warmup
 
 SHARES = st.floats(0, 1)
 STEPS = st.integers(1, 1000)
@@ -64,6 +64,17 @@ def test_cubic_changes_every_so_many_steps_and_still_ends() -> None:
     assert values[10:] == [0.9] * 3
 
 
+@given(st.floats(0, 0.99), st.integers(1, 8), st.integers(1, 5), st.integers(0, 5))
+def test_rounds_remove_equal_shares_of_what_is_left(final, rounds, every, begin) -> None:
+    schedule, left = Iterative(final, rounds, every, begin), 1.0
+    assert begin == 0 or schedule(begin - 1) == 0
+    for number in range(rounds):
+        left *= (1 - final) ** (1 / rounds)
+        for step in (begin + number * every, begin + (number + 1) * every - 1):
+            assert schedule(step) == pytest.approx(1 - left)
+    assert schedule(begin + 1000) == pytest.approx(final)
+
+
 def test_schedules_are_values() -> None:
     assert Cosine(0.1, 10) == Cosine(0.1, 10)
     assert len({Warmup(Constant(1), 2), Warmup(Constant(1), 2)}) == 1
@@ -82,6 +93,10 @@ def test_schedules_are_values() -> None:
         lambda: Cubic(0.5, 0),
         lambda: Cubic(0.5, 10, every=0),
         lambda: Cubic(0.5, 10, begin=-1),
+        lambda: Iterative(1.0, 3),
+        lambda: Iterative(0.5, 0),
+        lambda: Iterative(0.5, 3, every=0),
+        lambda: Iterative(0.5, 3, begin=-1),
     ],
 )
 def test_values_out_of_range(make) -> None:

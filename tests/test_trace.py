@@ -2,13 +2,18 @@
 
 import threading
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from rarefy.errors import InputError
+from rarefy.graph.count import count
 from rarefy.graph.trace import trace
+from rarefy.pruning.narrow import operate
+from rarefy.pruning.plan import Plan
 from rarefy.pruning.prune import prune
+from rarefy.pruning.surgery import rewrite
 from rarefy.types import Budget
 
 torch.set_num_threads(1)
@@ -197,3 +202,86 @@ def test_rows_of_a_table_that_these_inputs_do_not_reach_stay() -> None:
     assert (beyond.path, beyond.dim, beyond.entries, beyond.size) == ("table", 1, 27, 40)
     small = prune(model, x, Budget(sparsity=0.5), criterion="random")
     assert small(torch.randn(2, 40, 5)).shape == (2, 40, 3)
+
+
+# --- what forward computes for nothing ---------------------------------------------------------
+
+
+class Unused(nn.Module):
+    """Dilated convolutions with skips: the last residual is computed, and nobody reads it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv1d(3, 8, 1)
+        self.dilated = nn.ModuleList(nn.Conv1d(8, 12, 3, padding=d, dilation=d) for d in (1, 2))
+        self.residual = nn.ModuleList(nn.Conv1d(12, 8, 1) for _ in range(2))
+        self.skip = nn.ModuleList(nn.Conv1d(12, 10, 1) for _ in range(2))
+        self.last = nn.Conv1d(10, 4, 1)
+
+    def forward(self, x):
+        x, total = self.first(x), 0
+        for dilated, residual, skip in zip(self.dilated, self.residual, self.skip, strict=True):
+            y = torch.tanh(dilated(x))
+            total, x = total + skip(y), x + residual(y)
+        return self.last(torch.relu(total))
+
+
+def test_layers_whose_results_nobody_reads_shrink_too() -> None:
+    torch.manual_seed(0)
+    net, x = Unused(), torch.randn(3, 3, 13)
+    small = prune(net, x, Budget(sparsity=0.5, scope="local"))
+    assert small.pruned.kind == "module"
+    assert small.residual[1].weight.shape == (4, 6, 1)
+    assert "residual.1.weight" not in {f.path for f in small.pruned.frozen}
+    small.train()(x).sum().backward()
+
+
+def test_units_of_nothing_but_an_unused_layer_stay() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(5, 8), nn.Linear(8, 2)
+            self.probe = nn.Linear(8, 6)
+
+        def forward(self, x):
+            y = self.first(x)
+            self.probe(y).softmax(-1)
+            (y + y.sort(-1)[0]).argmax(-1)  # holds nothing in place
+            return self.last(y)
+
+    network = trace(Net(), torch.randn(3, 5))
+    (group,) = network.groups
+    assert ("probe.weight", 1) in {(m.path, m.dim) for m in group.members}
+    reasons = {(f.path, f.dim): f.reason for f in network.frozen}
+    assert "nothing reads" in reasons["probe.weight", 0]
+    small = prune(Net(), torch.randn(3, 5), Budget(sparsity=0.5))
+    assert small.pruned.kind == "module"
+    assert small.probe.weight.shape == (6, 4)
+
+
+def test_what_nobody_reads_costs_nothing_and_is_in_no_graph() -> None:
+    net, x = Unused(), torch.randn(3, 3, 13)
+    network = trace(net, x)
+    read = network.captured.graph.live.tensor_paths
+    assert "residual.1.weight" in network.captured.graph.tensor_paths - read
+    plan = Plan.of(network, np.arange(network.coupling.units) % 3 == 0)
+    small = rewrite(net, network, plan)
+    assert "residual.1.weight" not in dict(small.named_parameters())
+    assert "residual.1" not in count(net, x).by_layer
+    expected = operate(net, x, network, plan)
+    with torch.no_grad():
+        torch.testing.assert_close(small(x), expected(x), rtol=1e-5, atol=1e-5)
+
+
+def test_positions_that_are_unpacked_and_not_read_freeze_nothing() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(5, 8), nn.Linear(8, 2)
+
+        def forward(self, x):
+            y = self.first(x)
+            largest, _ = y.max(-1, keepdim=True)
+            return self.last(y * largest.sigmoid())
+
+    assert [len(group) for group in trace(Net(), torch.randn(3, 5)).groups] == [8]

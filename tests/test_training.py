@@ -16,9 +16,10 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
+from rarefy.copies import fingerprint
 from rarefy.distillation.losses import KD, MSE, CrossEntropy
 from rarefy.errors import DataError, InputError, TrainingError
-from rarefy.training import TrainOptions, distill, evaluate, fingerprint, train
+from rarefy.training import TrainOptions, distill, evaluate, train
 
 
 def seeded_net(make, seed=0):

@@ -1,11 +1,11 @@
 """Options refuse values that mean nothing."""
 
-from dataclasses import FrozenInstanceError
+from dataclasses import FrozenInstanceError, replace
 
 import pytest
 
 from rarefy.errors import BudgetError, InputError
-from rarefy.types import Budget, Int8, Target
+from rarefy.types import Budget, Int8, Limit, Target
 
 
 @pytest.mark.parametrize(
@@ -24,6 +24,14 @@ from rarefy.types import Budget, Int8, Target
         {"macs": 0.5, "round_to": 0},
         {"macs": 0.5, "max_drop": 0},
         {"macs": 0.5, "max_drop": 1.5},
+        {"bytes": 1.5},
+        {"latency": 0},
+        {"latency": 0.5, "bytes": 0.5},
+        {"macs": 0.5, "layers": {"a": None}},
+        {"macs": 0.5, "layers": {"a": True}},
+        {"macs": 0.5, "layers": {1: 0.5}},
+        {"macs": 0.5, "layers": ["a"]},
+        {"macs": 0.5, "layers": 0.5},
     ],
 )
 def test_a_budget_out_of_range_is_refused(wrong: dict) -> None:
@@ -43,7 +51,39 @@ def test_what_is_no_number_is_refused(wrong: object) -> None:
             make()
 
 
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {},
+        {"sparsity": 0.5, "min_keep": 3},
+        {"sparsity": 1},
+        {"min_keep": 0},
+        {"max_drop": 1.1},
+        {"max_drop": -0.1},
+        {"min_keep": 2.5},
+        {"max_drop": "half"},
+    ],
+)
+def test_a_limit_out_of_range_is_refused(wrong: dict) -> None:
+    with pytest.raises(BudgetError, match="Limit"):
+        Limit(**wrong)
+
+
+def test_a_share_for_a_layer_out_of_range_is_refused() -> None:
+    with pytest.raises(BudgetError, match="Limit"):
+        Budget(macs=0.5, layers={"a": 1.5})
+
+
+def test_limits_of_layers_are_values() -> None:
+    budget = Budget(macs=0.5, layers={"a": 0.25, "b": Limit(max_drop=0)})
+    assert budget.limits == (("a", Limit(sparsity=0.25)), ("b", Limit(max_drop=0)))
+    assert hash(budget) == hash(replace(budget, macs=0.5))
+    assert replace(budget, macs=None, params=0.5).limits == budget.limits
+    assert (budget.kind, budget.share) == ("macs", 0.5)
+
+
 def test_the_ends_of_the_ranges_are_allowed() -> None:
+    assert Budget(latency=1, round_to="auto").kind == "latency"
     assert Budget(macs=1, max_drop=1).macs == 1
     assert Budget(sparsity=0).sparsity == 0
     assert Target(speedup=1, size=1, max_drop=0).size == 1

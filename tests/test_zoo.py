@@ -129,6 +129,11 @@ def stuck(_: zoo.Subject) -> zoo.Figures:
     return {}
 
 
+def busy(_: zoo.Subject) -> zoo.Figures:
+    while True:
+        pass
+
+
 def wrong(_: zoo.Subject) -> zoo.Figures:
     raise ValueError("three")
 
@@ -149,11 +154,13 @@ def test_the_steps_of_a_network_are_recorded_as_they_pass() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
-def test_processes_that_die_hang_or_raise_leave_a_record() -> None:
+def test_processes_that_die_hang_or_raise_leave_a_record(monkeypatch) -> None:
+    monkeypatch.setattr(zoo, "PATIENCE", 2)
     steps: dict[str, zoo.Step] = {"build": zoo.built}
     tasks: list[zoo.Task] = [
         ("own/dead", network, {**steps, "dead": dead}, 30),
         ("own/stuck", network, {**steps, "stuck": stuck}, 3),
+        ("own/busy", network, {**steps, "busy": busy}, 3),
         ("own/wrong", network, {**steps, "wrong": wrong, "trace": zoo.traced}, 30),
     ]
     limits = zoo.Limits(workers=2, seconds=30, gigabytes=32, budget=60)
@@ -161,6 +168,7 @@ def test_processes_that_die_hang_or_raise_leave_a_record() -> None:
     assert all(found["build"]["params"] == 58 for found in records.values())
     assert records["own/dead"]["dead"]["failed"] == "the process ended with code 3"
     assert records["own/stuck"]["stuck"]["failed"] == "time limit"
+    assert records["own/busy"]["busy"]["failed"] == "time limit"
     assert records["own/wrong"]["wrong"]["failed"] == "ValueError: three"
     assert "test_zoo.py" in records["own/wrong"]["wrong"]["line"]
     assert records["own/wrong"]["trace"]["groups"] == 1

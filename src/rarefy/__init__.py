@@ -16,9 +16,19 @@ if TYPE_CHECKING:
     from rarefy.deployment.measure import measure as measure
     from rarefy.distillation import losses as losses
     from rarefy.graph.trace import trace as trace
+    from rarefy.measured import prune as prune
     from rarefy.pipeline import compress as compress
-    from rarefy.pruning.prune import prune as prune
+    from rarefy.pruning import criteria as criteria
+    from rarefy.pruning import patterns as patterns
+    from rarefy.pruning import regularize as regularize
+    from rarefy.pruning.curves import Sensitivity as Sensitivity
+    from rarefy.pruning.gradual import GradualPruning as GradualPruning
+    from rarefy.pruning.gradual import GradualUnits as GradualUnits
+    from rarefy.pruning.masks import hold as hold
+    from rarefy.pruning.masks import rewind as rewind
+    from rarefy.pruning.movement import Movement as Movement
     from rarefy.pruning.repair import repair as repair
+    from rarefy.pruning.sensitivity import sensitivity as sensitivity
     from rarefy.quantization.quantize import quantize as quantize
     from rarefy.recipe.options import Stages as Stages
     from rarefy.storage.format import inspect as inspect
@@ -29,28 +39,43 @@ if TYPE_CHECKING:
     from rarefy.training import train as train
     from rarefy.types import Budget as Budget
     from rarefy.types import Int8 as Int8
+    from rarefy.types import Limit as Limit
     from rarefy.types import Target as Target
 
 _HOME = {
     "Budget": "rarefy.types",
+    "GradualPruning": "rarefy.pruning.gradual",
+    "GradualUnits": "rarefy.pruning.gradual",
     "Int8": "rarefy.types",
+    "Limit": "rarefy.types",
+    "Movement": "rarefy.pruning.movement",
+    "Sensitivity": "rarefy.pruning.curves",
     "Stages": "rarefy.recipe.options",
     "Target": "rarefy.types",
     "compress": "rarefy.pipeline",
     "distill": "rarefy.training",
     "evaluate": "rarefy.training",
     "export": "rarefy.deployment.export",
+    "hold": "rarefy.pruning.masks",
     "inspect": "rarefy.storage.format",
     "load": "rarefy.storage.format",
     "measure": "rarefy.deployment.measure",
-    "prune": "rarefy.pruning.prune",
+    "prune": "rarefy.measured",
     "quantize": "rarefy.quantization.quantize",
     "repair": "rarefy.pruning.repair",
+    "rewind": "rarefy.pruning.masks",
     "save": "rarefy.storage.format",
+    "sensitivity": "rarefy.pruning.sensitivity",
     "trace": "rarefy.graph.trace",
     "train": "rarefy.training",
 }
-_MODULES = {"errors": "rarefy.errors", "losses": "rarefy.distillation.losses"}
+_MODULES = {
+    "criteria": "rarefy.pruning.criteria",
+    "errors": "rarefy.errors",
+    "losses": "rarefy.distillation.losses",
+    "patterns": "rarefy.pruning.patterns",
+    "regularize": "rarefy.pruning.regularize",
+}
 
 __all__ = sorted([*_HOME, *_MODULES])
 

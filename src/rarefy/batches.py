@@ -198,11 +198,14 @@ def _located(where: str) -> Iterator[None]:
 
 
 @contextmanager
-def evaluating(*models: nn.Module) -> Iterator[None]:
-    """Eval mode without gradients; the training flag of every submodule is restored after."""
+def evaluating(*models: nn.Module, training: bool = False) -> Iterator[None]:
+    """Eval mode without gradients; the training flag of every submodule is restored after.
+
+    With ``training``, training mode without gradients.
+    """
     flags = [(module, module.training) for model in models for module in model.modules()]
     for model in models:
-        model.eval()
+        model.train(training)
     try:
         with torch.no_grad():
             yield

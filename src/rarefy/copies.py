@@ -1,8 +1,9 @@
-"""Copies of networks, also of those that hold computed tensors."""
+"""Copies of networks, also of those that hold computed tensors, and what tells two apart."""
 
 from __future__ import annotations
 
 import copy
+import hashlib
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
@@ -61,3 +62,18 @@ def computed(model: nn.Module) -> dict[int, Any]:
         for tensor in tensors(value)
         if not tensor.is_leaf
     }
+
+
+def fingerprint(model: nn.Module) -> str:
+    """A hash of the names, shapes, types and bytes of all parameters and buffers.
+
+    Example:
+        >>> fingerprint(nn.ReLU())[:8]
+        'e3b0c442'
+    """
+    found = hashlib.sha256()
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        found.update(f"{name} {tuple(tensor.shape)} {tensor.dtype};".encode())
+        flat = tensor.detach().cpu().contiguous().reshape(-1)
+        found.update(flat.view(torch.uint8).numpy().data)
+    return found.hexdigest()

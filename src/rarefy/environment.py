@@ -30,7 +30,7 @@ def environment(measured: Sequence[Measurement] = ()) -> dict[str, str]:
         "torch": torch.__version__,
         **{name: _version(name) for name in ("onnx", "onnxruntime")},
         "system": f"{platform.system()} {platform.machine()}",
-        "processor": _processor(),
+        "processor": processor(),
         "cores": str(os.cpu_count() or "unknown"),
         "training threads": str(torch.get_num_threads()),
         "latency": "; ".join(dict.fromkeys(map(_conditions, measured))),
@@ -51,7 +51,8 @@ def _version(distribution: str) -> str:
         return ""
 
 
-def _processor() -> str:
+def processor() -> str:
+    """The name of the processor's model, as far as the system tells."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:

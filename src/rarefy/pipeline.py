@@ -14,6 +14,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from rarefy.batches import batch_size, batches, seeded, take
+from rarefy.copies import fingerprint
 from rarefy.deployment.export import export
 from rarefy.deployment.measure import settled, speedup
 from rarefy.deployment.runtimes import OnnxSession, load_onnx, load_onnxruntime
@@ -21,6 +22,7 @@ from rarefy.distillation.losses import KD
 from rarefy.environment import environment
 from rarefy.errors import ExportError, InputError
 from rarefy.graph.count import count
+from rarefy.measured import prune
 from rarefy.metrics import top1
 from rarefy.preflight import (
     check_data,
@@ -31,7 +33,9 @@ from rarefy.preflight import (
     first_inputs,
 )
 from rarefy.process import replayable
-from rarefy.pruning.prune import Pruned, check_finite, prune
+from rarefy.pruning.checks import check_finite
+from rarefy.pruning.criteria import named, needs
+from rarefy.pruning.narrow import Pruned
 from rarefy.pruning.repair import repair
 from rarefy.quantization.quantize import quantize
 from rarefy.recipe.options import PruneStage, Stages
@@ -39,11 +43,14 @@ from rarefy.reporting.files import write
 from rarefy.run_folder import PruningFacts, RunFolder, StageFacts
 from rarefy.search import reachable_budget
 from rarefy.storage.format import load, save
-from rarefy.training import distill, evaluate, fingerprint, train
+from rarefy.training import distill, evaluate, train
 from rarefy.types import Batch, Check, Data, Inputs, Measurement, Report, Stage, Target, Width
 
 CALIBRATION = 512
 """Training examples that quantization is calibrated on."""
+
+SCORING = 1024
+"""Training examples that units are scored on, where the criterion asks for data."""
 
 EXAMPLES = 8
 """Examples of the first training batch that a network is captured with."""
@@ -216,11 +223,14 @@ def _teacher(job: _Job, before: Mapping[str, nn.Module]) -> Made:
 
 def _pruned(job: _Job, before: Mapping[str, nn.Module]) -> Made:
     options, notes = _prune_options(job, before["teacher"])
+    asks = bool(needs(named(options.criterion)))
     small = prune(
         before["teacher"],
         job.example_inputs,
         options.budget(),
         criterion=options.criterion,
+        data=_limited(job.train, SCORING, labelled=True) if asks else None,
+        heal=False,
         exclude=options.exclude,
     )
     record = small.pruned
@@ -448,13 +458,13 @@ def _identity(model: nn.Module, stages: Stages, target: Target | None, seed: int
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _limited(data: Data, examples: int) -> list[Batch]:
-    """Unlabelled batches of at most so many examples."""
+def _limited(data: Data, examples: int, *, labelled: bool = False) -> list[Batch]:
+    """Batches of at most so many examples, unlabelled unless labels are asked for."""
     found: list[Batch] = []
     missing = examples
-    for inputs, _ in batches(data, "compress(train)"):
+    for inputs, targets in batches(data, "compress(train)"):
         part = take(inputs, missing)
-        found.append((part, None))
+        found.append((part, take(targets, missing) if labelled and targets is not None else None))
         missing -= batch_size(part)
         if missing <= 0:
             break

@@ -68,3 +68,34 @@ class EpochDisplay:
 
     def _print(self, text: str) -> None:
         self.console.print(text, soft_wrap=True, markup=False, highlight=False)
+
+
+class Bar:
+    """Shows how many steps of a known number are done, on a terminal; a context manager.
+
+    Args:
+        title: what is running.
+        total: number of steps.
+        shown: False shows nothing at all.
+    """
+
+    def __init__(self, title: str, total: int, shown: bool) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+        from rich.progress import TimeRemainingColumn as Remaining
+
+        console = Console(stderr=True)
+        columns = (TextColumn(title), BarColumn(), MofNCompleteColumn(), Remaining())
+        self.bar = Progress(*columns, console=console, disable=not (shown and console.is_terminal))
+        self.task = self.bar.add_task(title, total=total)
+
+    def __enter__(self) -> Bar:
+        self.bar.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.bar.stop()
+
+    def step(self) -> None:
+        """One more is done."""
+        self.bar.advance(self.task)

@@ -208,3 +208,48 @@ class Cubic:
         if passed < self.steps:
             passed = passed // self.every * self.every
         return self.final + (self.initial - self.final) * (1 - _share(passed, 0, self.steps)) ** 3
+
+
+@dataclass(frozen=True)
+class Iterative:
+    """Sparsity in rounds, each of which removes the same share of what is left.
+
+    After ``r`` of ``rounds`` rounds ``1 - (1 - final) ** (r / rounds)`` is zero (Han et al. 2015,
+    "Learning both Weights and Connections"; with rewinding Frankle and Carbin 2019, "The Lottery
+    Ticket Hypothesis"). One round is one-shot pruning at step ``begin``.
+
+    Args:
+        final: sparsity after the last round, at least 0 and below 1.
+        rounds: number of rounds, at least 1.
+        every: steps from one round to the next, at least 1.
+        begin: step of the first round.
+
+    Raises:
+        InputError: the sparsity or a number of steps is out of range.
+
+    Example:
+        >>> [round(Iterative(0.75, rounds=2)(r), 2) for r in range(3)]
+        [0.5, 0.75, 0.75]
+    """
+
+    final: float
+    rounds: int
+    every: int = 1
+    begin: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.final < 1:
+            raise InputError(
+                f"Iterative(final={self.final!r})",
+                "a sparsity is the share of zeros, at least 0 and below 1",
+                "Write final=0.9 for 90 %",
+            )
+        _at_least(self, 1, rounds=self.rounds, every=self.every)
+        _at_least(self, 0, begin=self.begin)
+
+    def __call__(self, step: float) -> float:
+        if step < self.begin:
+            return 0.0
+        done = min((step - self.begin) // self.every + 1, self.rounds)
+        left: float = (1 - self.final) ** (done / self.rounds)
+        return 1 - left

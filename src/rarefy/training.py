@@ -7,7 +7,6 @@ leave what they were given as it was. :func:`evaluate` is the metric that they s
 from __future__ import annotations
 
 import copy
-import hashlib
 import itertools
 import math
 import operator
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from rarefy.batches import batch_size, batches, call, evaluating, logits, map_tensors, seeded
+from rarefy.copies import fingerprint
 from rarefy.distillation.losses import KD, CrossEntropy
 from rarefy.errors import DataError, InputError, TrainingError
 from rarefy.graph.program import GraphModel
@@ -37,6 +37,10 @@ LossFunction: TypeAlias = Callable[..., Tensor]
 
 AfterStep: TypeAlias = Callable[[nn.Module], None]
 """Called with the network after every optimizer step."""
+
+Penalty: TypeAlias = Callable[[nn.Module, int], Tensor]
+"""``penalty(model, step)`` to a scalar that is added to the loss, such as those of
+:mod:`rarefy.pruning.regularize`."""
 
 SCHEDULES: Mapping[str, Callable[[int], Schedule]] = {
     "cosine": lambda steps: Cosine(1.0, steps),
@@ -138,6 +142,7 @@ def train(
     seed: int = 0,
     progress: bool = True,
     after_step: AfterStep | None = None,
+    regularizer: Penalty | None = None,
     **changes: Any,
 ) -> nn.Module:
     """Train a copy of a network on labelled data.
@@ -164,6 +169,7 @@ def train(
         progress: show a bar on a terminal, or a line for every epoch elsewhere, on stderr.
         after_step: called with the network after every optimizer step, for example to keep pruned
             weights at zero. It may change weights in place, and nothing else.
+        regularizer: ``penalty(model, step)``, added to the loss.
         **changes: single fields of ``options``, for example ``epochs=30, lr=0.05``.
 
     Returns:
@@ -180,7 +186,9 @@ def train(
         >>> net.training
         False
     """
-    job = _Job("train", _options("train", options, changes), val, seed, progress, after_step)
+    job = _Job(
+        "train", _options("train", options, changes), val, seed, progress, after_step, regularizer
+    )
     return _fit(model, data, _Objective("train", loss or CrossEntropy()), job)
 
 
@@ -196,6 +204,7 @@ def distill(
     seed: int = 0,
     progress: bool = True,
     after_step: AfterStep | None = None,
+    regularizer: Penalty | None = None,
     **changes: Any,
 ) -> nn.Module:
     """Train a copy of the student to give the teacher's answers (Hinton et al. 2015).
@@ -221,6 +230,7 @@ def distill(
         seed: as for :func:`train`, as are the arguments that follow.
         progress: show progress.
         after_step: called with the student after every optimizer step.
+        regularizer: ``penalty(student, step)``, added to the objective.
         **changes: single fields of ``options``.
 
     Returns:
@@ -249,7 +259,7 @@ def distill(
     chosen = _options("distill", options, changes)
     if chosen.lr is None:
         chosen = replace(chosen, lr=OPTIMIZERS[chosen.optimizer].gentle)
-    job = _Job("distill", chosen, val, seed, progress, after_step)
+    job = _Job("distill", chosen, val, seed, progress, after_step, regularizer)
     _require_finite(teacher, "distill(teacher)", InputError, "Check the checkpoint")
     objective = _Objective(
         "distill", loss or KD(), _copy(teacher, "distill(teacher)"), label_weight
@@ -290,21 +300,6 @@ def evaluate(model: nn.Module, data: Data) -> float:
         return top1(lambda x: call(model, _to(x, device)), data, where="evaluate")
 
 
-def fingerprint(model: nn.Module) -> str:
-    """A hash of the names, shapes, types and bytes of all parameters and buffers.
-
-    Example:
-        >>> fingerprint(nn.ReLU())[:8]
-        'e3b0c442'
-    """
-    found = hashlib.sha256()
-    for name, tensor in _tensors(model):
-        found.update(f"{name} {tuple(tensor.shape)} {tensor.dtype};".encode())
-        flat = tensor.detach().cpu().contiguous().reshape(-1)
-        found.update(flat.view(torch.uint8).numpy().data)
-    return found.hexdigest()
-
-
 # --- what is trained, and against what -----------------------------------------------------------
 
 
@@ -318,6 +313,7 @@ class _Job:
     seed: int
     progress: bool
     after_step: AfterStep | None
+    regularizer: Penalty | None
 
 
 class _Network(nn.Module):
@@ -409,7 +405,7 @@ class _Loop:
     ) -> None:
         self.model, self.data, self.objective, self.job = model, data, objective, job
         self.options, self.accelerator = job.options, accelerator
-        self.length = operator.length_hint(data, 0)
+        self.length, self.steps = operator.length_hint(data, 0), 0
         steps = max(self.length, 1) * self.options.epochs
         self.schedule = _schedule(self.options, steps)
         with quiet_setup():
@@ -465,6 +461,9 @@ class _Loop:
         device = self.accelerator.device
         with self.accelerator.autocast():
             loss = self.objective(self.network, _to(inputs, device), labels)
+        if self.job.regularizer is not None:
+            loss = loss + self.job.regularizer(self.model, self.steps)
+        self.steps += 1
         value = _checked(loss, f"{self.job.where}, epoch {epoch + 1}, step {index + 1}")
         self.optimizer.zero_grad(set_to_none=True)
         self.accelerator.backward(loss)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from math import isfinite
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 from torch import Tensor
 
@@ -31,7 +31,7 @@ def _check_numbers(options: object, names: str, kind: type[int] | type[float]) -
             continue
         what = "it must be a whole number" if kind is int else "it must be a finite number"
         where = f"{type(options).__name__}({name}={value!r})"
-        error = BudgetError if isinstance(options, Budget) else InputError
+        error = BudgetError if isinstance(options, Budget | Limit) else InputError
         raise error(where, what, f"Write {name}={'8' if kind is int else '0.5'} or the like")
 
 
@@ -44,6 +44,80 @@ def _check_share(owner: str, name: str, value: float | None) -> None:
         )
 
 
+def _check_sparsity(owner: str, value: float | None) -> None:
+    if value is not None and not 0 <= value < 1:
+        raise BudgetError(
+            f"{owner}(sparsity={value!r})",
+            "sparsity is the share that goes, at least 0 and below 1",
+            "Write sparsity=0.5 to remove half",
+        )
+
+
+def _check_at_least_one(options: object, names: str) -> None:
+    for name in names.split():
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise BudgetError(
+                f"{type(options).__name__}({name}={value!r})",
+                f"{name} must be at least 1",
+                f"Write {name}=1",
+            )
+
+
+@dataclass(frozen=True)
+class Limit:
+    """What may go of one layer; what is not given is as in the budget.
+
+    Args:
+        min_keep: the smallest number of units that it keeps.
+        max_drop: the largest share of its units that may go, in [0, 1].
+        sparsity: the share of its units that goes, in [0, 1), whatever the budget; given alone.
+
+    Raises:
+        BudgetError: nothing is given, or a value is out of range.
+
+    Example:
+        >>> Limit(max_drop=0.25).max_drop
+        0.25
+    """
+
+    min_keep: int | None = None
+    max_drop: float | None = None
+    sparsity: float | None = None
+
+    def __post_init__(self) -> None:
+        _check_numbers(self, "max_drop sparsity", float)
+        _check_numbers(self, "min_keep", int)
+        _check_at_least_one(self, "min_keep")
+        _check_sparsity("Limit", self.sparsity)
+        bounded = self.min_keep is not None or self.max_drop is not None
+        if (self.sparsity is not None) == bounded:
+            raise BudgetError(
+                "Limit(...)",
+                "it takes a sparsity, or else bounds (min_keep, max_drop)",
+                "Write for example Limit(max_drop=0.25)",
+            )
+        if self.max_drop is not None and not 0 <= self.max_drop <= 1:
+            raise BudgetError(
+                f"Limit(max_drop={self.max_drop!r})",
+                "it is the largest share of units that may go, from 0 to 1",
+                "Write max_drop=0.25 to keep three quarters",
+            )
+
+
+COUNTED = ("macs", "params", "sparsity")
+"""Budgets that are counted on the network itself."""
+
+MEASURED = ("bytes", "latency")
+"""Budgets that are measured on the files made of it."""
+
+NUMBERED = ("blocks",)
+"""Budgets that are the number of what goes, and no share."""
+
+KINDS = (*COUNTED, *MEASURED, *NUMBERED)
+"""The fields of a budget of which one is given."""
+
+
 @dataclass(frozen=True)
 class Budget:
     """How much of a network may remain. Exactly one of the shares is given.
@@ -51,51 +125,56 @@ class Budget:
     Args:
         macs: share of the multiply-accumulate operations to keep, in (0, 1].
         params: share of the parameters to keep, in (0, 1].
+        bytes: share of the saved file (:func:`rarefy.save`) to keep, in (0, 1].
+        latency: share of the latency to keep, in (0, 1], measured in the runtime.
         sparsity: share of units (or weights, or blocks) to *remove*, in [0, 1).
         scope: ``"global"`` ranks all units of the network together; ``"local"`` takes the same
             share from every group.
         min_keep: the smallest number of units that any group keeps.
         max_drop: the largest share of a group's units that may go, in (0, 1].
-        round_to: widths are rounded up to a multiple of this number where that is possible.
+        round_to: widths are rounded up to a multiple of this number where that is possible;
+            ``"auto"`` takes the one that the runtime computes fast, as does a budget of latency
+            where this is 1. Groups of no more units than that may keep any number.
+        layers: limits of single layers by module or parameter path, which concern the width of
+            their own outputs: a :class:`Limit`, or a number, the share of units that goes. Paths
+            may hold the wildcards ``*``, ``?`` and ``[...]``, where ``*`` also matches dots. Of
+            several that match, the last counts.
         blocks: instead of a share, the number of residual blocks to *remove*.
 
     Raises:
         BudgetError: no share or several are given, or one is out of range.
 
     Example:
-        >>> Budget(macs=0.5).macs
-        0.5
+        >>> Budget(macs=0.5, layers={"layer1.*": Limit(min_keep=16), "stem": 0.25}).layers
+        (('layer1.*', Limit(min_keep=16, max_drop=None, sparsity=None)), \
+('stem', Limit(min_keep=None, max_drop=None, sparsity=0.25)))
     """
 
     macs: float | None = None
     params: float | None = None
+    bytes: float | None = None
+    latency: float | None = None
     sparsity: float | None = None
     scope: str = "global"
     min_keep: int = 1
     max_drop: float = 0.95
-    round_to: int = 1
+    round_to: int | Literal["auto"] = 1
+    layers: Mapping[str, float | Limit] | tuple[tuple[str, Limit], ...] = ()
     blocks: int | None = None
 
     def __post_init__(self) -> None:
-        _check_numbers(self, "macs params sparsity max_drop", float)
-        _check_numbers(self, "blocks min_keep round_to", int)
-        shares = ("macs", "params", "sparsity", "blocks")
-        given = [n for n in shares if getattr(self, n) is not None]
+        _check_numbers(self, "macs params bytes latency sparsity max_drop", float)
+        _check_numbers(self, "min_keep blocks", int)
+        given = [n for n in KINDS if getattr(self, n) is not None]
         if len(given) != 1:
             raise BudgetError(
                 "Budget(...)",
-                f"exactly one of {', '.join(shares)} must be given, not {given or 'none'}",
+                f"exactly one of {', '.join(KINDS)} must be given, not {given or 'none'}",
                 "Write for example Budget(macs=0.5)",
             )
-        _check_share("Budget", "macs", self.macs)
-        _check_share("Budget", "params", self.params)
-        _check_share("Budget", "max_drop", self.max_drop)
-        if self.sparsity is not None and not 0 <= self.sparsity < 1:
-            raise BudgetError(
-                f"Budget(sparsity={self.sparsity!r})",
-                "sparsity is the share that goes, at least 0 and below 1",
-                "Write sparsity=0.5 to remove half",
-            )
+        for name in ("macs", "params", "bytes", "latency", "max_drop"):
+            _check_share("Budget", name, getattr(self, name))
+        _check_sparsity("Budget", self.sparsity)
         if self.blocks is not None and self.blocks < 0:
             raise BudgetError(
                 f"Budget(blocks={self.blocks!r})",
@@ -106,13 +185,49 @@ class Budget:
             raise BudgetError(
                 f"Budget(scope={self.scope!r})", "unknown scope", "Use 'global' or 'local'"
             )
-        for name in ("min_keep", "round_to"):
-            if getattr(self, name) < 1:
-                raise BudgetError(
-                    f"Budget({name}={getattr(self, name)!r})",
-                    f"{name} must be at least 1",
-                    f"Write {name}=1",
-                )
+        _check_at_least_one(self, "min_keep")
+        if self.round_to != "auto":
+            _check_numbers(self, "round_to", int)
+            _check_at_least_one(self, "round_to")
+        object.__setattr__(self, "layers", _limits(self.layers))  # frozen, and hashable
+
+    @property
+    def kind(self) -> str:
+        """The name of the share that is given."""
+        return next(n for n in KINDS if getattr(self, n) is not None)
+
+    @property
+    def share(self) -> float:
+        """The share that is given, or the number of blocks."""
+        return float(getattr(self, self.kind))
+
+    @property
+    def limits(self) -> tuple[tuple[str, Limit], ...]:
+        """The limits of single layers, in their order."""
+        assert isinstance(self.layers, tuple)
+        return self.layers
+
+
+def _limits(layers: object) -> tuple[tuple[str, Limit], ...]:
+    """Limits by path in one form: a number stands for a share that goes.
+
+    Raises:
+        BudgetError: it is no mapping from paths to limits or numbers.
+    """
+    pairs = tuple(layers.items()) if isinstance(layers, Mapping) else layers
+    found = []
+    for pair in pairs if isinstance(pairs, tuple | list) else (pairs,):
+        path, limit = pair if isinstance(pair, tuple) and len(pair) == 2 else (pair, None)
+        if isinstance(limit, int | float) and not isinstance(limit, bool):
+            limit = Limit(sparsity=limit)
+        if not isinstance(path, str) or not isinstance(limit, Limit):
+            raise BudgetError(
+                f"Budget(layers={layers!r})",
+                f"{path!r} has no limit" if limit is None else f"{path!r}: {limit!r} is no limit",
+                'Write for example layers={"layer1.0.conv1": 0.3, "layer2.*": Limit(min_keep=16)}',
+            )
+        found.append((path, limit))
+    return tuple(found)
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from rarefy.batches import batch_size
 from rarefy.deployment.runtimes import OnnxSession, load_onnxruntime
@@ -104,10 +105,64 @@ def compare(
         InputError: no path, unknown runtime, no such file, or inputs that it does not take.
         MissingExtraError: the runtime is not installed.
     """
-    if runtime not in RUNTIMES:
-        raise InputError(
-            f"runtime={runtime!r}", "unknown runtime", f"Use one of {', '.join(RUNTIMES)}"
-        )
+    options = (runtime, threads, rounds, warmup, max_seconds)
+    return _measured(paths, example_inputs, *options)[0]
+
+
+def relative(
+    before: str | Path,
+    after: str | Path,
+    example_inputs: Inputs,
+    *,
+    runtime: str = "onnxruntime",
+    threads: int = 1,
+    rounds: int = 200,
+    warmup: int = 20,
+    max_seconds: float = MAX_SECONDS,
+) -> tuple[Measurement, Measurement, float]:
+    """Measure two files side by side, and the second's latency as a share of the first's.
+
+    The share is the median, over all rounds, of the ratio of two calls one right after the other,
+    since other programs that slow the machine down for a while slow down both; or the ratio of the
+    10th percentiles where that is larger, since they interrupt long calls more often than short
+    ones: a gain that is there in one of the two alone is noise.
+
+    Args:
+        before: the first file.
+        after: the second file.
+        example_inputs: what every call is made with; the batch size is theirs.
+        runtime: a key of :data:`RUNTIMES`.
+        threads: intra-op threads.
+        rounds: timed calls of each file, at least 1.
+        warmup: calls of each file before them.
+        max_seconds: wall time after which the rounds end.
+
+    Raises:
+        InputError: unknown runtime, no such file, or inputs that it does not take.
+        MissingExtraError: the runtime is not installed.
+    """
+    options = (runtime, threads, rounds, warmup, max_seconds)
+    (first, second), times = _measured([before, after], example_inputs, *options)
+    return first, second, _share(*(np.asarray(series) for series in times))
+
+
+def _share(before: NDArray[np.int64], after: NDArray[np.int64]) -> float:
+    """The larger of the median ratio of neighbors and the ratio of the 10th percentiles."""
+    paired = float(np.median(after / np.maximum(before, 1)))
+    return max(paired, float(np.percentile(after, 10) / max(np.percentile(before, 10), 1)))
+
+
+def _measured(
+    paths: Sequence[str | Path],
+    example_inputs: Inputs,
+    runtime: str,
+    threads: int,
+    rounds: int,
+    warmup: int,
+    max_seconds: float,
+) -> tuple[list[Measurement], list[list[int]]]:
+    """Measurements of files side by side, and the nanoseconds of their calls."""
+    check_runtime(runtime)
     if not paths or rounds < 1 or warmup < 0:
         raise InputError(
             f"compare({len(paths)} paths, rounds={rounds}, warmup={warmup})",
@@ -116,18 +171,31 @@ def compare(
         )
     loaded = [RUNTIMES[runtime](Path(path), example_inputs, threads) for path in paths]
     end = time.monotonic() + max_seconds
-    times = _time([runner for _, runner in loaded], rounds, warmup, end)
+    times = timed([runner for _, runner in loaded], rounds, warmup, end)
     batch = batch_size(example_inputs)
-    return [
+    found = [
         Measurement(
             str(path), name, threads, Path(path).stat().st_size, latency(series), len(series), batch
         )
         for path, (name, _), series in zip(paths, loaded, times, strict=True)
     ]
+    return found, times
 
 
-def _time(runners: Sequence[Runner], rounds: int, warmup: int, end: float) -> list[list[int]]:
-    """Nanoseconds of each call, per runner."""
+def check_runtime(runtime: str) -> None:
+    """Refuse a runtime that is none.
+
+    Raises:
+        InputError: it is no key of :data:`RUNTIMES`.
+    """
+    if runtime not in RUNTIMES:
+        raise InputError(
+            f"runtime={runtime!r}", "unknown runtime", f"Use one of {', '.join(RUNTIMES)}"
+        )
+
+
+def timed(runners: Sequence[Runner], rounds: int, warmup: int, end: float) -> list[list[int]]:
+    """Nanoseconds of each call, per runner, in turn; ``end`` is a time of ``time.monotonic``."""
     for _ in range(warmup):
         for runner in runners:
             runner()

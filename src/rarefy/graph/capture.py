@@ -18,6 +18,7 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch._functorch import config as functorch_config
 from torch.export import Dim, ExportedProgram
 from torch.fx.experimental.symbolic_shapes import free_symbols
 from torch.nn.parameter import is_lazy
@@ -45,7 +46,8 @@ class Capture:
     """A graph with the constants that it reads but that the model does not own.
 
     Attributes:
-        graph: the computation in eval mode, with a dynamic batch where the network allows it.
+        graph: the computation in eval mode, with a dynamic batch where the network allows it. It
+            holds what ``forward`` computes for nothing, too; ``graph.live`` does not.
         constants: tensors made inside ``forward`` (``torch.tensor([...])``), by path.
     """
 
@@ -53,7 +55,7 @@ class Capture:
     constants: Mapping[str, Tensor]
 
 
-def capture(model: nn.Module, example_inputs: Inputs) -> Capture:
+def capture(model: nn.Module, example_inputs: Inputs, *, training: bool = False) -> Capture:
     """Capture what ``model`` computes on inputs like ``example_inputs``, in eval mode.
 
     Nothing is computed: sizes and dtypes alone go through the network, which may be on the meta
@@ -63,6 +65,7 @@ def capture(model: nn.Module, example_inputs: Inputs) -> Capture:
     Args:
         model: any module.
         example_inputs: a tensor, a tuple of arguments or a mapping of keyword arguments.
+        training: capture training mode instead, with the decisions that it makes on these inputs.
 
     Raises:
         InputError: the inputs are of no known form or empty, or the network does not run on them.
@@ -74,15 +77,15 @@ def capture(model: nn.Module, example_inputs: Inputs) -> Capture:
     _check_inputs(example_inputs)
     with ExitStack() as stack:
         for context in (
-            unchanged(model, values=False),
+            unchanged(model, values=training),
             _functions_forget(model),
             plain_attention(model),
             _quiet(),
             seeded(0),
-            evaluating(model),
+            evaluating(model, training=training),
         ):
             stack.enter_context(context)
-        program = _program(model, example_inputs)
+        program = (_decided if training else _program)(model, example_inputs)
     graph = convert(program)
     if any(_mixes_dtypes(graph, node) for node in graph.calls):
         check_runs(model, example_inputs)
@@ -95,7 +98,8 @@ def graph_model(model: nn.Module, captured: Capture) -> GraphModel:
     Raises:
         CaptureError: the graph holds an operator that PyTorch does not find by its name.
     """
-    for node in captured.graph.calls:
+    graph = captured.graph.live
+    for node in graph.calls:
         if not is_known(node.op):
             raise CaptureError(
                 f"graph of {type(model).__name__}",
@@ -103,11 +107,11 @@ def graph_model(model: nn.Module, captured: Capture) -> GraphModel:
                 + (f" (at {node.source})" if node.source else ""),
                 "Take that call out of the network, or compress the parts around it",
             )
-    paths = captured.graph.tensor_paths
+    paths = graph.tensor_paths
     parameters = dict(model.named_parameters(remove_duplicate=False))
     buffers = dict(captured.constants) | dict(model.named_buffers(remove_duplicate=False))
     return GraphModel(
-        captured.graph,
+        graph,
         {path: tensor for path, tensor in parameters.items() if path in paths},
         {path: tensor for path, tensor in buffers.items() if path in paths},
     )
@@ -162,14 +166,14 @@ def _check_inputs(inputs: Inputs) -> None:
         raise InputError("example_inputs", "they hold no example", "Give at least one example")
 
 
-def check_runs(model: nn.Module, inputs: Inputs) -> Any:
-    """Run the network as it is, in eval mode, and return its outputs.
+def check_runs(model: nn.Module, inputs: Inputs, *, training: bool = False) -> Any:
+    """Run the network as it is, in eval mode or in training mode, and return its outputs.
 
     Raises:
         InputError: it does not run; the message tells its own error and line.
     """
     try:
-        with unchanged(model), seeded(0), evaluating(model):
+        with unchanged(model), seeded(0), evaluating(model, training=training):
             return call(model, map_tensors(torch.clone, inputs))
     except Exception as error:
         given = ", ".join(map(_described, tensors(inputs))) or "no tensor"
@@ -300,6 +304,19 @@ def _first(
         except Exception as error:  # noqa: BLE001 - export runs the user's code: anything may arise
             errors.append(error)
     return errors[0]
+
+
+def _decided(model: nn.Module, inputs: Inputs) -> ExportedProgram:
+    """The exported network for these inputs alone: it is run, and decides by the values it meets.
+
+    That is enough to see what meets what in training mode, which skips layers at random.
+    """
+    given = doubled(inputs) if any(map(is_single, tensors(inputs))) else inputs
+    try:
+        with functorch_config.patch(fake_tensor_propagate_real_tensors=True):
+            return _fixed(model, given)
+    except Exception as error:
+        raise _failure(model, error) from error
 
 
 def _free(model: nn.Module, inputs: Inputs) -> ExportedProgram:

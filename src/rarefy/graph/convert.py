@@ -39,7 +39,7 @@ from rarefy.graph.program import (
 
 
 def convert(program: ExportedProgram) -> Graph:
-    """The exported network as a graph, dead code left out.
+    """The exported network as a graph, with the calls that ``forward`` makes for nothing.
 
     Raises:
         CaptureError: the program holds control flow, or its outputs are of a type that no file
@@ -63,7 +63,7 @@ def convert(program: ExportedProgram) -> Graph:
             reader.read(fx_node)
     spec = program.call_spec
     graph = Graph(tuple(reader.nodes), _structure(spec.in_spec), _structure(spec.out_spec))
-    return _without_dead_code(_out_of_place(graph))
+    return _of_tensors(_out_of_place(graph))
 
 
 def constants(program: ExportedProgram) -> dict[str, Tensor]:
@@ -410,12 +410,16 @@ def read_once(graph: Graph, model: nn.Module) -> Graph:
     return graph.with_nodes(nodes)
 
 
-def _without_dead_code(graph: Graph) -> Graph:
-    """Drop calls whose value nobody reads; operators that write in place are kept."""
-    live = set(graph.output.inputs)
+def _of_tensors(graph: Graph) -> Graph:
+    """Drop sizes, parts of results and checks that nobody reads, and tensors that are not read.
+
+    Calls whose tensors nobody reads stay: ``forward`` makes them, so their operands must fit.
+    """
+    read = set(graph.output.inputs)
     kept: list[Node] = []
     for node in reversed(graph.nodes):
-        if node.op in ("input", "output") or node.name in live or writes(node.op):
-            live.update(node.inputs)
+        made = node.op.startswith("aten.") and not isinstance(node.value, int | float | None)
+        if made or node.op in ("input", "output") or node.name in read or writes(node.op):
+            read.update(node.inputs)
             kept.append(node)
     return graph.with_nodes(kept[::-1])

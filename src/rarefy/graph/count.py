@@ -131,7 +131,9 @@ def count(model: nn.Module, example_inputs: Inputs) -> Cost:
         >>> count(torch.nn.Linear(3, 2), torch.zeros(1, 3)).macs
         6
     """
-    graph = model.graph if isinstance(model, GraphModel) else capture(model, example_inputs).graph
+    graph = (
+        model.graph if isinstance(model, GraphModel) else capture(model, example_inputs).graph.live
+    )
     by_layer: dict[str, int] = {}
     uncounted: dict[str, int] = {}
 

@@ -33,6 +33,7 @@ class Flow:
         graph: what is walked.
         ledger: atoms, ties, relations.
         labels: per node, the labels of its value.
+        tensors: labels by identity and shape of parameters and buffers.
         vanishing: nodes whose value is zero wherever a unit is masked.
         memory: node -> the first node of those whose values may share its memory.
         counts: (node, argument) -> atoms whose surviving number that argument states.
@@ -52,6 +53,7 @@ class Flow:
     graph: Graph
     ledger: Ledger = field(default_factory=Ledger)
     labels: dict[str, Any] = field(default_factory=dict)
+    tensors: dict[tuple[int | str, tuple[int, ...]], Labels] = field(default_factory=dict)
     vanishing: set[str] = field(default_factory=set)
     memory: dict[str, str] = field(default_factory=dict)
     counts: dict[tuple[str, str], Atoms] = field(default_factory=dict)

@@ -21,7 +21,11 @@ from rarefy.graph.zeros import note_zeros
 
 
 def walk(
-    graph: Graph, parameters: Mapping[str, int], values: Mapping[str, Tensor] | None = None
+    graph: Graph,
+    parameters: Mapping[str, int],
+    values: Mapping[str, Tensor] | None = None,
+    *,
+    beside: Flow | None = None,
 ) -> Flow:
     """Carry labels through a graph.
 
@@ -30,14 +34,17 @@ def walk(
         parameters: path -> storage identity of every parameter and buffer whose size may change;
             tensors that share storage share labels. All others are made in ``forward``.
         values: constants and whole-number buffers by path, whose entries may be positions.
+        beside: a walk over another graph of the same network, whose parameters have the same
+            labels; what is found here is written down there, too.
     """
     flow = Flow(graph, values=values or {})
-    shared: dict[tuple[int | str, tuple[int, ...]], Labels] = {}
+    if beside is not None:
+        flow.ledger, flow.tensors = beside.ledger, beside.tensors
     for node in graph.nodes:
         if node.op == "input":
             flow.labels[node.name] = unlabeled(node.value)
         elif node.op == "tensor":
-            flow.labels[node.name] = _tensor(flow, node, parameters, shared)
+            flow.labels[node.name] = _tensor(flow, node, parameters)
             _note_tensor(flow, node, parameters)
         elif node.op == "output":
             freeze_all(flow, node, "is an output of the network")
@@ -47,17 +54,12 @@ def walk(
     return flow
 
 
-def _tensor(
-    flow: Flow,
-    node: Node,
-    parameters: Mapping[str, int],
-    shared: dict[tuple[int | str, tuple[int, ...]], Labels],
-) -> Labels:
+def _tensor(flow: Flow, node: Node, parameters: Mapping[str, int]) -> Labels:
     shape = node.shape
     key = (parameters.get(node.path, node.path), shape)
-    if key not in shared:
-        shared[key] = tuple(flow.ledger.fresh(n) if n > 1 else None for n in shape)
-    return shared[key]
+    if key not in flow.tensors:
+        flow.tensors[key] = tuple(flow.ledger.fresh(n) if n > 1 else None for n in shape)
+    return flow.tensors[key]
 
 
 def _note_tensor(flow: Flow, node: Node, parameters: Mapping[str, int]) -> None:

@@ -198,6 +198,20 @@ class Graph:
         """The last node."""
         return self.nodes[-1]
 
+    @cached_property
+    def live(self) -> Graph:
+        """The graph without calls that ``forward`` makes for nothing: their value is not read.
+
+        Operators that write in place are kept.
+        """
+        read = set(self.output.inputs)
+        kept: list[Node] = []
+        for node in reversed(self.nodes):
+            if node.op in ("input", "output") or node.name in read or writes(node.op):
+                read.update(node.inputs)
+                kept.append(node)
+        return self if len(kept) == len(self.nodes) else self.with_nodes(kept[::-1])
+
     def with_nodes(self, nodes: Sequence[Node]) -> Graph:
         """The same graph with other nodes."""
         return replace(self, nodes=tuple(nodes))

@@ -18,6 +18,7 @@ from rarefy.graph.labels import Atoms
 from rarefy.graph.ops import walk
 from rarefy.graph.program import is_view
 from rarefy.graph.resolution import resolve
+from rarefy.graph.resting import resting, with_resting
 from rarefy.types import Inputs
 
 
@@ -155,6 +156,8 @@ def trace(model: nn.Module, example_inputs: Inputs) -> Network:
         raise InputError("trace(model)", "the model has no parameter", "Give a network to prune")
     captured = capture(model, example_inputs)
     flow = walk(captured.graph, storages(model), _positions(model, captured))
+    _free_unused(flow)
+    captured = with_resting(model, example_inputs, captured, flow, storages(model))
     coupling = resolve(flow.ledger, every(tuple(flow.labels.values())))
     tensors = {
         (node.path, dim): atoms
@@ -165,17 +168,27 @@ def trace(model: nn.Module, example_inputs: Inputs) -> Network:
     }
     read = _read(flow, coupling)
     groups = group(coupling, _in_order_of_use(captured, tensors), read)
-    frozen = (*_frozen(flow, coupling, tensors), *_unread(coupling, tensors, read))
+    frozen = (
+        *_frozen(flow, coupling, tensors),
+        *_unread(captured, coupling, tensors, read),
+        *_resting(model, captured),
+    )
     parameters = {path for path, _ in model.named_parameters(remove_duplicate=False)}
-    depth = find_blocks(captured.graph, parameters)
+    depth = find_blocks(captured.graph.live, parameters)
     return Network(groups, frozen, flow.unknown, captured, flow, coupling, depth)
+
+
+def _free_unused(flow: Flow) -> None:
+    """Calls whose results nobody reads hold no unit in place: their operands only have to fit."""
+    live = flow.graph.live.by_name
+    flow.ledger.fixings[:] = [f for f in flow.ledger.fixings if f.node in live]
 
 
 def _read(flow: Flow, coupling: Coupling) -> NDArray[np.bool_]:
     """Units that are computed with, and not only cut away by a view: rows of a table of positions
     beyond the length of these inputs are needed for longer ones."""
     read = np.zeros(len(coupling.fixed), np.bool_)
-    for node in flow.graph.calls:
+    for node in flow.graph.live.calls:
         for name in () if is_view(node.op) else node.inputs:
             for atoms in every(flow.labels.get(name)):
                 read[coupling.component[atoms]] = True
@@ -184,15 +197,34 @@ def _read(flow: Flow, coupling: Coupling) -> NDArray[np.bool_]:
 
 
 def _unread(
-    coupling: Coupling, tensors: Mapping[tuple[str, int], Atoms], read: NDArray[np.bool_]
+    captured: Capture,
+    coupling: Coupling,
+    tensors: Mapping[tuple[str, int], Atoms],
+    read: NDArray[np.bool_],
 ) -> Iterator[Frozen]:
-    """Entries that these inputs do not reach."""
+    """Entries that these inputs do not reach, and units that what is read has nothing of."""
+    graph = captured.graph
+    live = graph.live.tensor_paths
+    idle = {n.path for n in graph.nodes if n.op == "tensor" and not graph.users[n.name]}
     for (path, dim), atoms in tensors.items():
         units, positions = coupling.pairs(atoms)
         beyond = np.unique(positions[~read[units]])
         if len(beyond):
-            reason = "is not read for inputs like these"
-            yield Frozen(path, dim, len(beyond), len(atoms), "views", reason, "")
+            operator, reason = BEYOND if path in live else IDLE if path in idle else UNUSED
+            yield Frozen(path, dim, len(beyond), len(atoms), operator, reason, "")
+
+
+BEYOND = ("views", "is not read for inputs like these")
+IDLE = ("forward", "is read in training mode alone")
+UNUSED = ("forward", "is computed with, and nothing reads the result")
+
+
+def _resting(model: nn.Module, captured: Capture) -> Iterator[Frozen]:
+    """Tensors that nothing reads, neither in eval mode nor in training mode."""
+    for path, tensor in resting(model, captured.graph).items():
+        for dim, size in enumerate(tensor.shape):
+            if size > 1:
+                yield Frozen(path, dim, size, size, "forward", "is not read", "")
 
 
 def _positions(model: nn.Module, captured: Capture) -> dict[str, Tensor]:

@@ -111,10 +111,10 @@ def _against(
     if comparison.fault:
         return comparison
     try:
-        left = _macs(capture(stubbed(model, found), example_inputs).graph)
+        left = _macs(capture(stubbed(model, found), example_inputs).graph.live)
     except RarefyError as error:
         return Comparison(inf, f"what is left cannot be captured: {first_line(error)}")
-    if left > _macs(without_blocks(network.captured.graph, blocks)):
+    if left > _macs(without_blocks(network.captured.graph.live, blocks)):
         return Comparison(inf, "it computes with what they give in code of its own")
     return comparison
 
@@ -177,7 +177,7 @@ def places(
         called: modules that the forward calls, with their outputs (:func:`outputs`).
         whole: whether modules that hand on their input are among them, or only their parts.
     """
-    graph = network.captured.graph
+    graph = network.captured.graph.live
     after, renamed = without_nodes(graph, {block.add: block.trunk for block in blocks})
     inside = _by_module(graph)
     found: dict[str, tuple[Gives, int]] = {}
@@ -239,6 +239,6 @@ def _form(output: object) -> int:
 def bypassed(model: nn.Module, network: Network, blocks: Sequence[Block]) -> GraphModel:
     """The captured graph without these blocks, as a module with tensors of its own."""
     captured = network.captured
-    graph = without_blocks(captured.graph, blocks)
+    graph = without_blocks(captured.graph.live, blocks)
     with torch.no_grad():
         return copied(graph_model(model, Capture(graph, captured.constants)))

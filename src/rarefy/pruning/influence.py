@@ -28,7 +28,6 @@ from rarefy.graph.blocks import Block
 from rarefy.graph.capture import graph_model
 from rarefy.graph.program import GraphModel, Node
 from rarefy.graph.trace import Network
-from rarefy.pruning.plan import Scores
 from rarefy.types import Data, Inputs
 
 SAMPLES = 512
@@ -36,14 +35,14 @@ SAMPLES = 512
 
 
 def importances(
-    model: nn.Module, network: Network, scores: Scores, data: Data | None = None
+    model: nn.Module, network: Network, totals: Sequence[float], data: Data | None = None
 ) -> NDArray[np.float64]:
     """The importance of every block of a network, comparable with the scores of its units.
 
     Args:
         model: the network.
         network: its trace.
-        scores: importance of every unit, one array per group.
+        totals: importance of all units of each group together.
         data: batches on which the blocks' influence is measured; without, it is their magnitude.
 
     Returns:
@@ -52,7 +51,7 @@ def importances(
     Raises:
         DataError: the network does not run on the data.
     """
-    sums = np.array([_held(network, block, scores) for block in network.blocks])
+    sums = np.array([_held(network, block, totals) for block in network.blocks])
     known = sums[sums > 0]
     sums[sums == 0] = known.mean() if len(known) else 1.0  # no units of their own: as the others
     measured = magnitudes(model, network) if data is None else influences(model, network, data)
@@ -62,10 +61,9 @@ def importances(
     return found
 
 
-def _held(network: Network, block: Block, scores: Scores) -> float:
-    """The scores of all units that live in a block alone."""
-    own = inner(network, [block])
-    return float(sum(scores[g].sum() for g in own))
+def _held(network: Network, block: Block, totals: Sequence[float]) -> float:
+    """The importance of all units that live in a block alone."""
+    return sum(totals[g] for g in inner(network, [block]))
 
 
 def inner(network: Network, blocks: Collection[Block]) -> frozenset[int]:

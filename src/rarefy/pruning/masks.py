@@ -1,120 +1,192 @@
-"""Single weights set to zero: the shapes stay, the file shrinks, nothing runs faster."""
+"""Masks: which weights are zero, kept so through training.
+
+A mask is no part of a network. Its weights are plain parameters that hold exact zeros, so that
+``state_dict``, ``deepcopy`` and files know nothing of masks; after every optimizer step the zeros
+are written again, which undoes whatever momentum, weight decay or Adam's moments added.
+"""
 
 from __future__ import annotations
 
 import copy
 import difflib
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from rarefy.errors import BudgetError, InputError
-from rarefy.types import Budget
+from rarefy.errors import InputError
 
 
-def sparsify(model: nn.Module, budget: Budget, *, exclude: Sequence[str] = ()) -> nn.Module:
-    """Set the smallest weights to zero (L1 magnitude), in a copy of the model.
-
-    Concerns weights of two or more dimensions; biases and normalization stay. The share is exact:
-    ``floor(sparsity * n)`` of the ``n`` weights, of every tensor (``scope="local"``) or of all of
-    them together (``scope="global"``). Han et al. 2015, https://arxiv.org/abs/1506.02626.
+class Masks(Mapping[str, Tensor]):
+    """Path of a parameter -> boolean tensor of its shape, True where the weight stays.
 
     Args:
-        model: any network.
-        budget: ``Budget(sparsity=...)``.
-        exclude: module or parameter paths that stay dense.
+        keep: the masks.
 
-    Raises:
-        BudgetError: the budget is not a sparsity.
-        InputError: an excluded name matches nothing, or no weight is left to prune.
+    Example:
+        >>> layer = nn.Linear(2, 1, bias=False)
+        >>> _ = layer.weight.data.copy_(torch.tensor([[0.0, 1.0]]))
+        >>> Masks.of(layer)["weight"]
+        tensor([[False,  True]])
     """
-    if budget.sparsity is None:
-        raise BudgetError(
-            "prune(structure='weight')",
-            "zeros save neither MACs nor parameters",
-            "Give Budget(sparsity=0.9), the share of weights to set to zero",
+
+    def __init__(self, keep: Mapping[str, Tensor]) -> None:
+        self._keep = dict(keep)
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Masks:
+        """The masks of a network: where its weights are zero now.
+
+        Of what :func:`~rarefy.pruning.prune.prune` made sparse, the weights that it pruned;
+        otherwise all weights of two or more dimensions that hold a zero.
+        """
+        record = getattr(model, "sparsified", None)
+        return cls(
+            {
+                path: parameter.detach() != 0
+                for path, parameter in model.named_parameters()
+                if (parameter.ndim > 1 if record is None else path in record.zeros)
+                and bool((parameter == 0).any())
+            }
         )
-    for name in ("min_keep", "max_drop", "round_to"):
-        if getattr(budget, name) != Budget.__dataclass_fields__[name].default:
-            raise BudgetError(
-                f"Budget({name}={getattr(budget, name)!r})",
-                "it concerns units, and single weights are to be removed",
-                f"Leave {name} out",
-            )
-    sparse = copy.deepcopy(model)
-    weights = prunable(sparse, exclude)
-    groups = [weights] if budget.scope == "global" else [[w] for w in weights]
-    with torch.no_grad():
-        for tensors in groups:
-            _zero_smallest(tensors, budget.sparsity)
-    return sparse.eval()
 
+    def apply(self, model: nn.Module) -> None:
+        """Set to zero what does not stay, in place. Parameters without a mask are left alone.
 
-def prunable(model: nn.Module, exclude: Sequence[str] = ()) -> list[Tensor]:
-    """Weights of two or more dimensions, shared ones once, without the excluded.
-
-    Raises:
-        InputError: an excluded name matches nothing, or nothing is left.
-    """
-    paths = {n for n, _ in model.named_modules() if n} | {n for n, _ in model.named_parameters()}
-    for name in exclude:
-        if name not in paths:
-            near = difflib.get_close_matches(name, sorted(paths), 3)
+        Raises:
+            InputError: a mask has another shape than the parameter, or no mask is of a parameter.
+        """
+        found = dict(model.named_parameters(remove_duplicate=False))
+        if self._keep and not self._keep.keys() & found.keys():
             raise InputError(
-                f"prune(exclude=[{name!r}])",
-                "no module or parameter has that path",
-                f"Did you mean {' or '.join(near)}" if near else "See model.named_modules()",
+                "masks",
+                f"no parameter of {type(model).__name__} has a mask; the masks are of "
+                f"{', '.join(list(self._keep)[:3])}",
+                f"Give the network itself, not a wrapper of it{_near(self._keep, found)}",
             )
-    found: list[Tensor] = [
-        parameter
-        for path, parameter in model.named_parameters()
-        if parameter.ndim > 1
-        and parameter.is_floating_point()
-        and not any(f"{path}.".startswith(f"{name}.") for name in exclude)
-    ]
-    if not found:
-        raise InputError(
-            "prune(structure='weight')",
-            "no weight is left to prune",
-            "Exclude fewer layers, or give a network with convolutions or linear layers",
-        )
-    return found
+        with torch.no_grad():
+            for path in self._keep.keys() & found.keys():
+                parameter, keep = found[path], self._keep[path]
+                if keep.shape != parameter.shape:
+                    raise InputError(
+                        f"masks[{path!r}]",
+                        f"shape {tuple(keep.shape)} for a parameter of {tuple(parameter.shape)}",
+                        "Take the masks of this network: Masks.of(model)",
+                    )
+                parameter.masked_fill_(~keep.to(parameter.device), 0.0)
+
+    def __getitem__(self, path: str) -> Tensor:
+        return self._keep[path]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._keep)
+
+    def __len__(self) -> int:
+        return len(self._keep)
 
 
-def _zero_smallest(tensors: Sequence[Tensor], sparsity: float) -> None:
-    magnitudes = torch.cat([t.detach().abs().flatten().cpu() for t in tensors])
-    count = int(sparsity * len(magnitudes) + 1e-9)
-    keep = torch.ones(len(magnitudes), dtype=torch.bool)
-    keep[torch.argsort(magnitudes, stable=True)[:count]] = False
-    start = 0
-    for tensor in tensors:
-        mask = keep[start : start + tensor.numel()].view(tensor.shape)
-        tensor.masked_fill_(~mask.to(tensor.device), 0.0)
-        start += tensor.numel()
+def _near(wanted: Mapping[str, Any], found: Mapping[str, Any]) -> str:
+    near = difflib.get_close_matches(next(iter(wanted)), list(found), 1)
+    return f" (did you mean {near[0]}?)" if near else ""
 
 
-def hold(model: nn.Module) -> Callable[[nn.Module], None]:
-    """A function that sets weights which are zero now back to zero, to call after every step.
+class Hold:
+    """Keeps weights at zero; made by :func:`hold`."""
+
+    def __init__(self, model: nn.Module, masks: Masks) -> None:
+        self.model, self.masks = model, masks
+        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+
+    def __call__(self, model: nn.Module | None = None) -> None:
+        """Set the weights to zero again: of the network that was held, or of a copy of it."""
+        self.masks.apply(self.model if model is None else model)
+
+    def attach(self, optimizer: torch.optim.Optimizer) -> Hold:
+        """Do so after every step of an optimizer, until :meth:`detach`."""
+        self._handles.append(optimizer.register_step_post_hook(lambda *_: self()))
+        return self
+
+    def detach(self) -> None:
+        """Leave all optimizers as they were."""
+        while self._handles:
+            self._handles.pop().remove()
+
+    def __enter__(self) -> Hold:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.detach()
+
+
+def hold(model: nn.Module, masks: Masks | None = None) -> Hold:
+    """Keep weights that are zero now at exactly zero while a network is trained.
+
+    In a loop of one's own, either call it after every step, or attach it to the optimizer::
+
+        again = hold(model)
+        ...
+        optimizer.step(); again()
+
+        with hold(model).attach(optimizer):
+            ...
+
+    In rarefy's loop: ``train(model, data, after_step=hold(model))``. For Lightning and
+    transformers see :mod:`rarefy.integrations`. Gradients of the zeros are left alone, for methods
+    that look at them.
+
+    Args:
+        model: the sparse network. Frozen parameters are held, too; shared ones once.
+        masks: what stays; None for :meth:`Masks.of` the network.
 
     Example:
         >>> layer = nn.Linear(2, 1, bias=False)
         >>> _ = layer.weight.data.copy_(torch.tensor([[0.0, 1.0]]))
         >>> again = hold(layer)
         >>> _ = layer.weight.data.add_(1)
-        >>> again(layer)
+        >>> again()
         >>> layer.weight.tolist()
         [[0.0, 2.0]]
     """
-    zeros = {path: p.detach() == 0 for path, p in model.named_parameters() if p.ndim > 1}
+    return Hold(model, Masks.of(model) if masks is None else masks)
 
-    def again(module: nn.Module) -> None:
-        with torch.no_grad():
-            for path, parameter in module.named_parameters():
-                if path in zeros:
-                    parameter.masked_fill_(zeros[path].to(parameter.device), 0.0)
 
-    return again
+def rewind(model: nn.Module, state: Mapping[str, Tensor], masks: Masks | None = None) -> nn.Module:
+    """The network as it was at an earlier time, with the zeros of now: a lottery ticket.
+
+    Frankle and Carbin 2019 (https://arxiv.org/abs/1803.03635) rewind to the initial weights,
+    Frankle et al. 2020 (https://arxiv.org/abs/1912.05671) to those after a few hundred steps.
+    Iterative magnitude pruning is a loop::
+
+        start, schedule = copy.deepcopy(model.state_dict()), Iterative(final=0.9, rounds=5)
+        for number in range(5):
+            trained = train(model, data, after_step=hold(model))
+            sparse = prune(trained, x, Budget(sparsity=schedule(number)), structure="weight")
+            model = rewind(sparse, start)
+
+    Args:
+        model: the sparse network; it is not changed.
+        state: an earlier ``state_dict`` of it, buffers included.
+        masks: what stays; None for :meth:`Masks.of` the network.
+
+    Returns:
+        A new network.
+
+    Raises:
+        InputError: the state is not one of this network.
+    """
+    kept = Masks.of(model) if masks is None else masks
+    found = copy.deepcopy(model)
+    try:
+        found.load_state_dict(state)
+    except RuntimeError as error:
+        raise InputError(
+            "rewind(state)",
+            f"it is not a state of this network: {str(error).splitlines()[-1].strip()}",
+            "Give copy.deepcopy(model.state_dict()) of an earlier time",
+        ) from error
+    kept.apply(found)
+    return found
 
 
 def sparsity(model: nn.Module) -> float:

@@ -25,8 +25,8 @@ class Plan:
         gone: for each atom, whether it goes.
         whole: groups that were left whole so that the user's forward can carry the plan out, by
             number, each with the reason.
-        blocks: residual blocks that are bypassed. A plan that has any removes no units: these are
-            chosen in the network without the blocks.
+        blocks: residual blocks that are bypassed. Where a plan has any, only they are taken out:
+            the units beside them are counted, and chosen anew in the network without the blocks.
     """
 
     removed: Mask

@@ -93,7 +93,7 @@ def mixing(network: Network, plan: Plan) -> frozenset[str]:
             for atoms in every(flow.labels.get(value))
         )
 
-    return frozenset(filter(loses, flow.over_survivors))
+    return frozenset(filter(loses, flow.over_survivors & flow.graph.live.by_name.keys()))
 
 
 def over_survivors(model: nn.Module, network: Network, plan: Plan) -> SurvivorModel:

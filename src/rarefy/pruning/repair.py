@@ -24,12 +24,9 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from rarefy.batches import (
-    arguments,
     batch_size,
-    batches,
     call,
     evaluating,
     map_tensors,
@@ -41,13 +38,22 @@ from rarefy.copies import copied
 from rarefy.errors import DataError, InputError, first_line
 from rarefy.graph.capture import capture, graph_model
 from rarefy.graph.count import COSTS, is_uncounted
-from rarefy.graph.program import Graph, GraphModel, Node, Ref, Spec, last_use, resolve
+from rarefy.graph.program import Graph, GraphModel, Node, Ref
+from rarefy.pruning.examples import affordable, collect, distance, outputs
+from rarefy.pruning.inputs import each, padding
+from rarefy.pruning.lockstep import (
+    OPERANDS,
+    TRANSPOSED,
+    Run,
+    layer_name,
+    operand,
+    unseen,
+    unsolvable,
+)
+from rarefy.pruning.sums import owed
 from rarefy.types import Data, Inputs
 
-MEMORY = 1 << 30
-"""Bytes of activations that may be held at once; fewer samples are used beyond it."""
-
-ROWS = 24
+ROWS = 64
 """Rows of the least-squares system per unknown of an output channel, drawn at random."""
 
 RIDGE = 1e-3
@@ -81,7 +87,8 @@ def repair(
         original: the network before pruning.
         pruned: what :func:`~rarefy.pruning.prune.prune` made of it.
         data: batches, labelled or not.
-        samples: number of examples to use, fewer where their activations exceed :data:`MEMORY`.
+        samples: number of examples to use, fewer where their activations exceed
+            :data:`~rarefy.pruning.examples.MEMORY`.
         seed: of the draw of rows.
 
     Returns:
@@ -98,7 +105,7 @@ def repair(
         )
     if samples < 1:
         raise InputError(f"repair(samples={samples})", "no sample", "Use a few hundred")
-    joined, single = _collect(data, samples)
+    joined, single = collect(data, samples)
     failure = Exception()
     with evaluating(original, pruned):
         for inputs, shown in ((joined, take(joined, 2)), (single, single)):
@@ -133,12 +140,12 @@ def _healed(original: nn.Module, pruned: nn.Module, inputs: Inputs, shown: Input
     first = graph_model(original, capture(original, shown))
     second = graph_model(healed, capture(healed, shown))
     if shown is not inputs:
-        inputs = take(inputs, _affordable(first, batch_size(inputs)))
+        inputs = take(inputs, affordable(first, batch_size(inputs)))
     record: Any = pruned.pruned
     walk = _Lockstep(first, second, record.kept, _held_out(batch_size(inputs)))
     walk.run(inputs)
-    expected = _outputs(original, inputs)
-    before, after = (_distance(_outputs(m, inputs), expected) for m in (pruned, healed))
+    expected = outputs(original, inputs)
+    before, after = (distance(outputs(m, inputs), expected) for m in (pruned, healed))
     errors, skipped = walk.errors, walk.skipped
     if not after <= before:
         healed = copied(pruned)
@@ -146,25 +153,6 @@ def _healed(original: nn.Module, pruned: nn.Module, inputs: Inputs, shown: Input
         errors = {layer: (error, error) for layer, (error, _) in errors.items()}
     healed.repaired = Repaired(errors, skipped, batch_size(inputs))  # type: ignore[assignment]
     return healed
-
-
-def _outputs(model: nn.Module, inputs: Inputs) -> list[Tensor]:
-    found = call(model, map_tensors(torch.clone, inputs))
-    leaves = pytree.tree_leaves(found)
-    if not any(isinstance(leaf, Tensor) for leaf in leaves):
-        leaves = tensors(found)
-    return [t for t in leaves if isinstance(t, Tensor) and t.is_floating_point()]
-
-
-def _distance(found: list[Tensor], expected: list[Tensor]) -> float:
-    """Squared error of all outputs, each relative to its own squares."""
-    total = 0.0
-    for a, b in zip(found, expected, strict=True):
-        counted = torch.isfinite(b)
-        difference = a[counted].double() - b[counted].double()
-        squares = b[counted].double().square().sum().clamp_min(1e-30)
-        total += float(difference.square().sum() / squares)
-    return total
 
 
 def _check_taken(model: nn.Module, inputs: Inputs) -> None:
@@ -180,47 +168,11 @@ def _check_taken(model: nn.Module, inputs: Inputs) -> None:
         ) from error
 
 
-def _collect(data: Data, samples: int) -> tuple[Inputs, Inputs]:
-    """The first examples of the data as one batch, and the first batch as it comes."""
-    held: list[Inputs] = []
-    found = 0
-    single: Inputs | None = None
-    for inputs, _ in batches(data, "repair(data)"):
-        single = inputs if single is None else single
-        held.append(take(inputs, samples - found))
-        found += batch_size(held[-1])
-        if found >= samples:
-            break
-    leaves = [pytree.tree_flatten(item) for item in held]
-    joined = [
-        torch.cat(parts) if isinstance(parts[0], Tensor) and parts[0].ndim else parts[0]
-        for parts in zip(*(flat for flat, _ in leaves), strict=True)
-    ]
-    result: Inputs = pytree.tree_unflatten(joined, leaves[0][1])
-    for tensor in joined:
-        if isinstance(tensor, Tensor) and not bool(torch.isfinite(tensor).all()):
-            raise DataError("repair(data)", "inputs are NaN or infinite", "Clean the data")
-    assert single is not None  # or batches() would have raised
-    return result, single
-
-
 def _held_out(examples: int) -> Tensor:
     """For each example, whether it is kept from all solves: a fifth, at least one."""
     chosen = torch.zeros(examples, dtype=torch.bool)
     chosen[torch.randperm(examples)[: max(1, examples // 5)]] = True
     return chosen
-
-
-OPERANDS = {
-    **dict.fromkeys(("conv1d", "conv2d", "conv3d", "linear"), ("input", "weight", "bias")),
-    "addmm": ("mat1", "mat2", "self"),
-    "mm": ("self", "mat2", ""),
-    "matmul": ("self", "other", ""),
-}
-"""Operators whose weights are solved -> the names of their inputs, weight and bias."""
-
-TRANSPOSED = frozenset(("addmm", "mm", "matmul"))
-"""Those whose weight has its outputs along the second dimension."""
 
 
 def _layers(graph: Graph) -> list[tuple[tuple[str, str], Node]]:
@@ -266,24 +218,6 @@ def _pairs(first: Graph, second: Graph) -> tuple[list[tuple[Node, Node]], list[N
     return pairs, [node for _, node in sides[1] if node.name not in paired]
 
 
-def _affordable(model: GraphModel, wanted: int) -> int:
-    """How many examples fit into :data:`MEMORY`, both networks' live values counted."""
-    done = last_use(model.graph)
-    live = peak = 0
-    sizes: dict[str, int] = {}
-    batch = 1
-    for node in model.graph.nodes:
-        if node.op == "input" and isinstance(node.value, Spec) and node.value.shape:
-            batch = max(batch, node.value.shape[0])
-        if node.op != "tensor":
-            specs = [v for v in pytree.tree_leaves(node.value) if isinstance(v, Spec)]
-            sizes[node.name] = sum(prod(s.shape) * s.dtype.itemsize for s in specs)
-            live += sizes[node.name]
-            peak = max(peak, live)
-        live -= sum(sizes.get(name, 0) for name in done[node.name])
-    return max(1, min(wanted, MEMORY // max(2 * peak // batch, 1)))
-
-
 class _Lockstep:
     """Runs two graphs with the same operators side by side, changing the second as it goes."""
 
@@ -297,13 +231,14 @@ class _Lockstep:
         self.first, self.second, self.kept, self.held_out = first, second, kept, held_out
         self.errors: dict[str, tuple[float, float]] = {}
         self.skipped: dict[str, str] = {}
+        self.means: dict[str, Tensor] = {}  # of what solved layers without a bias should give
 
     def run(self, inputs: Inputs) -> None:
         """Go through both networks, layer by layer."""
         pairs, alone = _pairs(self.first.graph, self.second.graph)
         for node in alone:
-            self.skipped[_name(node)] = "the original does not run it in the same place"
-        one, two = _Run(self.first, inputs), _Run(self.second, inputs)
+            self.skipped[layer_name(node)] = "the original does not run it in the same place"
+        one, two = Run(self.first, inputs), Run(self.second, inputs)
         for left, right in pairs:
             one.through(left)
             two.before(right)
@@ -311,13 +246,13 @@ class _Lockstep:
 
     def _heal(self, left: Node, right: Node, a: Mapping[str, Any], b: Mapping[str, Any]) -> None:
         if right.kind in OPERANDS:
-            _check_finite(right, a[left.name], b[_operand(right, 0).name])
+            _check_finite(right, a[left.name], b[operand(right, 0).name])
             self._solve(left, right, a, b)
         elif right.kind == "batch_norm":
             _check_finite(right, a[left.args[0].name], b[right.args[0].name])
             self._move_statistics(left, right, a, b)
         elif self._is_changed(left, right, a, b):
-            self.skipped[_name(right)] = f"weights of {right.kind} are not solved"
+            self.skipped[layer_name(right)] = f"weights of {right.kind} are not solved"
 
     def _is_changed(
         self, left: Node, right: Node, a: Mapping[str, Any], b: Mapping[str, Any]
@@ -343,6 +278,10 @@ class _Lockstep:
         dims = [d for d in range(old.ndim) if d != 1]
         old_var, old_mean = torch.var_mean(old.index_select(1, survivors), dims, correction=0)
         new_var, new_mean = torch.var_mean(new, dims, correction=0)
+        solved = self.means.get(right.args[0].name)
+        if solved is not None:  # it gives less where its inputs cannot tell: that is to stay less
+            b[mean.name].add_(new_mean - solved)
+            return
         ratio = torch.where(old_var > 0, new_var / old_var.clamp_min(1e-12), 1.0)
         b[mean.name].add_(new_mean - old_mean)
         b[variance.name].mul_(ratio.clamp(1e-3, 1e3))
@@ -353,20 +292,26 @@ class _Lockstep:
         return torch.arange(size) if kept is None else torch.from_numpy(kept).to(like.device)
 
     def _solve(self, left: Node, right: Node, a: Mapping[str, Any], b: Mapping[str, Any]) -> None:
-        weight_node = self.second.graph.by_name[_operand(right, 1).name]
-        layer = _name(right)
-        old, new = a[_operand(left, 0).name], b[_operand(right, 0).name]
+        weight_node = self.second.graph.by_name[operand(right, 1).name]
+        layer = layer_name(right)
+        old, new = a[operand(left, 0).name], b[operand(right, 0).name]
         if old.shape == new.shape and torch.equal(old, new):
             return
-        reason = self._unsolvable(weight_node, right) or _unlike(right, old, new)
+        reason = unsolvable(self.second.graph, weight_node, right) or _unlike(right, old, new)
         if reason:
             self.skipped[layer] = reason
             return
         transposed = right.kind in TRANSPOSED
         survivors = self._survivors(weight_node.path, int(transposed), old)
-        held, bias = b[weight_node.name], _operand(right, 2)
+        held, bias = b[weight_node.name], operand(right, 2)
         weight = held.T if transposed else held
-        system = _System.of(right, new, a[left.name], weight, survivors, self.held_out)
+        dim = 1 if right.kind.startswith("conv") else -1
+        target = a[left.name].index_select(dim, survivors)
+        graphs = self.first.graph, self.second.graph
+        lacking = owed(graphs, (left, right), (a, b), survivors, dim)
+        if lacking is not None:
+            target += lacking
+        system = _System.of(right, new, target, weight, self.held_out)
         if not 0 < system.held < system.x.shape[1]:
             self.skipped[layer] = "too few examples to solve it on some and check it on others"
             return
@@ -378,37 +323,11 @@ class _Lockstep:
         self.errors[layer] = solved.errors
         if solved.errors[1] < solved.errors[0]:
             weight.copy_(solved.weight)
+            self.means[right.name] = target.mean(
+                [d for d in range(target.ndim) if d != dim % target.ndim]
+            )
             if bias is not None:
                 b[bias.name].copy_(solved.bias)
-
-    def _unsolvable(self, weight: Node, node: Node) -> str:
-        if weight.op != "tensor":
-            return "its weight is computed in the graph"
-        if len(self.second.graph.users[weight.name]) > 1:
-            return "its weight is used several times"
-        if node.kind in TRANSPOSED and (
-            len(weight.shape) != 2 or {node.argument("alpha"), node.argument("beta")} - {None, 1}
-        ):
-            return "it is more than a product with a matrix"
-        bias = _operand(node, 2)
-        if isinstance(bias, Ref) and self.second.graph.by_name[bias.name].op != "tensor":
-            return "its bias is computed in the graph"
-        if isinstance(bias, Ref) and len(self.second.graph.users[bias.name]) > 1:
-            return "its bias is used several times"
-        if node.kind.startswith("conv") and len(node.shape) != len(weight.shape):
-            return "its inputs have no batch dimension"
-        return ""
-
-
-def _operand(node: Node, which: int) -> Any:
-    """The reference to a layer's inputs (0), weight (1) or bias (2), which may be None."""
-    name = OPERANDS[node.kind][which]
-    return node.argument(name) if name else None
-
-
-def _name(node: Node) -> str:
-    """Path of the module that makes the call, or the node's own name."""
-    return node.scope or node.name
 
 
 def _unlike(node: Node, old: Tensor, new: Tensor) -> str:
@@ -423,45 +342,10 @@ def _unlike(node: Node, old: Tensor, new: Tensor) -> str:
 def _check_finite(node: Node, *activations: Tensor) -> None:
     if not all(bool(torch.isfinite(tensor).all()) for tensor in activations):
         raise DataError(
-            f"repair(data), layer {_name(node)!r}",
+            f"repair(data), layer {layer_name(node)!r}",
             "activations are NaN or infinite",
             "Check the data, and that both networks give finite outputs for them",
         )
-
-
-class _Run:
-    """One network on its way through a graph, operator by operator."""
-
-    def __init__(self, model: GraphModel, inputs: Inputs) -> None:
-        args, given = arguments(map_tensors(torch.clone, inputs))
-        named = {name: given[name] for name in model._keywords if name in given} | given
-        self._model, self._given = model, iter(pytree.tree_leaves((args, named)))
-        self._nodes = list(model.graph.nodes)
-        self._last_use = last_use(model.graph)
-        self._dead: tuple[str, ...] = ()
-        self.values: dict[str, Any] = {}
-
-    def through(self, node: Node) -> None:
-        """Run all nodes up to this one, and it."""
-        self.before(node)
-        self._step()
-
-    def before(self, node: Node) -> None:
-        """Run all nodes before this one; what it reads is in ``values``."""
-        while self._nodes[0] is not node:
-            self._step()
-
-    def _step(self) -> None:
-        for name in self._dead:
-            del self.values[name]
-        node = self._nodes.pop(0)
-        if node.op == "input":
-            self.values[node.name] = next(self._given)
-        elif node.op == "tensor":
-            self.values[node.name] = self._model.tensor(node.path)
-        else:
-            self.values[node.name] = self._model.step(node, resolve(node.op), self.values)
-        self._dead = self._last_use[node.name]
 
 
 @dataclass(frozen=True)
@@ -492,20 +376,19 @@ class _System:
         new: Tensor,
         target: Tensor,
         weight: Tensor,
-        survivors: Tensor,
         held_out: Tensor,
     ) -> _System:
-        """Draw rows at random from one layer's inputs and the original's outputs."""
+        """Draw rows at random from one layer's inputs and what its outputs should be."""
         unknowns = prod(weight.shape[1:])
         if not node.kind.startswith("conv"):
-            rows, held = _draw(_unseen(new.shape[:-1], held_out), unknowns)
+            rows, held = _draw(unseen(new.shape[:-1], held_out), unknowns)
             x = new.reshape(-1, new.shape[-1])[rows]
-            y = target.reshape(-1, target.shape[-1])[rows][:, survivors]
+            y = target.reshape(-1, target.shape[-1])[rows]
             return cls(x.double()[None], y.double()[None], held)
         groups = node.argument("groups")
         places = prod(target.shape[2:])
-        rows, held = _draw(_unseen(new.shape[:1], held_out).repeat_interleave(places), unknowns)
-        x, y = _patches(node, new, target.index_select(1, survivors), weight, rows)
+        rows, held = _draw(unseen(new.shape[:1], held_out).repeat_interleave(places), unknowns)
+        x, y = _patches(node, new, target, weight, rows)
         return cls(
             x.double().reshape(len(x), groups, unknowns).transpose(0, 1),
             y.double().reshape(len(y), groups, -1).transpose(0, 1),
@@ -551,22 +434,6 @@ class _System:
         return error if error == error else float("inf")
 
 
-def _unseen(lead: tuple[int, ...], held_out: Tensor) -> Tensor:
-    """For each row of a tensor with these leading dimensions, whether its example is held out.
-
-    The examples are along the first dimension of a multiple of their number: they come first in
-    it where others (windows, frames) were merged into it. Without one, the first dimension is
-    divided as if they were.
-    """
-    if not lead:
-        return held_out[:1]
-    examples = len(held_out)
-    dim = next((d for d, size in enumerate(lead) if size % examples == 0), 0)
-    owner = torch.arange(lead[dim]) * examples // lead[dim]
-    column = held_out[owner].reshape(-1, *[1] * (len(lead) - dim - 1))
-    return column.expand(lead).reshape(-1)
-
-
 def _draw(unseen: Tensor, unknowns: int) -> tuple[Tensor, int]:
     """Rows drawn at random, those of held-out examples first, and the number of those."""
     wanted = max(ROWS * unknowns, 2048)
@@ -582,8 +449,8 @@ def _patches(
     """Rows (patch, output) of a convolution of any rank; a row is an example and a position."""
     rank = weight.ndim - 2
     kernel, size = weight.shape[2:], target.shape[2:]
-    stride, dilation = (_each(node.argument(name), rank) for name in ("stride", "dilation"))
-    sides = [side for pair in reversed(_padding(node, kernel, dilation)) for side in pair]
+    stride, dilation = (each(node.argument(name), rank) for name in ("stride", "dilation"))
+    sides = [side for pair in reversed(padding(node, kernel, dilation)) for side in pair]
     padded = F.pad(new, sides) if any(sides) else new
     example, *place = torch.unravel_index(rows, (new.shape[0], *size))
     index = [example.reshape(-1, *[1] * rank)]
@@ -592,19 +459,3 @@ def _patches(
         index.append(taps.reshape(-1, *[kernel[d] if e == d else 1 for e in range(rank)]))
     patches = padded.movedim(1, -1)[tuple(index)]  # (rows, *kernel, channels)
     return patches.movedim(-1, 1).flatten(1), target.movedim(1, -1)[(example, *place)]
-
-
-def _each(given: Any, rank: int) -> list[int]:
-    """One number per dimension, of one for all or a list of them."""
-    values = list(given) if isinstance(given, list | tuple) else [given]
-    return values * rank if len(values) == 1 else values
-
-
-def _padding(node: Node, kernel: tuple[int, ...], dilation: list[int]) -> list[tuple[int, int]]:
-    given = node.argument("padding")
-    if given == "valid":
-        return [(0, 0)] * len(kernel)
-    if given == "same":
-        totals = [d * (k - 1) for k, d in zip(kernel, dilation, strict=True)]
-        return [(t // 2, t - t // 2) for t in totals]
-    return [(p, p) for p in _each(given, len(kernel))]

@@ -1,16 +1,17 @@
 """Which residual blocks a budget takes, alone or in competition with units, and taking them out.
 
-Blocks and units are ranked together by importance per saved cost. Below one threshold all go, and
-the threshold is the least that fits the budget, where the units and MACs of a block that goes are
-not counted a second time. The blocks found are bypassed; the units are then chosen anew, in the
-network that is left, for what is left of the budget.
+Blocks and units are lanes of one choice: ranked together by importance per saved cost, or weighed
+in one knapsack problem where losses were measured. The least removal that fits the budget is taken,
+where the units and MACs of a block that goes are not counted a second time. The blocks found are
+bypassed; the units are then chosen anew, in the network that is left, for what is left of the
+budget.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,14 +19,19 @@ from torch import nn
 
 from rarefy.errors import BudgetError, InputError
 from rarefy.graph.blocks import Block
-from rarefy.graph.count import graph_macs
-from rarefy.graph.groups import Mask
-from rarefy.graph.stubs import without_blocks
 from rarefy.graph.trace import Network
+from rarefy.pruning import accounts
+from rarefy.pruning.accounts import Account
+from rarefy.pruning.allocation import Allocation, Choices, Lane, knapsack, ranked
+from rarefy.pruning.compensated import Response
+from rarefy.pruning.costs import Costs
 from rarefy.pruning.depth import BlockError, bypass
 from rarefy.pruning.influence import importances
-from rarefy.pruning.plan import Plan, Scores
-from rarefy.pruning.select import Accountant, floor_of, free_groups
+from rarefy.pruning.landing import Landed, given_back, least_removal
+from rarefy.pruning.limits import Range, ranges
+from rarefy.pruning.paths import matching, paths, within
+from rarefy.pruning.plan import Plan
+from rarefy.pruning.select import LEVELS, Choice
 from rarefy.types import Budget, Data, Inputs
 
 
@@ -52,12 +58,13 @@ def shorten(
     model: nn.Module,
     example_inputs: Inputs,
     network: Network,
-    scores: Scores,
+    judged: Response,
     budget: Budget,
     *,
     width: bool,
     data: Data | None = None,
-    exclude: Collection[str] = (),
+    costs: Costs | None = None,
+    exclude: Sequence[str] = (),
     keep_class: bool = False,
 ) -> Shortened:
     """Bypass the residual blocks that a budget takes, with proof.
@@ -66,11 +73,12 @@ def shorten(
         model: the network, which is left as it is.
         example_inputs: what it was traced with.
         network: its trace.
-        scores: importance of every unit, one array per group.
+        judged: importance of all units.
         budget: what may remain, or how many blocks go.
         width: whether units go as well, so that blocks compete with them.
         data: batches on which the influence of blocks is measured.
-        exclude: paths of modules and parameters; blocks with any of them stay.
+        costs: latencies of the layers, for a budget of latency.
+        exclude: paths or patterns of modules and parameters; blocks with any of them stay.
         keep_class: never return a rewritten graph.
 
     Raises:
@@ -82,11 +90,13 @@ def shorten(
     free = _free(network, model, exclude, width)
     if not free:
         return Shortened(model)
-    importance = importances(model, network, scores, data)
+    importance = importances(model, network, _totals(judged), data)
+    allowed = ranges(network, model, budget, exclude, judged.unmeasured) if width else {}
+    account = None if budget.blocks is not None else accounts.account(network, model, budget, costs)
     held: dict[str, str] = {}
     while True:
         still = [n for n in free if network.blocks[n].name not in held]
-        chosen = _Choice(network, model, scores, importance, budget, still, exclude)
+        chosen = _Choice(network, judged, importance, budget, still, allowed, account)
         blocks = chosen.among_units() if width else chosen.alone()
         if not blocks:
             return Shortened(model, held=held)
@@ -102,19 +112,30 @@ def shorten(
             return Shortened(small, blocks, reason, error, held)
 
 
+def _totals(judged: Response) -> list[float]:
+    """The importance of all units of each group together, measured where anything was."""
+    if judged.losses is None:
+        return [float(scores.sum()) for scores in judged.scores]
+    known = judged.losses
+    return [
+        float(known[g](np.ones(1))[0]) if g in known else 0.0 for g in range(len(judged.scores))
+    ]
+
+
 def _free(
     network: Network, model: nn.Module, exclude: Collection[str], width: bool
 ) -> tuple[int, ...]:
     """Numbers of the blocks that may go.
 
     Raises:
-        InputError: there are none, and nothing else may go.
+        InputError: there are none, and nothing else may go; a name matches nothing.
     """
-    free_groups(network, model, tuple(exclude))  # refuses names that are none
+    known = paths(model)
+    named = {p for n in exclude for p in matching(n, known, f"prune(exclude=[{n!r}])")}
     found = tuple(
         number
         for number, block in enumerate(network.blocks)
-        if not any(_holds(network, block, name) for name in exclude)
+        if not any(within(path, named) for path in _paths(network, block))
     )
     if not found and not width:
         reasons = "; ".join(str(joint) for joint in network.joints[:3])
@@ -127,11 +148,10 @@ def _free(
     return found
 
 
-def _holds(network: Network, block: Block, name: str) -> bool:
-    """Whether a block has a module or parameter of this path, or lies within it."""
+def _paths(network: Network, block: Block) -> set[str]:
+    """Modules and parameters that a block has."""
     graph = network.captured.graph
-    paths = {*block.tensors, *block.shared, *(graph.by_name[n].scope for n in block.nodes)}
-    return any(path == name or path.startswith(f"{name}.") for path in paths)
+    return {*block.tensors, *block.shared, *(graph.by_name[n].scope for n in block.nodes)}
 
 
 class _Choice:
@@ -139,134 +159,118 @@ class _Choice:
 
     Args:
         network: the trace.
-        model: the network.
-        scores: importance of every unit.
+        judged: importance of all units.
         importance: of every block.
         budget: what may remain.
         free: numbers of the blocks that may go.
-        exclude: paths whose units stay.
+        allowed: how many units of each group may go; none where only blocks do.
+        account: the cost that counts; None counts blocks.
     """
 
     def __init__(
         self,
         network: Network,
-        model: nn.Module,
-        scores: Scores,
+        judged: Response,
         importance: NDArray[np.float64],
         budget: Budget,
         free: Sequence[int],
-        exclude: Collection[str],
+        allowed: Mapping[int, Range],
+        account: Account | None,
     ) -> None:
-        self.network, self.scores, self.budget = network, scores, budget
+        self.network, self.budget, self.account = network, budget, account
+        self.losses = judged.losses
+        if self.losses is not None:
+            allowed = {g: r for g, r in allowed.items() if g in self.losses}
+        self.units = Choice(network, judged.scores, allowed, account, force=False)
         self.blocks = [network.blocks[n] for n in free]
-        self.importance = importance[list(free)]
-        self.groups = free_groups(network, model, tuple(exclude))
-        self.accountant = Accountant(network, model)
-        by_params = budget.params is not None
-        costs = [max(b.params if by_params else b.macs, 1) for b in self.blocks]
-        self.value = self.importance / np.array(costs)
-        self.order = np.argsort(self.value, kind="stable")
+        single = Range(size=1, low=0, high=1)
+        self.own = [
+            Lane(importance[[n]], self._saved(block), single)
+            for n, block in zip(free, self.blocks, strict=True)
+        ]
+        self.lanes = (*self.units.lanes, *self.own)
 
-    @property
-    def limit(self) -> float:
-        """The share of MACs or parameters that may remain."""
-        found = self.budget.macs if self.budget.macs is not None else self.budget.params
-        assert found is not None
-        return found
+    def _saved(self, block: Block) -> float:
+        """The share of the cost that one block saves."""
+        if self.account is None:
+            return 1.0
+        return max(1 - self.account.share(Plan.without(self.network, [block])), 1e-12)
+
+    def attempt(self, counts: Sequence[int]) -> Landed:
+        """The plan that takes so many units of each group, and each block or not."""
+        units, own = counts[: len(self.units.lanes)], counts[len(self.units.lanes) :]
+        going = tuple(b for b, count in zip(self.blocks, own, strict=True) if count)
+        plan = replace(self.units.plan(units, {}, None), blocks=going)
+        share = 1 - len(going) / max(len(self.blocks), 1)
+        if self.account is not None:
+            share = self.account.share(plan)
+        return Landed(plan, (*self.units.counts(plan), *own), share)
 
     def alone(self) -> tuple[Block, ...]:
-        """The blocks that go where nothing else does.
+        """The blocks that go where nothing else does, in the order of the network.
 
         Raises:
             BudgetError: there are too few blocks for it.
         """
-        if self.budget.blocks is not None or self.budget.sparsity is not None:
-            return self._counted()
-        nothing = self._units(-math.inf)
-        if self._remaining(self.blocks, nothing) > self.limit:
-            self._refuse(self._remaining(self.blocks, nothing))
-        going: list[int] = []
-        for number in self.order:
-            if self._remaining(self._some(going), nothing) <= self.limit:
-                break
-            going.append(int(number))
-        for number in going[::-1]:  # what is not needed after all
-            without = [n for n in going if n != number]
-            if self._remaining(self._some(without), nothing) <= self.limit:
-                going = without
-        return self._some(going)
+        allocate = ranked(self.lanes)
+        if self.account is None:
+            return self.attempt(allocate(self._counted())).plan.blocks
+        limit = self.budget.share
+        found = least_removal(allocate, self.attempt, limit, len(self.lanes))
+        if found is None:
+            raise self._out_of_reach(self.attempt(allocate(1.0)).share)
+        return given_back(found, self.lanes, self.attempt, limit).plan.blocks
 
-    def _counted(self) -> tuple[Block, ...]:
-        """As many blocks as were asked for, the least important ones."""
-        count, share = self.budget.blocks, self.budget.sparsity
+    def _counted(self) -> float:
+        """The share of the blocks that goes."""
+        count, most = self.budget.blocks, len(self.blocks)
         if count is None:
-            assert share is not None
-            count = math.floor(share * len(self.blocks) + 1e-9)
-        if count > len(self.blocks):
+            return self.budget.share
+        if count > most:
             raise BudgetError(
                 f"prune(budget=Budget(blocks={count}))",
-                f"only {len(self.blocks)} blocks can be bypassed",
-                f"Ask for {len(self.blocks)} or fewer; rarefy.trace(model, example_inputs) lists "
-                "them, with the reason why others cannot",
+                f"only {most} blocks can be bypassed",
+                f"Ask for {most} or fewer; rarefy.trace(model, example_inputs) lists them, with "
+                "the reason why others cannot",
             )
-        return self._some(np.argsort(self.importance, kind="stable")[:count])
+        return count / max(most, 1)
 
     def among_units(self) -> tuple[Block, ...]:
-        """The blocks that go where units go, too."""
-        self.saved = self.accountant.savings(self.budget)
-        units = [self.scores[g] / self.saved[g] for g in self.groups]
-        thresholds = np.unique(np.concatenate([self.value, *units]))
-        low, high = 0, len(thresholds)  # below the threshold of the first, nothing goes
-        while low < high:
-            middle = (low + high) // 2
-            level = float(thresholds[middle])
-            if self._remaining(self._below(level), self._units(level)) <= self.limit:
-                high = middle
-            else:
-                low = middle + 1
-        level = float(thresholds[min(low, len(thresholds) - 1)])
-        going = [int(n) for n in self.order if self.value[n] <= level]
-        nothing = self._units(-math.inf)
-        while going and self._remaining(self._some(going), nothing) < self.limit:
-            going.pop()  # more than is needed: units give the rest
-        return self._some(going)
+        """The blocks that go where units go, too; units give what blocks alone need not."""
+        limit, items = self.budget.share, sum(len(lane.values) for lane in self.lanes)
+        allocate = self._allocation()
+        most = self.attempt(allocate(1.0))
+        found = least_removal(allocate, self.attempt, limit, max(items, LEVELS)) or most
+        groups = len(self.units.lanes)
+        none, all_units = [0] * groups, list(most.counts[:groups])
+        going = list(found.counts[groups:])
+        by_value = sorted(
+            range(len(going)), key=lambda i: -self.own[i].values[0] / self.own[i].saved
+        )
+        for number in (n for n in by_value if going[n]):
+            fewer = [*going[:number], 0, *going[number + 1 :]]
+            if self.attempt([*none, *going]).share >= limit:
+                break
+            if self.attempt([*all_units, *fewer]).share <= limit:
+                going = fewer
+        return self.attempt([*none, *going]).plan.blocks
 
-    def _below(self, level: float) -> tuple[Block, ...]:
-        return self._some(np.flatnonzero(self.value <= level))
+    def _allocation(self) -> Allocation:
+        """How the removal is divided between groups and blocks."""
+        if self.losses is None:
+            return ranked(self.lanes)
+        assert self.account is not None
+        whole = self.account.before
+        alternatives = [
+            Choices((0, 1), (0.0, float(lane.values[0])), (0.0, lane.saved * whole))
+            for lane in self.own
+        ]
+        return knapsack([*self.units.choices(self.losses), *alternatives])
 
-    def _some(self, numbers: Sequence[int] | NDArray[np.int64]) -> tuple[Block, ...]:
-        """Blocks in the order of the network."""
-        return tuple(self.blocks[n] for n in sorted(int(n) for n in numbers))
-
-    def _units(self, level: float) -> Mask:
-        """The units below a level of importance per saved cost, as many as their groups give."""
-        removed = np.zeros(self.network.coupling.units, np.bool_)
-        if level == -math.inf:
-            return removed
-        for g in self.groups:
-            group = self.network.groups[g]
-            order = np.argsort(self.scores[g], kind="stable")
-            order = order[: len(group) - floor_of(group, self.budget)]
-            below = self.scores[g][order] / self.saved[g] <= level
-            removed[group.units[order[below]]] = True
-        return removed
-
-    def _remaining(self, blocks: Sequence[Block], removed: Mask) -> float:
-        """The share of MACs or parameters without these blocks and units."""
-        graph = self.network.captured.graph
-        left = without_blocks(graph, blocks).by_name
-        shape = self.accountant.shape(Plan.of(self.network, removed))
-        if self.budget.params is None:
-            macs = graph_macs(graph, shape)
-            after = sum(n for name, n in macs.items() if name in left)
-            return after / max(self.accountant.macs_before, 1)
-        held = (math.prod(shape(name)) for name in self.accountant.counted if name in left)
-        return (self.accountant.unread + sum(held)) / max(self.accountant.params_before, 1)
-
-    def _refuse(self, reachable: float) -> None:
-        name = "macs" if self.budget.macs is not None else "params"
-        raise BudgetError(
-            f"prune(structure='depth', budget=Budget({name}={self.limit:g}))",
+    def _out_of_reach(self, reachable: float) -> BudgetError:
+        name = self.budget.kind
+        return BudgetError(
+            f"prune(structure='depth', budget=Budget({name}={self.budget.share:g}))",
             f"without all {len(self.blocks)} blocks that can be bypassed {reachable:.3f} remain",
             f"Ask for {name}={math.ceil(reachable * 1000) / 1000:g} or more, exclude less, or let "
             "units go, too: structure=('channel', 'depth')",

@@ -180,7 +180,7 @@ def _set_values(small: nn.Module, values: Values) -> None:
 
 def rewrite(model: nn.Module, network: Network, plan: Plan) -> GraphModel:
     """The captured graph with the units gone, as a module with tensors of its own."""
-    graph = network.captured.graph
+    graph = network.captured.graph.live
     editor = Editor(network.flow, plan.gone)
     nodes = [edited for node in graph.nodes for edited in edit(editor, node)]
     kept = kept_entries(network, plan, made=True)

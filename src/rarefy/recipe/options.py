@@ -5,7 +5,7 @@ from __future__ import annotations
 import keyword
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     BaseModel,
@@ -19,12 +19,15 @@ from pydantic import (
 
 from rarefy.errors import InputError
 from rarefy.pruning.criteria import named
-from rarefy.types import Budget, Int8, Target
+from rarefy.types import COUNTED, MEASURED, Budget, Int8, Limit, Target
 
 Count = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Text = Annotated[str, Field(min_length=1)]
+
+SHARES = (*COUNTED, *MEASURED)
+"""The fields of a budget of which one is given."""
 
 
 IN_A_FILE = "file"
@@ -60,23 +63,43 @@ class TrainStage(_Options):
     lr: Positive = 0.1
 
 
+class LimitOptions(_Options):
+    """The fields of :class:`~rarefy.types.Limit`."""
+
+    min_keep: int | None = None
+    max_drop: float | None = None
+    sparsity: float | None = None
+
+    @model_validator(mode="after")
+    def _together(self) -> Self:
+        _allowed(self.limit)
+        return self
+
+    def limit(self) -> Limit:
+        """The limit that these options describe."""
+        return Limit(**self.model_dump())
+
+
 class PruneStage(_Options):
     """What may remain (the fields of :class:`~rarefy.types.Budget`) and how units are scored."""
 
     macs: float | None = None
     params: float | None = None
+    bytes: float | None = None
+    latency: float | None = None
     sparsity: float | None = None
     scope: str = "global"
     min_keep: int = 1
     max_drop: float = 0.95
-    round_to: int = 1
+    round_to: int | Literal["auto"] = 1
+    layers: dict[str, float | LimitOptions] = {}
     criterion: Text = "magnitude"
     exclude: tuple[str, ...] = ()
 
-    @field_validator("macs", "params", "sparsity", "scope", "min_keep", "max_drop", "round_to")
+    @field_validator(*SHARES, "scope", "min_keep", "max_drop", "round_to")
     @classmethod
     def _each(cls, value: Any, info: ValidationInfo) -> Any:
-        share = {} if info.field_name in ("macs", "params", "sparsity") else {"macs": 1.0}
+        share = {} if info.field_name in SHARES else {"macs": 1.0}
         if value is not None:
             _allowed(Budget, **share, **{str(info.field_name): value})
         return value
@@ -94,7 +117,12 @@ class PruneStage(_Options):
 
     def budget(self) -> Budget:
         """The budget that these options describe."""
-        return Budget(**self.model_dump(exclude={"criterion", "exclude"}))
+        held = {
+            path: limit if isinstance(limit, float) else limit.limit()
+            for path, limit in self.layers.items()
+        }
+        own = self.model_dump(exclude={"criterion", "exclude", "layers"})
+        return Budget(**own, layers=held)
 
 
 class RepairStage(_Options):

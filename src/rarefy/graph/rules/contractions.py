@@ -14,6 +14,7 @@ from rarefy.graph.flow import EXTENT, Carried, Flow, Rule, Zero, freeze_all, row
 from rarefy.graph.labels import Atoms, Labels
 from rarefy.graph.program import Node, Ref, schema
 from rarefy.graph.rules.along import zero_along
+from rarefy.graph.rules.windows import window
 
 NOT_ZERO = "is summed over, and masked units do not give zero"
 """Reason to freeze both sides of a sum."""
@@ -230,30 +231,31 @@ def _grouped(flow: Flow, node: Node, channels: Atoms | None, groups: int) -> Ato
 def _conv_result(
     flow: Flow, node: Node, labels: Labels, channel: int, out: Atoms | None
 ) -> Carried:
-    spatial = range(channel + 1, len(labels))
-    slides = [d for d in spatial if not _stays(flow, node, d - channel - 1)]
-    kept = flow.freeze_dims(node, labels, slides, "a convolution slides along it")
+    found = [*labels[:channel], out, *labels[channel + 1 :]]
+    for d in range(channel + 1, len(labels)):
+        found[d] = _slid_along(flow, node, labels[d], d - channel - 1)
+        if found[d] is None:
+            flow.freeze(node, labels[d], "a convolution slides along it")
     for atoms in flow.of(node.args[1])[2:]:
         flow.freeze(node, atoms, EXTENT)
-    return (*kept[:channel], out, *kept[channel + 1 :])
+    return tuple(found)
 
 
-def _stays(flow: Flow, node: Node, place: int) -> bool:
-    """Whether the kernel has one entry along a dimension, so that each position is by itself."""
+def _slid_along(flow: Flow, node: Node, atoms: Atoms | None, place: int) -> Atoms | None:
+    """Labels along which a kernel slides, where each unit is the middle of a window of its own.
 
-    def stated(name: str) -> Any:
-        given = node.argument(name)
-        if not isinstance(given, list | tuple):
-            return given
-        return given[place] if len(given) > 1 else given[0]
-
-    padding = stated("padding")
-    return (
-        flow.shape(node.args[1])[2 + place] == 1
-        and stated("stride") in (1, None)
-        and (isinstance(padding, str) or padding in (0, None))
-        and stated("output_padding") in (0, None)
-    )
+    What is not one window is computed over the units that remain (efficient channel attention).
+    """
+    sliding = window(node, place, flow.shape(node.args[1])[2 + place])
+    if atoms is None or sliding is None:
+        return None
+    turned = "transpose" in node.kind or bool(node.argument("transposed"))
+    if turned and sliding.size > 1:
+        return None
+    found = sliding.slid_over(atoms)
+    if found is not None and sliding.size > 1:
+        flow.over_survivors.add(node.name)
+    return found
 
 
 # --- look-ups and transforms --------------------------------------------------------------------
@@ -266,6 +268,17 @@ def _embedding(flow: Flow, node: Node) -> Carried:
     for atoms in index:
         flow.freeze(node, atoms, "is used as positions")
     return (*(None,) * len(index), table[1])
+
+
+def _embedding_renorm(flow: Flow, node: Node) -> Carried:
+    """Rows that are too long are shortened; masked entries add nothing to their length."""
+    table, index = flow.of(node.args[0]), flow.of(node.args[1])
+    flow.freeze(node, table[0], "is looked up by index")
+    for atoms in index:
+        flow.freeze(node, atoms, "is used as positions")
+    if node.args[3] <= 0:
+        flow.freeze(node, table[1], "zeros change a norm of this order")
+    return table
 
 
 def _embedding_bag(flow: Flow, node: Node) -> Carried:
@@ -301,6 +314,7 @@ ROWS: Mapping[str, Rule] = {
     **rows(_convolution, _FORWARD),
     **rows(_conv_transpose, _TRANSPOSED),
     **rows(_embedding, "embedding"),
+    **rows(_embedding_renorm, "embedding_renorm"),
     **rows(_embedding_bag, "embedding_bag"),
     **rows(_fourier, _FOURIER),
     "aten._grouped_mm": _grouped_product,
@@ -406,7 +420,7 @@ ZEROS: Mapping[str, Zero] = {
     **dict.fromkeys(EQUATIONS.keys() - {"cdist"}, _product_is_zero),
     **dict.fromkeys(f"{_FORWARD} {_TRANSPOSED}".split(), _convolution_is_zero),
     **dict.fromkeys(_FOURIER.split(), _first_is_zero),
-    **dict.fromkeys(("embedding", "embedding_bag"), _first_is_zero),
+    **dict.fromkeys(("embedding", "embedding_renorm", "embedding_bag"), _first_is_zero),
     **dict.fromkeys(("_grouped_mm", "grouped_mm_fallback"), _second_is_zero),
     "kron": _kron_is_zero,
 }

@@ -59,8 +59,7 @@ ROWS: Mapping[str, Rule] = {
     **rows(_same, "zeros_like ones_like full_like empty_like"),
     **rows(
         _random,
-        "rand randn randint randperm rand_like randn_like randint_like bernoulli normal "
-        "multinomial uniform exponential",
+        "rand randn randint randperm normal multinomial",
     ),
 }
 """Operator -> rule."""

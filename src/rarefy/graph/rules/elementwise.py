@@ -126,7 +126,8 @@ ROWS: Mapping[str, Rule] = {
         "special_erfc special_erfinv special_exp2 special_expit special_expm1 special_gammaln "
         "special_log1p special_logit special_ndtr special_polygamma special_psi special_round "
         "special_sinc special_xlogy special_digamma special_multigammaln subtract true_divide "
-        "where __and__ __or__ __xor__ fake_quantize_per_tensor_affine copy fill zero",
+        "where __and__ __or__ __xor__ fake_quantize_per_tensor_affine copy fill zero rand_like "
+        "randn_like randint_like bernoulli uniform exponential normal_",
     ),
     **rows(_prelu, "prelu"),
     **rows(_fake_quantize, "fake_quantize_per_channel_affine"),

@@ -222,6 +222,17 @@ def _flip(flow: Flow, node: Node) -> Carried:
     return tuple(labels)
 
 
+def _quarter_turns(flow: Flow, node: Node) -> Carried:
+    """Turned in a plane: both of its dimensions are flipped, or they trade places, one flipped."""
+    labels = list(flow.of(node.args[0]))
+    first, second = (d % len(labels) for d in node.argument("dims"))
+    a, b = labels[first], labels[second]
+    reversed_a, reversed_b = (None if side is None else side[::-1] for side in (a, b))
+    turned = ((a, b), (reversed_b, a), (reversed_a, reversed_b), (b, reversed_a))
+    labels[first], labels[second] = turned[node.argument("k") % 4]
+    return tuple(labels)
+
+
 def _flipped(node: Node) -> list[int]:
     return node.options.get("dims") or [1 if node.kind == "fliplr" else 0]
 
@@ -465,6 +476,7 @@ ROWS: Mapping[str, Rule] = {
     **rows(picked(_shuffled), "channel_shuffle native_channel_shuffle"),
     **rows(_roll, "roll"),
     **rows(_flip, "flip fliplr flipud"),
+    **rows(_quarter_turns, "rot90"),
     **rows(_index, "index"),
     **rows(_index_put, "index_put"),
     **rows(_along, "gather take_along_dim scatter scatter_add scatter_reduce"),
@@ -530,8 +542,8 @@ def _slice_zero(flow: Flow, node: Node) -> bool:
 
 ZEROS: Mapping[str, Zero] = {
     **dict.fromkeys(
-        "index_select channel_shuffle native_channel_shuffle roll flip fliplr flipud index gather "
-        "take_along_dim".split(),
+        "index_select channel_shuffle native_channel_shuffle roll flip fliplr flipud rot90 index "
+        "gather take_along_dim".split(),
         _first,
     ),
     **dict.fromkeys("scatter scatter_add scatter_reduce".split(), _written_too(3)),

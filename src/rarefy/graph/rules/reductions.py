@@ -16,6 +16,7 @@ from rarefy.graph.labels import Labels
 from rarefy.graph.program import Node, Spec
 from rarefy.graph.rules.along import zero_along
 from rarefy.graph.rules.elementwise import pointwise
+from rarefy.graph.rules.windows import window
 
 
 def _each_result(node: Node, labels: Labels) -> Carried:
@@ -26,11 +27,21 @@ def _each_result(node: Node, labels: Labels) -> Carried:
 
 
 def _pool(flow: Flow, node: Node) -> Carried:
-    labels = flow.of(node.args[0])
+    """Windows over the last dimensions: units stay apart where each has a window of its own."""
+    labels = list(flow.of(node.args[0]))
     spatial = len(node.args[1]) if isinstance(node.args[1], list | tuple) else 1
-    spatial = max(spatial, _rank(node.kind))
-    dims = list(range(len(labels) - spatial, len(labels)))
-    return _each_result(node, flow.freeze_dims(node, labels, dims, "is pooled over"))
+    first = len(labels) - max(spatial, _rank(node.kind))
+    for d in range(first, len(labels)):
+        sliding = window(node, d - first) if node.kind in SLIDING else None
+        atoms = labels[d]
+        if atoms is None:
+            continue
+        labels[d] = None if sliding is None else sliding.slid_over(atoms)
+        if labels[d] is None:
+            flow.freeze(node, atoms, "is pooled over")
+        elif sliding is not None and sliding.size > 1:
+            flow.over_survivors.add(node.name)
+    return _each_result(node, tuple(labels))
 
 
 def _rank(kind: str) -> int:
@@ -134,6 +145,9 @@ def _upsample(flow: Flow, node: Node) -> Carried:
     labels = flow.of(node.args[0])
     return flow.freeze_dims(node, labels, range(2, len(labels)), "is resampled")
 
+
+SLIDING = frozenset(f"{kind}_pool{rank}d" for kind in ("avg", "max") for rank in (1, 2, 3))
+"""Poolings whose arguments state their windows, and that answer with no positions."""
 
 POOLS = (
     "max_pool1d max_pool2d max_pool3d avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d "

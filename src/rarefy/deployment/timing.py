@@ -1,0 +1,230 @@
+"""Latencies of single layers in a runtime, at several widths, kept between runs.
+
+Each layer is written as a small ONNX graph of its own and timed; all widths of one layer in turn,
+so that they meet the same noise.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from itertools import product
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import torch
+
+from rarefy.deployment.cache import Cache
+from rarefy.deployment.measure import RUNTIMES, latency, timed
+from rarefy.deployment.runtimes import load_onnx
+from rarefy.graph.count import batch_of
+from rarefy.graph.layer import Layer, layer
+from rarefy.graph.trace import Network
+from rarefy.pruning.accounts import Extents
+from rarefy.pruning.costs import Costs, Surface
+from rarefy.pruning.plan import Plan
+
+SHARES = (0.25, 0.5, 0.75)
+"""Shares of a layer's widths at which it is timed, beside the whole."""
+
+CALLS = 30
+"""Timed calls of each width, at most."""
+
+SECONDS = 0.1
+"""Wall time for each width, about."""
+
+OPSET = 18
+
+
+def layer_costs(
+    network: Network,
+    whole: float,
+    *,
+    runtime: str,
+    threads: int,
+    batch: int,
+    step: int,
+    cache: Cache,
+) -> Costs:
+    """Time every convolution, matrix product and attention of a network.
+
+    Args:
+        network: the trace.
+        whole: milliseconds of the whole network. What the layers do not account for is the rest;
+            where they take longer than the whole, which fuses them, all are scaled to it.
+        runtime: a key of :data:`~rarefy.deployment.measure.RUNTIMES`.
+        threads: intra-op threads.
+        batch: examples of one call.
+        step: what the widths that are timed are multiples of.
+        cache: what is known of earlier runs.
+
+    Raises:
+        MissingExtraError: onnx or the runtime is not installed.
+    """
+    graph = network.captured.graph
+    repeat = batch / batch_of(graph)
+    grids = {}
+    for node in graph.calls:
+        full = layer(graph, node, lambda name: graph.by_name[name].shape)
+        if full is not None:
+            halved = layer(graph, node, _halved(network))
+            grids[node.name] = full, _grid(full, halved or full, step)
+    known: dict[Layer, float] = {}
+    for full, grid in grids.values():
+        variants = [_variant(full, *widths, repeat) for widths in product(*grid)]
+        missing = [v for v in variants if v not in known]
+        known |= cache.get(missing, partial(_timed, runtime=runtime, threads=threads))
+    surfaces = {name: _surface(full, *grid, repeat, known) for name, (full, grid) in grids.items()}
+    total = sum(surface(grids[name][0]) for name, surface in surfaces.items())
+    if total > whole:
+        surfaces = {name: _scaled(s, whole / total) for name, s in surfaces.items()}
+    return Costs(surfaces, max(whole - total, 0.0))
+
+
+def _halved(network: Network) -> Callable[[str], tuple[int, ...]]:
+    """Shapes where every group has lost a unit: which dimensions can change."""
+    removed = np.zeros(network.coupling.units, np.bool_)
+    for group in network.groups:
+        removed[group.units[: len(group) - 1][:1]] = True
+    extents = Extents(network)
+    return partial(extents.shape, extents.left(Plan.of(network, removed)))
+
+
+def _grid(full: Layer, smaller: Layer, step: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Inner and outer widths to time."""
+    inner = _widths(full.inner, step) if smaller.inner < full.inner else (full.inner,)
+    outer = _widths(full.outer, step) if smaller.outer < full.outer else (full.outer,)
+    return inner, outer
+
+
+def _widths(width: int, step: int) -> tuple[int, ...]:
+    if width <= step:
+        return tuple(sorted({max(width // 2, 1), width}))
+    rounded = {math.ceil(width * share / step) * step for share in SHARES}
+    return tuple(sorted({min(n, width) for n in rounded} | {width}))
+
+
+def _variant(full: Layer, inner: int, outer: int, repeat: float) -> Layer:
+    """The layer at other widths; a convolution with one input channel a group loses groups."""
+    times = max(round(full.times * repeat), 1)
+    if full.groups == 1:
+        return replace(full, inner=inner, outer=outer, times=times)
+    if full.inner > 1:
+        outer = max(outer // full.groups, 1) * full.groups
+        return replace(full, inner=inner, outer=outer, times=times)
+    each = max(full.outer // full.groups, 1)
+    groups = max(outer // each, 1)
+    return replace(full, outer=groups * each, groups=groups, times=times)
+
+
+def _surface(
+    full: Layer,
+    inner: Sequence[int],
+    outer: Sequence[int],
+    repeat: float,
+    known: Mapping[Layer, float],
+) -> Surface:
+    rows = tuple(tuple(known[_variant(full, i, o, repeat)] for o in outer) for i in inner)
+    return Surface(tuple(inner), tuple(outer), rows, full.times)
+
+
+def _scaled(surface: Surface, factor: float) -> Surface:
+    return replace(surface, ms=tuple(tuple(ms * factor for ms in row) for row in surface.ms))
+
+
+def _timed(layers: Sequence[Layer], *, runtime: str, threads: int) -> list[float]:
+    """Milliseconds of each layer: the 10th percentile, which other programs disturb least."""
+    with TemporaryDirectory(prefix="rarefy-") as folder:
+        runners = []
+        for number, found in enumerate(layers):
+            path = Path(folder) / f"{number}.onnx"
+            inputs = _write(found, path)
+            runners.append(RUNTIMES[runtime](path, inputs, threads)[1])
+        end = time.monotonic() + SECONDS * len(runners)
+        return [latency(series).p10 for series in timed(runners, CALLS, 2, end)]
+
+
+# --- a layer as an ONNX graph ------------------------------------------------------------------
+
+
+def _write(found: Layer, path: Path) -> tuple[torch.Tensor, ...]:
+    """Write a layer with random weights; returns inputs for it."""
+    onnx = load_onnx()
+    nodes, weights, inputs = WRITERS[found.kind](found)
+    generator = np.random.default_rng(0)
+    held = {n: generator.standard_normal(s, np.float32) for n, s in {**weights, **inputs}.items()}
+    made = onnx.helper.make_graph(
+        [onnx.helper.make_node(op, reads, [out], **options) for op, reads, out, options in nodes],
+        "layer",
+        [onnx.helper.make_tensor_value_info(n, 1, shape) for n, shape in inputs.items()],
+        [onnx.helper.make_tensor_value_info("y", 1, None)],
+        [onnx.numpy_helper.from_array(held[n], n) for n in weights],
+    )
+    opset = [onnx.helper.make_opsetid("", OPSET)]
+    onnx.save(onnx.helper.make_model(made, opset_imports=opset, ir_version=9), path)
+    return tuple(torch.from_numpy(held[name]) for name in inputs)
+
+
+_Written = tuple[
+    list[tuple[str, list[str], str, dict[str, Any]]],
+    dict[str, tuple[int, ...]],
+    dict[str, tuple[int, ...]],
+]
+"""Nodes (operator, inputs, output, attributes), shapes of the weights, shapes of the inputs."""
+
+
+def _conv(found: Layer) -> _Written:
+    extent, kernel, stride, before, after, dilation = found.form
+    options = {
+        "kernel_shape": kernel,
+        "strides": stride,
+        "pads": (*before, *after),
+        "dilations": dilation,
+        "group": found.groups,
+    }
+    weights = {"w": (found.outer, found.inner, *kernel), "b": (found.outer,)}
+    inputs = {"x": (found.times, found.inner * found.groups, *extent)}
+    return [("Conv", ["x", "w", "b"], "y", options)], weights, inputs
+
+
+def _matmul(found: Layer) -> _Written:
+    weights: dict[str, tuple[int, ...]] = {"w": (found.inner, found.outer)}
+    return [("MatMul", ["x", "w"], "y", {})], weights, {"x": (found.times, found.inner)}
+
+
+def _product(found: Layer) -> _Written:
+    rows, times = found.form[0][0], found.times
+    inputs: dict[str, tuple[int, ...]] = {
+        "a": (times, rows, found.inner),
+        "b": (times, found.inner, found.outer),
+    }
+    return [("MatMul", ["a", "b"], "y", {})], {}, inputs
+
+
+def _attention(found: Layer) -> _Written:
+    (queries, keys), times = found.form[0], found.times
+    inputs: dict[str, tuple[int, ...]] = {
+        "q": (times, queries, found.inner),
+        "k": (times, found.inner, keys),
+        "v": (times, keys, found.outer),
+    }
+    nodes: list[tuple[str, list[str], str, dict[str, Any]]] = [
+        ("MatMul", ["q", "k"], "s", {}),
+        ("Softmax", ["s"], "p", {"axis": -1}),
+        ("MatMul", ["p", "v"], "y", {}),
+    ]
+    return nodes, {}, inputs
+
+
+WRITERS: Mapping[str, Callable[[Layer], _Written]] = {
+    "conv": _conv,
+    "matmul": _matmul,
+    "product": _product,
+    "attention": _attention,
+}
+"""Kind of layer -> its ONNX graph."""

@@ -1,0 +1,43 @@
+"""rarefy inside a Lightning trainer: ``Trainer(callbacks=[AfterStep(hold(model))])``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rarefy.errors import MissingExtraError
+from rarefy.training import AfterStep as Function
+
+try:
+    from lightning.pytorch import Callback, LightningModule, Trainer
+except ImportError as error:
+    raise MissingExtraError("lightning", "lightning") from error
+
+
+class AfterStep(Callback):
+    """Calls a function with the network after every optimizer step.
+
+    Args:
+        function: for example :func:`~rarefy.pruning.masks.hold` of the network, or a
+            :class:`~rarefy.pruning.gradual.GradualPruning`.
+        network: path of the network below the ``LightningModule``; empty for the module itself.
+
+    Example:
+        >>> from torch import nn
+        >>> from rarefy.pruning.masks import hold
+        >>> callback = AfterStep(hold(nn.Linear(2, 1)), network="net")
+    """
+
+    def __init__(self, function: Function, network: str = "") -> None:
+        self.function, self.network, self._done = function, network, 0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Steps are counted from where the trainer begins."""
+        self._done = trainer.global_step
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any
+    ) -> None:
+        """Nothing is called where gradients were only accumulated."""
+        if trainer.global_step > self._done:
+            self._done = trainer.global_step
+            self.function(pl_module.get_submodule(self.network))

@@ -1,0 +1,247 @@
+"""What the outputs lose without a group's units, once the layers that read them are adapted.
+
+Scores of single units compare badly between layers. Here the units of each group are put in the
+order in which the optimal brain surgeon removes them: one after the other, the unit whose removal
+changes least what the layers that read it give, all their other weights adapted at best (Hassibi
+and Stork 1992; Frantar and Alistarh 2022, https://arxiv.org/abs/2208.11580, for blocks of
+weights). How many of each group go is then a matter of curves: for several shares, the units are
+masked in the captured graph, the weights that read them are replaced by the adapted ones, and the
+error of the network's outputs is measured, all other groups whole. No label and no gradient is
+needed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from rarefy.batches import batch_size, seeded, take
+from rarefy.errors import DataError, InputError
+from rarefy.graph.capture import graph_model
+from rarefy.graph.groups import Group
+from rarefy.graph.program import Graph, GraphModel
+from rarefy.graph.trace import Network
+from rarefy.pruning.criteria import CRITERIA, scored
+from rarefy.pruning.curves import Losses, interpolated
+from rarefy.pruning.evidence import Evidence
+from rarefy.pruning.examples import affordable, collect, distance, outputs
+from rarefy.pruning.lockstep import Run
+from rarefy.pruning.plan import Scores
+from rarefy.pruning.readers import Place, places
+from rarefy.pruning.surgeon import adapted, order
+from rarefy.types import Data, Inputs
+
+BEYOND = 1.5
+"""What the removal of all units costs, relative to the largest share that was measured."""
+
+
+@dataclass(frozen=True)
+class Compensated:
+    """A criterion: the order of the optimal brain surgeon, with losses measured at the outputs.
+
+    It takes the place of a criterion in :func:`rarefy.prune`, with ``data``, and costs about
+    ``len(ratios) / 2`` forward passes of ``shown`` examples for each group.
+
+    Args:
+        samples: examples that Gram matrices are summed over.
+        shown: examples that the outputs are compared on, the first of these.
+        ratios: shares of a group's units without which the outputs are compared, in (0, 1).
+
+    Raises:
+        InputError: a value is out of range.
+
+    Example:
+        >>> Compensated(samples=1024).shown
+        256
+    """
+
+    samples: int = 512
+    shown: int = 256
+    ratios: tuple[float, ...] = (1 / 8, 1 / 4, 3 / 8, 1 / 2, 5 / 8, 3 / 4, 7 / 8, 15 / 16)
+
+    def __post_init__(self) -> None:
+        for name in ("samples", "shown"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise InputError(
+                    f"Compensated({name}={value!r})", "below 1", f"Write {name}=256 or the like"
+                )
+        if not self.ratios or not all(0 < r < 1 for r in self.ratios):
+            raise InputError(
+                f"Compensated(ratios={self.ratios!r})",
+                "shares lie between 0 and 1",
+                "Write ratios=(0.25, 0.5, 0.75)",
+            )
+
+
+@dataclass(frozen=True)
+class Response:
+    """How important units are, and how a network responds to their removal.
+
+    Attributes:
+        scores: importance of each unit, one array per group; the smallest go first.
+        losses: group -> what the removal of a share of its units costs: the squared error of the
+            outputs, relative to their squares; None where nothing was measured.
+        unmeasured: group -> why it has no losses; it is left whole.
+    """
+
+    scores: Scores
+    losses: Mapping[int, Losses] | None = None
+    unmeasured: Mapping[int, str] = field(default_factory=dict)
+
+
+def respond(
+    model: nn.Module, network: Network, data: Data, how: Compensated | None = None
+) -> Response:
+    """Measure how the outputs respond to the removal of each group's units.
+
+    Args:
+        model: the network, in eval mode.
+        network: its trace.
+        data: batches, labelled or not.
+        how: options.
+
+    Raises:
+        DataError: there is no example, or the outputs are not finite.
+    """
+    how = how or Compensated()
+    inputs, _ = collect(data, how.samples, "prune(data)")
+    running = graph_model(model, network.captured)
+    inputs = take(inputs, affordable(running, batch_size(inputs)))
+    with torch.no_grad(), seeded(0):
+        found = _by_group(places(network, running, inputs))
+        orders = [_order(network, n, found.get(n, ()), running) for n in _numbers(network)]
+        shown = take(inputs, min(how.shown, batch_size(inputs)))
+        errors = _errors(network, running, shown, found, orders, how.ratios)
+    losses, unmeasured = {}, {}
+    for number, points in errors.items():
+        if all(map(math.isfinite, points.values())):
+            losses[number] = _curve(points, len(network.groups[number]))
+        else:
+            unmeasured[number] = "the outputs are not finite with some of its units at zero"
+    return Response(tuple(map(_ranks, orders)), losses, unmeasured)
+
+
+def _numbers(network: Network) -> range:
+    return range(len(network.groups))
+
+
+def _by_group(found: Sequence[Place]) -> dict[int, list[Place]]:
+    """Number of a group -> layers that read its units."""
+    held: dict[int, list[Place]] = {}
+    for place in found:
+        for number in place.reader.columns:
+            held.setdefault(number, []).append(place)
+    return held
+
+
+def _order(
+    network: Network, number: int, found: Sequence[Place], running: GraphModel
+) -> NDArray[np.int64]:
+    """Units of a group in the order in which they go; by magnitude where no layer reads them."""
+    group = network.groups[number]
+    if found:
+        readers = [(place.reader, place.reader.columns[number]) for place in found]
+        return order(readers, len(group))
+    parameters = dict(running.named_parameters(remove_duplicate=False))
+    scores = scored(group, Evidence(parameters), CRITERIA["magnitude"])
+    return np.argsort(scores, kind="stable")
+
+
+def _ranks(order: NDArray[np.int64]) -> NDArray[np.float64]:
+    ranks = np.empty(len(order))
+    ranks[order] = np.arange(len(order))
+    return ranks
+
+
+def _errors(
+    network: Network,
+    running: GraphModel,
+    shown: Inputs,
+    found: Mapping[int, Sequence[Place]],
+    orders: Sequence[NDArray[np.int64]],
+    ratios: Sequence[float],
+) -> dict[int, dict[int, float]]:
+    """Group -> number of units without which the network ran -> error of its outputs."""
+    graph = running.graph
+    reads = [_nodes_of(graph, group) for group in network.groups]
+    position = {node.name: i for i, node in enumerate(graph.nodes)}
+    begin = [
+        min(position[user.name] for name in names for user in graph.users[name]) for names in reads
+    ]
+    expected = outputs(running, shown)
+    if not all(bool(torch.isfinite(t).all()) for t in expected):
+        raise DataError("prune(data)", "outputs are NaN or infinite", "Check data and weights")
+    run = Run(running, shown)
+    errors: dict[int, dict[int, float]] = {number: {} for number in _numbers(network)}
+    for number in sorted(_numbers(network), key=lambda n: begin[n]):
+        run.before(graph.nodes[begin[number]])
+        for count in _counts(len(network.groups[number]), ratios):
+            gone = orders[number][:count]
+            changed, shifts = _without(network, running, number, found.get(number, ()), gone)
+            errors[number][count] = distance(run.rest(changed, shifts), expected)
+    return errors
+
+
+def _nodes_of(graph: Graph, group: Group) -> list[str]:
+    """Parameters and buffers that hold the group's units."""
+    paths = {member.path for member in group.members}
+    return [n.name for n in graph.nodes if n.op == "tensor" and n.path in paths]
+
+
+def _counts(units: int, ratios: Sequence[float]) -> list[int]:
+    """How many units go at each of the shares: at least one, and never all."""
+    return sorted({min(max(round(r * units), 1), units - 1) for r in ratios} - {0})
+
+
+def _without(
+    network: Network,
+    running: GraphModel,
+    number: int,
+    found: Sequence[Place],
+    gone: NDArray[np.int64],
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Tensors without some units, and shifts of the results of the layers that read them."""
+    weights: dict[str, Tensor] = {}
+    for place in found:
+        weight = weights.setdefault(place.path, running.tensor(place.path).detach().clone())
+        own = adapted(place.reader, place.reader.columns[number], gone)
+        weight.view(-1)[place.positions] = own.to(weight.dtype).to(weight.device)
+    for member in network.groups[number].members:
+        held = weights.setdefault(member.path, running.tensor(member.path).detach().clone())
+        entries = torch.from_numpy(member.indices[gone].ravel()).to(held.device)
+        held.index_fill_(member.dim, entries, 0)
+    shifts: dict[str, Tensor] = {}
+    for place in found:
+        if place.mean is not None:
+            _shift(running, place, weights[place.path], shifts)
+    names = {n.path: n.name for n in running.graph.nodes if n.op == "tensor"}
+    return {names[path]: t for path, t in weights.items() if path in names}, shifts
+
+
+def _shift(running: GraphModel, place: Place, weight: Tensor, shifts: dict[str, Tensor]) -> None:
+    """What keeps the mean of a layer's outputs; nothing where an output itself is gone."""
+    node = running.graph.by_name[place.node]
+    after = weight.reshape(-1)[place.positions].cpu().double()
+    assert place.mean is not None
+    shift = (place.reader.weight - after) @ place.mean * after.any(1)
+    if node.name not in shifts:
+        shape = [1] * len(node.shape)
+        shape[place.dim] = node.shape[place.dim]
+        shifts[node.name] = weight.new_zeros(shape)
+    own = slice(place.first, place.first + len(shift))
+    shifts[node.name].view(-1)[own] += shift.to(weight.dtype).to(weight.device)
+
+
+def _curve(points: Mapping[int, float], units: int) -> Losses:
+    """Losses by share of the units that go, not descending."""
+    counts = sorted(points)
+    shares = np.array([0.0, *(count / units for count in counts), 1.0])
+    errors = [0.0, *(points[count] for count in counts)]
+    return interpolated(shares, np.maximum.accumulate([*errors, BEYOND * max(errors)]))

@@ -1,0 +1,446 @@
+"""Evidence for criteria, gathered on data.
+
+Each kind of evidence is gathered in one pass over the data, batch by batch: memory does not grow
+with the number of samples. The network computes in eval mode and is left as it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from rarefy.batches import batch_size, batches, call, logits, map_tensors, seeded
+from rarefy.distillation.losses import CrossEntropy, class_dim
+from rarefy.errors import DataError, InputError, RarefyError, first_line
+from rarefy.graph.program import Ref
+from rarefy.graph.trace import Network
+from rarefy.pruning.evidence import LABELS, Evidence, Gates, Gram
+from rarefy.pruning.inputs import Product, matrix, products, rows, squares
+from rarefy.pruning.taps import End, Runner, Watched, tapped
+from rarefy.types import Data, Inputs
+
+LossFunction: TypeAlias = Callable[[Tensor, Tensor], Tensor]
+"""(logits, targets) -> scalar, the mean over the examples of a batch."""
+
+LARGEST = 8192
+"""Unknowns of the largest Gram matrix; larger ones are kept as blocks along their diagonal."""
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One pass over the data."""
+
+    model: nn.Module
+    network: Network
+    data: Data
+    loss: LossFunction | None
+    labelled: bool
+    generator: torch.Generator
+
+    def passes(self, runner: Runner) -> Iterator[tuple[Watched, Inputs, Any, int]]:
+        """For each batch, the network that runs on it, inputs, labels and number of examples."""
+        for inputs, targets in batches(self.data, WHERE):
+            safe = map_tensors(torch.clone, inputs)
+            yield runner.of(inputs), safe, targets, batch_size(inputs)
+
+    def outputs(self, running: Watched, inputs: Inputs) -> Any:
+        """What the network returns."""
+        try:
+            return call(running, inputs)
+        except RarefyError:
+            raise
+        except Exception as error:
+            raise DataError(
+                WHERE,
+                f"the network does not run on a batch: {first_line(error)}",
+                "Yield inputs like those that the network was traced with",
+            ) from error
+
+    def losses(self, running: Watched, inputs: Inputs, targets: Tensor | None) -> Tensor:
+        """The mean loss of a batch."""
+        answers = logits(self.outputs(running, inputs))
+        if targets is None:
+            targets = self._drawn(answers.detach())
+        found = self._loss(answers, targets)
+        if not isinstance(found, Tensor) or found.ndim:
+            raise InputError(
+                "prune(loss=...)", "it did not return a scalar tensor", "Return the mean loss"
+            )
+        if not bool(torch.isfinite(found)):
+            raise DataError(WHERE, "the loss of a batch is NaN or infinite", "Check the data")
+        return found
+
+    def _loss(self, answers: Tensor, targets: Tensor) -> Tensor:
+        if self.loss is None:
+            return CrossEntropy()(answers, targets)
+        try:
+            return self.loss(answers, targets)
+        except Exception as error:
+            raise InputError(
+                "prune(loss=...)",
+                f"it raised {first_line(error)}",
+                "Give a function (logits, targets) -> mean loss of a batch",
+            ) from error
+
+    def _drawn(self, answers: Tensor) -> Tensor:
+        """Labels drawn from the probabilities that the network gives them."""
+        if self.labelled or self.loss is not None:
+            raise DataError(
+                WHERE,
+                "a batch is unlabelled, and this criterion asks for the gradient of the loss",
+                "Yield (inputs, targets); criterion='fisher' takes unlabelled data, without loss=",
+            )
+        last = answers.float().movedim(class_dim(WHERE, answers, None), -1).softmax(-1)
+        drawn = torch.multinomial(last.flatten(0, -2).cpu(), 1, generator=self.generator)
+        return drawn.view(last.shape[:-1]).to(answers.device)
+
+
+WHERE = "prune(data)"
+
+
+def gather(
+    model: nn.Module,
+    network: Network,
+    needs: frozenset[str] = frozenset(),
+    data: Data | None = None,
+    loss: LossFunction | None = None,
+    *,
+    seed: int = 0,
+) -> Evidence:
+    """Find out on data what a criterion needs to know.
+
+    Args:
+        model: the network.
+        network: its trace.
+        needs: kinds of evidence, attributes of :class:`Evidence`; ``"labels"`` where labels must
+            be given. Where they need not and are not given, they are drawn from the probabilities
+            that the network itself gives them.
+        data: batches; all of them are used.
+        loss: (logits, targets) -> mean loss of a batch; cross entropy if not given.
+        seed: of labels that are drawn.
+
+    Raises:
+        InputError: a need is none that is known, or data are needed and not given.
+        DataError: the data are empty, unlabelled where labels are needed, or give a loss or
+            gradients that are not finite.
+    """
+    tensors = dict(model.named_parameters(remove_duplicate=False))
+    evidence = Evidence(tensors, frozenset(_scales(network)))
+    unknown = needs - GATHERERS.keys() - {LABELS}
+    if unknown:
+        raise InputError(
+            f"criterion with needs {sorted(unknown)}",
+            "no evidence of that kind is known",
+            f"Use some of {', '.join([*GATHERERS, LABELS])}",
+        )
+    if not needs - {LABELS}:
+        return evidence
+    if data is None:
+        more = " labelled, and loss= where it is not cross entropy" if LABELS in needs else ""
+        raise InputError(
+            "prune(criterion=...)",
+            f"it needs data ({', '.join(sorted(needs))})",
+            f"Give data=, batches of examples{',' if more else ''}{more}",
+        )
+    for need in sorted(needs - {LABELS}):
+        generator = torch.Generator().manual_seed(seed)
+        job = _Job(model, network, data, loss, LABELS in needs, generator)
+        with seeded(seed):
+            evidence = replace(evidence, **GATHERERS[need](job))
+    return evidence
+
+
+def _scales(network: Network) -> Iterator[str]:
+    """Paths of parameters that scale the result of a normalization."""
+    graph = network.captured.graph
+    for node in graph.calls:
+        if node.kind.endswith("_norm"):
+            weight = node.argument("weight")
+            source = graph.by_name[weight.name] if isinstance(weight, Ref) else None
+            if source is not None and source.op == "tensor":
+                yield source.path
+
+
+# --- gradients ---------------------------------------------------------------------------------
+
+
+def _gradients(job: _Job) -> dict[str, Any]:
+    """The mean gradient, as training would have it."""
+    total = _Sums(job.model)
+    runner = Runner(job.model, job.network, trainable=True, where=WHERE)
+    for running, inputs, targets, size in job.passes(runner):
+        total.add(_gradient(job, running, inputs, targets), size, size)
+    return {"gradients": total.means(), "samples": total.samples}
+
+
+def _squares(job: _Job) -> dict[str, Any]:
+    """The mean of the squares of each sample's own gradient, sample by sample."""
+    total = _Sums(job.model)
+    runner = Runner(job.model, job.network, trainable=True, where=WHERE)
+    for running, inputs, targets, size in job.passes(runner):
+        for n in range(size):
+            one = partial(_example, n=n, size=size)
+            single, target = map_tensors(one, inputs), map_tensors(one, targets)
+            found = _gradient(job, running, single, target)
+            total.add({path: g.square() for path, g in found.items()}, 1, 1)
+    return {"squares": total.means(), "samples": total.samples}
+
+
+def _example(tensor: Tensor, n: int, size: int) -> Tensor:
+    return tensor[n : n + 1] if tensor.ndim and len(tensor) == size else tensor
+
+
+def _gradient(
+    job: _Job, running: Watched, inputs: Inputs, targets: Tensor | None
+) -> dict[str, Tensor]:
+    """The gradient of the mean loss of a batch, by path in the graph."""
+    with torch.enable_grad():
+        loss = job.losses(running, inputs, targets)
+    leaves = {p: t for p, t in running.named_parameters() if t.requires_grad}
+    _check_differentiable(loss)
+    found = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
+    gradients = {p: g for p, g in zip(leaves, found, strict=True) if g is not None}
+    for path, gradient in gradients.items():
+        if not bool(torch.isfinite(gradient).all()):
+            raise DataError(
+                WHERE,
+                f"the gradient of the loss by {path} is NaN or infinite",
+                "Check the data, the loss and that weight",
+            )
+    return gradients
+
+
+def _check_differentiable(loss: Tensor) -> None:
+    if not loss.requires_grad:
+        raise InputError(
+            "prune(criterion=...)",
+            "the loss does not depend on the network's weights by a gradient",
+            "Return a loss computed from the logits, and leave detach() and no_grad() out of both",
+        )
+
+
+class _Sums:
+    """Sums by parameter path, each under all paths of a shared parameter."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.paths: dict[str, int] = {}
+        self.totals: dict[int, Tensor] = {}
+        self.samples = 0
+        for path, parameter in model.named_parameters(remove_duplicate=False):
+            if parameter.is_floating_point():
+                self.paths[path] = id(parameter)
+                dtype = torch.promote_types(parameter.dtype, torch.float32)
+                zeros = torch.zeros(parameter.shape, dtype=dtype, device=parameter.device)
+                self.totals.setdefault(id(parameter), zeros)
+
+    def add(self, values: Mapping[str, Tensor], factor: float, size: int) -> None:
+        """Add values of a batch, times a factor."""
+        for path, value in values.items():
+            self.totals[self.paths[path]].add_(value, alpha=factor)
+        self.samples += size
+
+    def means(self) -> dict[str, Tensor]:
+        """Total over number of samples, by path."""
+        count = max(self.samples, 1)
+        means = {key: total.div_(count) for key, total in self.totals.items()}
+        return {path: means[key] for path, key in self.paths.items()}
+
+
+# --- units -------------------------------------------------------------------------------------
+
+
+def _gates(job: _Job) -> dict[str, Any]:
+    units = job.network.coupling.units
+    mean, absolute, square = (torch.zeros(units, dtype=torch.float64) for _ in range(3))
+    seen = torch.zeros(units, dtype=torch.bool)
+    batch: dict[str, Any] = {}
+
+    def attach(running: Watched, found: Sequence[End]) -> None:
+        for operand, here in _by_operand(found):
+            seen[torch.cat([end.units for end in here])] = True
+            running.watch(here[0].node, partial(_tap, operand, here, batch))
+
+    runner = Runner(job.model, job.network, attach, where=WHERE)
+    samples = 0
+    for running, inputs, targets, size in job.passes(runner):
+        batch["sums"] = sums = torch.zeros(size, units, dtype=torch.float64)
+        with torch.enable_grad():
+            loss = job.losses(running, inputs, targets)
+            _check_differentiable(loss)
+            loss.backward()  # type: ignore[no-untyped-call]
+        sums *= size  # the loss is the mean of the examples' losses
+        mean += sums.sum(0)
+        absolute += sums.abs().sum(0)
+        square += sums.square().sum(0)
+        samples += size
+    gates = Gates(mean / samples, absolute / samples, square / samples, seen)
+    return {"gates": gates, "samples": samples}
+
+
+def _tap(
+    operand: str, here: Sequence[End], batch: Mapping[str, Any], values: Mapping[str, Any]
+) -> dict[str, Tensor]:
+    def report(x: Tensor, gradient: Tensor) -> None:
+        if not bool(torch.isfinite(gradient).all()):
+            raise DataError(
+                WHERE,
+                f"the gradient of the loss by what {here[0].node} reads is NaN or infinite",
+                "Check the data, the loss and the weights of that layer",
+            )
+        sums: Tensor = batch["sums"]
+        product = x.to(torch.promote_types(x.dtype, torch.float32)) * gradient
+        for end in here:
+            sums.index_add_(1, end.units, end.summed(product, len(sums)).cpu())
+
+    return {operand: tapped(values[operand], report)}
+
+
+def _by_operand(found: Sequence[End]) -> Iterator[tuple[str, list[End]]]:
+    """Ends at one operand of one call, together."""
+    held: dict[tuple[str, str], list[End]] = {}
+    for end in found:
+        held.setdefault((end.node, end.operand), []).append(end)
+    for (_, operand), here in held.items():
+        yield operand, here
+
+
+def _activations(job: _Job) -> dict[str, Any]:
+    units = job.network.coupling.units
+    total, count = (torch.zeros(units, dtype=torch.float64) for _ in range(2))
+
+    def read(end: End, values: Mapping[str, Any]) -> dict[str, Tensor]:
+        x = values[end.operand].detach().abs()
+        entries = end.summed(x, 1)[0].cpu()
+        total.index_add_(0, end.units, entries)
+        each = x.numel() / x.shape[end.dim]
+        count.index_add_(0, end.units, torch.full_like(entries, each))
+        return {}
+
+    def attach(running: Watched, found: Sequence[End]) -> None:
+        for end in found:
+            running.watch(end.node, partial(read, end))
+
+    runner = Runner(job.model, job.network, attach, where=WHERE)
+    samples = 0
+    for running, inputs, _, size in job.passes(runner):
+        with torch.no_grad():
+            job.outputs(running, inputs)
+        samples += size
+    if not bool(torch.isfinite(total).all()):
+        raise DataError(WHERE, "activations are NaN or infinite", "Check the data")
+    return {"activations": total / count.clamp_min(1), "samples": samples}
+
+
+# --- inputs of layers --------------------------------------------------------------------------
+
+
+def _norms(job: _Job) -> dict[str, Any]:
+    sums = _Sums(job.model)
+    covered: set[str] = set()
+
+    def read(product: Product, values: Mapping[str, Any]) -> dict[str, Tensor]:
+        found = squares(product, values)
+        flat = sums.totals[sums.paths[product.path]].view(-1)
+        flat.index_add_(0, product.index.reshape(-1).to(flat.device), found.reshape(-1).to(flat))
+        return {}
+
+    def attach(running: Watched, _: Sequence[End]) -> None:
+        for product in products(running.graph, _weights(running)):
+            covered.update(_aliases(sums, product.path))
+            running.watch(product.node.name, partial(read, product))
+
+    sums.samples = _inputs_seen(job, attach)
+    means = sums.means()
+    _check_finite(means)
+    found = {path: means[path] for path in means if path in covered}
+    return {"norms": found, "samples": sums.samples}
+
+
+def _grams(job: _Job) -> dict[str, Any]:
+    sums = _Sums(job.model)
+    held: dict[str, list[Gram]] = {}
+
+    def read(product: Product, gram: Gram, values: Mapping[str, Any]) -> dict[str, Tensor]:
+        groups, _, unknowns = gram.index.shape
+        for part in rows(product, values[product.x], values[product.weight]):
+            wide = part.reshape(part.shape[0], part.shape[1], -1, unknowns).movedim(2, 1)
+            wide = wide.reshape(groups, -1, unknowns)
+            gram.matrix.add_((wide.transpose(1, 2) @ wide).cpu())
+        return {}
+
+    def attach(running: Watched, _: Sequence[End]) -> None:
+        for product in products(running.graph, _weights(running)):
+            if not product.has_rows:
+                continue
+            index = _blocks(matrix(product, product.index))
+            grams = held.setdefault(product.path, [])
+            gram = next((g for g in grams if torch.equal(g.index, index)), None)
+            if gram is None:
+                size = (index.shape[0], index.shape[2], index.shape[2])
+                gram = Gram(torch.zeros(size, dtype=torch.float64), index)
+                grams.append(gram)
+            running.watch(product.node.name, partial(read, product, gram))
+
+    samples = _inputs_seen(job, attach)
+    for path, grams in held.items():
+        for gram in grams:
+            gram.matrix.div_(samples)
+        _check_finite({path: torch.stack([g.matrix.sum() for g in grams])})
+    found = {alias: tuple(grams) for path, grams in held.items() for alias in _aliases(sums, path)}
+    return {"grams": found, "samples": samples}
+
+
+def _blocks(index: Tensor) -> Tensor:
+    """Positions with their unknowns in as many equal blocks as make none too large."""
+    groups, outputs, unknowns = index.shape
+    count = next(
+        n for n in range(1, unknowns + 1) if unknowns % n == 0 and unknowns // n <= LARGEST
+    )
+    return index.reshape(groups, outputs, count, -1).movedim(2, 1).flatten(0, 1)
+
+
+def _weights(running: Watched) -> dict[str, Tensor]:
+    """Parameters that are matrices or kernels."""
+    named = running.named_parameters(remove_duplicate=False)
+    return {path: p for path, p in named if p.ndim > 1 and p.is_floating_point()}
+
+
+def _aliases(sums: _Sums, path: str) -> list[str]:
+    """All paths of a parameter."""
+    return [other for other, key in sums.paths.items() if key == sums.paths[path]]
+
+
+def _inputs_seen(job: _Job, attach: Callable[[Watched, Sequence[End]], None]) -> int:
+    runner = Runner(job.model, job.network, attach, where=WHERE)
+    samples = 0
+    for running, inputs, _, size in job.passes(runner):
+        with torch.no_grad():
+            job.outputs(running, inputs)
+        samples += size
+    return samples
+
+
+def _check_finite(found: Mapping[str, Tensor]) -> None:
+    for path, value in found.items():
+        if not bool(torch.isfinite(value).all()):
+            raise DataError(
+                WHERE, f"inputs of the layer of {path} are NaN or infinite", "Check the data"
+            )
+
+
+Gatherer: TypeAlias = Callable[[_Job], dict[str, Any]]
+
+GATHERERS: Mapping[str, Gatherer] = {
+    "gradients": _gradients,
+    "squares": _squares,
+    "gates": _gates,
+    "activations": _activations,
+    "norms": _norms,
+    "grams": _grams,
+}
+"""Kind of evidence -> its pass over the data."""

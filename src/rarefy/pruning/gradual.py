@@ -1,0 +1,265 @@
+"""Pruning along a schedule while a network is trained: of weights, and of whole units.
+
+Both are called after every optimizer step. They count steps themselves, so that a loop needs two
+lines::
+
+    gradual = GradualPruning(Cubic(0.9, steps=2000), every=100)
+    ...
+    optimizer.step(); gradual(model)
+
+and ``train(model, data, after_step=gradual)`` in rarefy's.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from rarefy.errors import BudgetError, InputError
+from rarefy.graph.capture import capture
+from rarefy.graph.trace import trace
+from rarefy.pruning import criteria, elements
+from rarefy.pruning.criteria import Criterion, needs, scored
+from rarefy.pruning.elements import Scorer
+from rarefy.pruning.gather import gather
+from rarefy.pruning.masks import Masks
+from rarefy.pruning.narrow import operate, stated
+from rarefy.pruning.patterns import NM, Pattern, Unstructured, named, shorthand
+from rarefy.pruning.plan import Plan
+from rarefy.pruning.select import select
+from rarefy.pruning.sizes import Sizes
+from rarefy.pruning.surgery import kept_entries
+from rarefy.pruning.weights import Layer, choose, oriented, prunable
+from rarefy.schedules import Schedule
+from rarefy.types import Budget, Inputs
+
+
+class _Gradual:
+    """Counts steps, and holds the zeros between two selections."""
+
+    schedule: Schedule
+    every: int
+    step: int
+    masks: Masks
+
+    def __init__(self, schedule: Schedule, every: int) -> None:
+        if not isinstance(every, int) or every < 1:
+            raise InputError(
+                f"{type(self).__name__}(every={every!r})",
+                "it counts optimizer steps and must be at least 1",
+                "Write every=100",
+            )
+        if not callable(schedule):
+            raise InputError(
+                f"{type(self).__name__}(schedule={schedule!r})",
+                "a schedule maps a step to a sparsity",
+                "Write for example Cubic(0.9, steps=2000) or Constant(0.9)",
+            )
+        self.schedule, self.every = schedule, every
+        self.step, self.masks = 0, Masks({})
+
+    def _advance(self) -> float | None:
+        """Count a step; the sparsity of a selection where one is due."""
+        self.step += 1
+        if self.step % self.every:
+            return None
+        share = float(self.schedule(self.step))
+        if not 0 <= share < 1:
+            raise BudgetError(
+                f"{type(self).__name__}, step {self.step}",
+                f"the schedule gives {share}, and a sparsity is at least 0 and below 1",
+                "Correct the schedule",
+            )
+        return share
+
+    def state_dict(self) -> dict[str, Any]:
+        """What is needed to go on later: the step and the masks."""
+        return {"step": self.step, "masks": dict(self.masks)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from :meth:`state_dict`."""
+        self.step, self.masks = int(state["step"]), Masks(state["masks"])
+
+
+class GradualPruning(_Gradual):
+    """Sets the least important weights to zero along a schedule, while a network is trained.
+
+    Every ``every`` steps the share that the schedule gives is selected anew; weights that are zero
+    already have the smallest magnitude and stay so. After every step all of them are set to zero
+    again. Zhu and Gupta 2017 (https://arxiv.org/abs/1710.01878) with
+    :class:`~rarefy.schedules.Cubic`; one-shot with ``Constant``, in rounds with ``Iterative``.
+
+    Args:
+        schedule: number of optimizer steps done -> sparsity.
+        structure: ``"weight"``, a block such as ``"1x4"``, or a pattern. N:M fixes its share:
+            prune once and hold that.
+        criterion: ``"magnitude"``, ``"lamp"``, ``"random"``, or a function weight -> scores.
+        scope: ``"global"`` ranks all weights together, ``"local"`` within each tensor.
+        every: optimizer steps between two selections.
+        exclude: module or parameter paths that stay dense.
+        example_inputs: of the network, needed for blocks.
+
+    Raises:
+        InputError: an option is out of range.
+
+    Example:
+        >>> from rarefy.schedules import Constant
+        >>> layer = nn.Linear(4, 4)
+        >>> GradualPruning(Constant(0.5))(layer)
+        >>> int((layer.weight == 0).sum())
+        8
+    """
+
+    def __init__(
+        self,
+        schedule: Schedule,
+        *,
+        structure: str | Pattern = "weight",
+        criterion: str | Scorer = "magnitude",
+        scope: str = "global",
+        every: int = 1,
+        exclude: Sequence[str] = (),
+        example_inputs: Inputs | None = None,
+    ) -> None:
+        super().__init__(schedule, every)
+        self.pattern, self.exclude = named(structure), exclude
+        self.together = Budget(sparsity=0.0, scope=scope).scope == "global"
+        rule = elements.named(criterion)
+        if isinstance(self.pattern, NM):
+            raise InputError(
+                f"GradualPruning(structure={shorthand(self.pattern)!r})",
+                "N:M fixes the share, which a schedule changes",
+                "Prune once with prune(structure=...), and train with after_step=hold(pruned)",
+            )
+        if not callable(rule):
+            raise InputError(
+                f"GradualPruning(criterion={criterion!r})",
+                "it needs calibration data, and a training loop selects by the weights alone",
+                "Use 'magnitude', 'lamp' or a function weight -> scores",
+            )
+        if not isinstance(self.pattern, Unstructured) and example_inputs is None:
+            raise InputError(
+                f"GradualPruning(structure={shorthand(self.pattern)!r})",
+                "which weights have inputs and outputs is told by the graph",
+                "Give example_inputs",
+            )
+        self._rule, self._inputs = rule, example_inputs
+        self._dims: dict[str, int] = {}
+
+    def __call__(self, model: nn.Module) -> None:
+        """To be called after every optimizer step; changes the network in place."""
+        self.masks.apply(model)
+        share = self._advance()
+        if share is None:
+            return
+        layers = self._layers(model)
+        scores = [self._rule(layer.weight) for layer in layers]
+        gone = choose(layers, scores, self.pattern, share, together=self.together)
+        self.masks = Masks({x.path: ~g for x, g in zip(layers, gone, strict=True)})
+        self.masks.apply(model)
+
+    def _layers(self, model: nn.Module) -> list[Layer]:
+        if not self._dims:
+            layers = [Layer(path, weight) for path, weight in prunable(model, self.exclude)]
+            if self._inputs is not None:
+                graph = capture(model, self._inputs).graph
+                layers, _ = oriented(layers, model, graph, self.pattern)
+            self._dims = {layer.path: layer.input_dim for layer in layers}
+        found = dict(model.named_parameters())
+        return [Layer(path, found[path], dim) for path, dim in self._dims.items()]
+
+
+class GradualUnits(_Gradual):
+    """Sets whole units to zero along a schedule while a network is trained; then removes them.
+
+    A unit is zeroed at all parameters that go with it (:func:`rarefy.trace`), which is exactly
+    what its removal computes; where a normalization or a mean runs over units, removal also takes
+    its statistics over those that remain. :meth:`finish` removes the zeroed units, with proof.
+
+    Args:
+        model: the network, or an untrained twin with the same paths.
+        example_inputs: as for :func:`~rarefy.pruning.prune.prune`.
+        schedule: number of optimizer steps done -> share of the units that are zero.
+        criterion: a criterion of units without data, or its shorthand.
+        scope: ``"global"`` or ``"local"``.
+        every: optimizer steps between two selections.
+        exclude: module or parameter paths whose outputs keep their width.
+
+    Raises:
+        InputError: an option is out of range.
+
+    Example:
+        >>> from rarefy.schedules import Constant
+        >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> gradual = GradualUnits(net, torch.zeros(2, 4), Constant(0.5))
+        >>> gradual(net)  # after a step of the optimizer
+        >>> gradual.finish(net)[0]
+        Linear(in_features=4, out_features=4, bias=True)
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        example_inputs: Inputs,
+        schedule: Schedule,
+        *,
+        criterion: str | Criterion = "magnitude",
+        scope: str = "global",
+        every: int = 1,
+        exclude: Sequence[str] = (),
+    ) -> None:
+        super().__init__(schedule, every)
+        self.network = trace(model, example_inputs)
+        self.budget = Budget(sparsity=0.0, scope=scope)
+        self.exclude, self._inputs = exclude, example_inputs
+        self._criterion = criteria.named(criterion)
+        self._sizes = Sizes(self.network, stated(model, self.network, example_inputs))
+        self._plan = Plan.of(self.network, np.zeros(self.network.coupling.units, np.bool_))
+
+    def __call__(self, model: nn.Module) -> None:
+        """To be called after every optimizer step; changes the network in place."""
+        self.masks.apply(model)
+        share = self._advance()
+        if share is None:
+            return
+        self._plan = self._selected(model, share)
+        parameters = dict(model.named_parameters(remove_duplicate=False))
+        keep: dict[str, Tensor] = {}
+        for (path, dim), entries in kept_entries(self.network, self._plan).items():
+            if path in parameters:
+                stays = torch.zeros(parameters[path].shape[dim], dtype=torch.bool)
+                stays[torch.from_numpy(entries)] = True
+                shape = [-1 if d == dim else 1 for d in range(parameters[path].ndim)]
+                before = keep.get(path, torch.ones(parameters[path].shape, dtype=torch.bool))
+                keep[path] = before & stays.view(shape)
+        self.masks = Masks(keep)
+        self.masks.apply(model)
+
+    def finish(self, model: nn.Module) -> nn.Module:
+        """A smaller network without the units that are zero now; ``model`` is not changed.
+
+        Raises:
+            ProofError: the smaller network differs from the masked one.
+        """
+        zeroed = copy.deepcopy(model)
+        self.masks.apply(zeroed)
+        return operate(zeroed, self._inputs, self.network, self._plan, self._sizes)
+
+    def _selected(self, model: nn.Module, share: float) -> Plan:
+        """The plan of a share, which holds all units that are zero already."""
+        evidence = gather(model, self.network, needs(self._criterion))
+        scores = [scored(g, evidence, self._criterion) for g in self.network.groups]
+        lowest = min((float(s.min()) for s in scores), default=0.0) - 1.0
+        for group, score in zip(self.network.groups, scores, strict=True):
+            score[self._plan.removed[group.units]] = lowest
+        budget = replace(self.budget, sparsity=share)
+        try:
+            return select(self.network, model, scores, budget, self.exclude, self._sizes)
+        except BudgetError:  # the class cannot follow; a graph can
+            return select(self.network, model, scores, budget, self.exclude)

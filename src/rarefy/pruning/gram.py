@@ -1,0 +1,145 @@
+"""What a least-squares solve needs of a layer's rows, summed batch by batch in fixed memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import prod
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from rarefy.graph.program import Node
+from rarefy.pruning.inputs import each, padding
+from rarefy.pruning.lockstep import TRANSPOSED
+
+SLICE = 1 << 26
+"""Bytes of rows that are made at once."""
+
+
+def rows(
+    node: Node, x: Tensor, y: Tensor, weight: Tensor, share: float, generator: torch.Generator
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """A layer's inputs and outputs as rows of ``x w = y``, some examples at a time.
+
+    Args:
+        node: the layer.
+        x: its inputs.
+        y: outputs, of the layer's or of another network's at the same place.
+        weight: its weight.
+        share: of the rows, drawn at random where it is below 1.
+        generator: of the draw.
+
+    Yields:
+        (groups, rows, unknowns), (groups, rows, outputs of one group), and the numbers that these
+        rows have among all.
+    """
+    convolution = node.kind.startswith("conv")
+    groups = node.argument("groups") if convolution else 1
+    unknowns = prod(weight.shape[1:]) if node.kind not in TRANSPOSED else weight.shape[0]
+    if x.ndim < 2:
+        x, y = x[None], y[None]
+    places = prod(y.shape[2:]) if convolution else prod(x.shape[1:-1])
+    step = max(1, SLICE // (4 * max(1, places) * unknowns * groups))
+    for start in range(0, len(x), step):
+        part = x[start : start + step]
+        left = _patches(node, part, weight) if convolution else part
+        right = y[start : start + step]
+        right = right.movedim(1, -1) if convolution else right
+        lead = right.shape[:-1]
+        index = torch.arange(prod(lead))
+        if share < 1:
+            index = index[torch.rand(len(index), generator=generator) < share]
+        place = torch.unravel_index(index, lead)
+        left = left[place].flatten(1) if share < 1 else left.flatten(0, len(lead) - 1).flatten(1)
+        right = right[place] if share < 1 else right.flatten(0, -2)
+        yield (
+            _exact(left).reshape(-1, groups, unknowns).transpose(0, 1),
+            _exact(right).reshape(len(left), groups, -1).transpose(0, 1),
+            start * prod(lead[1:]) + index,
+        )
+
+
+def _exact(tensor: Tensor) -> Tensor:
+    return tensor if tensor.dtype is torch.float64 else tensor.float()
+
+
+def _patches(node: Node, x: Tensor, weight: Tensor) -> Tensor:
+    """(B, C, *sizes) -> a view (B, *places, C, *kernel) of what each output is computed from."""
+    rank, kernel = weight.ndim - 2, tuple(weight.shape[2:])
+    stride, dilation = (each(node.argument(name), rank) for name in ("stride", "dilation"))
+    sides = [side for pair in reversed(padding(node, kernel, dilation)) for side in pair]
+    found = F.pad(x, sides) if any(sides) else x
+    for d in range(rank):
+        span = (kernel[d] - 1) * dilation[d] + 1
+        found = found.unfold(2 + d, span, stride[d])[..., :: dilation[d]]
+    return found.movedim(1, rank + 1)
+
+
+@dataclass
+class Gram:
+    """Sums over rows of ``x`` and ``y``, for each group of channels.
+
+    Attributes:
+        count: rows.
+        xx: (groups, unknowns, unknowns), of ``x^T x``.
+        xy: (groups, unknowns, outputs), of ``x^T y``.
+        yy: (groups, 1, outputs), of ``y^2``.
+        x: (groups, 1, unknowns).
+        y: (groups, 1, outputs).
+    """
+
+    count: int
+    xx: Tensor
+    xy: Tensor
+    yy: Tensor
+    x: Tensor
+    y: Tensor
+
+    @classmethod
+    def empty(
+        cls, groups: int, unknowns: int, outputs: int, device: torch.device | None = None
+    ) -> Gram:
+        """No rows yet."""
+        shapes = ((unknowns, unknowns), (unknowns, outputs), (1, outputs), (1, unknowns))
+        sums = [
+            torch.zeros(groups, *shape, dtype=torch.float64, device=device)
+            for shape in (*shapes, shapes[2])
+        ]
+        return cls(0, *sums)
+
+    def add(self, x: Tensor, y: Tensor) -> None:
+        """Add rows: (groups, rows, unknowns) and (groups, rows, outputs)."""
+        self.count += x.shape[1]
+        self.xx += x.transpose(1, 2) @ x
+        self.xy += x.transpose(1, 2) @ y
+        self.yy += y.square().sum(1, keepdim=True)
+        self.x += x.sum(1, keepdim=True)
+        self.y += y.sum(1, keepdim=True)
+
+    def centered(self) -> Gram:
+        """The same with the means of ``x`` and ``y`` taken off every row."""
+        n = max(self.count, 1)
+        return Gram(
+            self.count,
+            self.xx - self.x.transpose(1, 2) @ self.x / n,
+            self.xy - self.x.transpose(1, 2) @ self.y / n,
+            (self.yy - self.y.square() / n).clamp_min(0),
+            torch.zeros_like(self.x),
+            torch.zeros_like(self.y),
+        )
+
+    def error(self, w: Tensor, offset: Tensor) -> float:
+        """``||x w + offset - y||^2`` over ``||y||^2`` without its mean; infinite where not finite.
+
+        Args:
+            w: (groups, unknowns, outputs).
+            offset: (groups, 1, outputs).
+        """
+        total = self.yy + ((self.xx @ w) * w).sum(1, keepdim=True)
+        total = total - 2 * (self.xy * w).sum(1, keepdim=True)
+        total = total + offset * (2 * (self.x @ w - self.y) + self.count * offset)
+        scale = float(self.centered().yy.sum())
+        found = float(total.sum().clamp_min(0)) / max(scale, 1e-30)
+        return found if found == found else float("inf")

@@ -1,0 +1,153 @@
+"""What healing and reconstruction share: two networks on their way through a graph, layer by layer.
+
+A layer is an operator with an input, a weight and perhaps a bias that can be solved by least
+squares: convolutions of any rank, linear layers, products with a matrix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from rarefy.batches import arguments, map_tensors
+from rarefy.graph.program import Graph, GraphModel, Node, Ref, last_use, resolve, substitute
+from rarefy.types import Inputs
+
+OPERANDS = {
+    **dict.fromkeys(("conv1d", "conv2d", "conv3d", "linear"), ("input", "weight", "bias")),
+    "addmm": ("mat1", "mat2", "self"),
+    "mm": ("self", "mat2", ""),
+    "matmul": ("self", "other", ""),
+}
+"""Operators whose weights are solved -> the names of their inputs, weight and bias."""
+
+TRANSPOSED = frozenset(("addmm", "mm", "matmul"))
+"""Those whose weight has its outputs along the second dimension."""
+
+
+class Run:
+    """One network on its way through a graph, operator by operator."""
+
+    def __init__(self, model: GraphModel, inputs: Inputs) -> None:
+        args, given = arguments(map_tensors(torch.clone, inputs))
+        named = {name: given[name] for name in model._keywords if name in given} | given
+        self._model, self._given = model, iter(pytree.tree_leaves((args, named)))
+        self._nodes = list(model.graph.nodes)
+        self._last_use = last_use(model.graph)
+        self._dead: tuple[str, ...] = ()
+        self.values: dict[str, Any] = {}
+
+    def through(self, node: Node) -> None:
+        """Run all nodes up to this one, and it."""
+        self.before(node)
+        self._step()
+
+    def before(self, node: Node) -> None:
+        """Run all nodes before this one; what it reads is in ``values``."""
+        while self._nodes[0] is not node:
+            self._step()
+
+    def rest(self, changed: Mapping[str, Tensor], shifts: Mapping[str, Tensor]) -> list[Tensor]:
+        """What the network would return with other tensors; the run itself stays where it is.
+
+        Args:
+            changed: name of a parameter's or buffer's node -> what takes its place.
+            shifts: name of a call -> what is added to its result.
+        """
+        nodes, dead = self._nodes, self._dead
+        values = _apart(self.values, self._model.graph.by_name) | dict(changed)
+        for node in nodes:
+            for name in dead:
+                values.pop(name, None)
+            if node.op == "output":
+                leaves = pytree.tree_leaves(substitute(node.args[0], lambda ref: values[ref.name]))
+                return [t for t in leaves if isinstance(t, Tensor) and t.is_floating_point()]
+            if node.op == "tensor":
+                values[node.name] = changed.get(node.name, self._model.tensor(node.path))
+            else:
+                values[node.name] = self._model.step(node, resolve(node.op), values)
+            if node.name in shifts:
+                values[node.name] = values[node.name] + shifts[node.name]
+            dead = self._last_use[node.name]
+        raise AssertionError("a graph ends with its output")
+
+    def _step(self) -> None:
+        for name in self._dead:
+            del self.values[name]
+        node = self._nodes.pop(0)
+        if node.op == "input":
+            self.values[node.name] = next(self._given)
+        elif node.op == "tensor":
+            self.values[node.name] = self._model.tensor(node.path)
+        else:
+            self.values[node.name] = self._model.step(node, resolve(node.op), self.values)
+        self._dead = self._last_use[node.name]
+
+
+def _apart(values: Mapping[str, Any], nodes: Mapping[str, Node]) -> dict[str, Any]:
+    """The values in memory of their own, views of one another as before; tensors as they are."""
+    copies: dict[int, torch.UntypedStorage] = {}
+
+    def own(tensor: Tensor) -> Tensor:
+        held = tensor.untyped_storage()
+        if held.data_ptr() not in copies:
+            copies[held.data_ptr()] = held.clone()  # type: ignore[no-untyped-call]
+        place = (tensor.storage_offset(), tensor.shape, tensor.stride())
+        empty = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+        return empty.set_(copies[held.data_ptr()], *place)
+
+    return {
+        name: value if nodes[name].op == "tensor" else map_tensors(own, value)
+        for name, value in values.items()
+    }
+
+
+def operand(node: Node, which: int) -> Any:
+    """The reference to a layer's inputs (0), weight (1) or bias (2), which may be None."""
+    name = OPERANDS[node.kind][which]
+    return node.argument(name) if name else None
+
+
+def layer_name(node: Node) -> str:
+    """Path of the module that makes the call, or the node's own name."""
+    return node.scope or node.name
+
+
+def unsolvable(graph: Graph, weight: Node, node: Node) -> str:
+    """Why a layer's weight cannot be solved for; empty where it can."""
+    if weight.op != "tensor":
+        return "its weight is computed in the graph"
+    if len(graph.users[weight.name]) > 1:
+        return "its weight is used several times"
+    if node.kind in TRANSPOSED and (
+        len(weight.shape) != 2 or {node.argument("alpha"), node.argument("beta")} - {None, 1}
+    ):
+        return "it is more than a product with a matrix"
+    bias = operand(node, 2)
+    if isinstance(bias, Ref) and graph.by_name[bias.name].op != "tensor":
+        return "its bias is computed in the graph"
+    if isinstance(bias, Ref) and len(graph.users[bias.name]) > 1:
+        return "its bias is used several times"
+    if node.kind.startswith("conv") and len(node.shape) != len(weight.shape):
+        return "its inputs have no batch dimension"
+    return ""
+
+
+def unseen(lead: tuple[int, ...], held_out: Tensor) -> Tensor:
+    """For each row of a tensor with these leading dimensions, whether its example is held out.
+
+    The examples are along the first dimension of a multiple of their number: they come first in
+    it where others (windows, frames) were merged into it. Without one, the first dimension is
+    divided as if they were.
+    """
+    if not lead:
+        return held_out[:1]
+    examples = len(held_out)
+    dim = next((d for d, size in enumerate(lead) if size % examples == 0), 0)
+    owner = torch.arange(lead[dim]) * examples // lead[dim]
+    column = held_out[owner].reshape(-1, *[1] * (len(lead) - dim - 1))
+    return column.expand(lead).reshape(-1)

@@ -1,0 +1,59 @@
+"""Names that a user writes -> paths of modules and parameters."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from fnmatch import fnmatchcase
+
+from torch import nn
+
+from rarefy.errors import InputError
+
+
+def paths(model: nn.Module) -> frozenset[str]:
+    """Paths of all modules and parameters."""
+    modules = (name for name, _ in model.named_modules() if name)
+    return frozenset(modules).union(
+        name for name, _ in model.named_parameters(remove_duplicate=False)
+    )
+
+
+def matches(pattern: str, known: frozenset[str]) -> frozenset[str]:
+    """The paths that a name means: itself, or all that a pattern with ``*?[]`` matches."""
+    found = frozenset([pattern]) & known
+    return found or frozenset(path for path in known if fnmatchcase(path, pattern))
+
+
+def matching(pattern: str, among: Iterable[str], where: str) -> frozenset[str]:
+    """The paths that a name means: itself, or all that a pattern with ``*?[]`` matches.
+
+    ``*`` matches dots, too.
+
+    Args:
+        pattern: what the user wrote.
+        among: paths of the network.
+        where: the argument concerned, for the error.
+
+    Raises:
+        InputError: nothing matches; the message has the nearest paths.
+
+    Example:
+        >>> sorted(matching("layer?.conv", {"layer1.conv", "layer2.conv", "fc"}, "exclude"))
+        ['layer1.conv', 'layer2.conv']
+    """
+    known = frozenset(among)
+    found = matches(pattern, known)
+    if not found:
+        near = difflib.get_close_matches(pattern, sorted(known), 3)
+        raise InputError(
+            where,
+            f"no module or parameter has the path {pattern!r}",
+            f"Did you mean {' or '.join(near)}" if near else "See model.named_modules()",
+        )
+    return found
+
+
+def within(path: str, modules: Iterable[str]) -> bool:
+    """Whether a path is one of these, or lies in one of these modules."""
+    return any(f"{path}.".startswith(f"{module}.") for module in modules)

@@ -1,0 +1,140 @@
+"""Pruning along a schedule while training: weights, and units that are removed at the end."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import rarefy as rf
+from rarefy.errors import BudgetError, InputError
+from rarefy.pruning.gradual import GradualPruning, GradualUnits
+from rarefy.pruning.masks import sparsity
+from rarefy.pruning.patterns import Block
+from rarefy.schedules import Constant, Cubic, Iterative
+
+torch.set_num_threads(1)
+with torch.random.fork_rng():
+    torch.manual_seed(0)
+    NET = nn.Sequential(
+        nn.Conv2d(1, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(),
+        nn.Conv2d(8, 12, 3, padding=1, groups=2), nn.BatchNorm2d(12), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(12, 3),
+    )  # fmt: skip
+    X, Y = torch.randn(16, 1, 6, 6), torch.randint(3, (16,))
+
+WEIGHTS = 8 * 9 + 12 * 4 * 9 + 36
+
+
+def trained(model: nn.Module, after_step, steps: int, seen=lambda model: None) -> nn.Module:
+    """The user's own loop."""
+    model = copy.deepcopy(model).train()
+    optimizer = torch.optim.SGD(model.parameters(), 0.05, momentum=0.9, weight_decay=1e-3)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(X), Y).backward()
+        optimizer.step()
+        after_step(model)
+        seen(model)
+    return model
+
+
+@pytest.mark.parametrize("schedule", [Cubic(0.9, steps=20, begin=4), Iterative(0.9, 3, every=5),
+                                      Constant(0.5)])  # fmt: skip
+@pytest.mark.parametrize("every", [1, 5])
+def test_sparsity_follows_the_schedule_exactly(schedule, every) -> None:
+    shares: list[float] = []
+    trained(NET, GradualPruning(schedule, every=every), 30, lambda m: shares.append(sparsity(m)))
+    for step, share in enumerate(shares, 1):
+        selected = step // every * every
+        expected = int(schedule(selected) * WEIGHTS + 1e-9) if selected else 0
+        assert share * WEIGHTS == pytest.approx(expected)
+
+
+def test_zeros_stay_zeros_as_their_number_grows() -> None:
+    before: list[torch.Tensor] = [torch.zeros(12, 4, 3, 3, dtype=torch.bool)]
+
+    def grown(model: nn.Module) -> None:
+        now = model[3].weight == 0
+        assert now[before[-1]].all()
+        before.append(now)
+
+    trained(NET, GradualPruning(Cubic(0.8, steps=20), every=3), 25, grown)
+    assert before[-1].any()
+
+
+def test_blocks_local_shares_and_excluded_layers() -> None:
+    gradual = GradualPruning(
+        Constant(0.5), structure=Block(2, 3), scope="local", exclude=["8"], example_inputs=X
+    )
+    model = trained(NET, gradual, 3)
+    for layer, blocks in ((0, 12), (3, 72)):
+        matrix = model[layer].weight.flatten(1)
+        cells = matrix.view(len(matrix) // 2, 2, -1, 3).transpose(1, 2).flatten(2) == 0
+        assert int(cells.all(-1).sum()) == blocks // 2
+    assert not (model[8].weight == 0).any()
+
+
+def test_it_works_in_rarefys_loop_and_goes_on_where_it_was() -> None:
+    gradual = GradualPruning(Cubic(0.9, steps=10))
+    tuned = rf.train(NET, [(X, Y)] * 5, epochs=2, progress=False, after_step=gradual)
+    assert sparsity(tuned) * WEIGHTS == pytest.approx(int(0.9 * WEIGHTS))
+    again = GradualPruning(Cubic(0.9, steps=10))
+    again.load_state_dict(gradual.state_dict())
+    assert again.step == 10
+    assert set(again.masks) == {"0.weight", "3.weight", "8.weight"}
+    assert sparsity(trained(tuned, again, 3)) * WEIGHTS == pytest.approx(int(0.9 * WEIGHTS))
+
+
+def test_units_are_zeroed_and_then_removed() -> None:
+    gradual = GradualUnits(NET, X, Cubic(0.5, steps=10), every=2)
+    zeroed: list[int] = []
+
+    def units(model: nn.Module) -> None:
+        zeroed.append(int((model[0].weight == 0).all(3).all(2).all(1).sum()))
+        zeroed[-1] += int((model[3].weight == 0).all(3).all(2).all(1).sum())
+
+    model = trained(NET, gradual, 14, units).eval()
+    assert zeroed == sorted(zeroed)
+    assert 6 <= zeroed[-1] <= 12
+    for norm in (1, 4):
+        gone = (model[norm - 1].weight == 0).flatten(1).all(1)
+        assert not model[norm].weight[gone].any()
+        assert not model[norm].bias[gone].any()
+    small = gradual.finish(model)
+    assert small.pruned.kind == "module"
+    assert small[0].out_channels + small[3].out_channels == 20 - zeroed[-1]
+    torch.testing.assert_close(small(X), model(X), rtol=1e-4, atol=1e-5)
+
+
+def test_units_that_are_zero_are_never_taken_back() -> None:
+    gradual = GradualUnits(NET, X, Cubic(0.6, steps=12), criterion=lambda g, t: torch.rand(len(g)))
+    plans = [gradual._plan.removed]
+
+    def nested(model: nn.Module) -> None:
+        assert gradual._plan.removed[plans[-1]].all()
+        plans.append(gradual._plan.removed)
+
+    trained(NET, gradual, 12, nested)
+    assert plans[-1].any()
+
+
+def test_bad_input_is_refused() -> None:
+    with pytest.raises(InputError, match="N:M fixes the share"):
+        GradualPruning(Constant(0.5), structure="2:4")
+    with pytest.raises(InputError, match="calibration data"):
+        GradualPruning(Constant(0.5), criterion="wanda")
+    with pytest.raises(InputError, match="example_inputs"):
+        GradualPruning(Constant(0.5), structure="1x4")
+    with pytest.raises(InputError, match="every"):
+        GradualPruning(Constant(0.5), every=0)
+    with pytest.raises(InputError, match="schedule"):
+        GradualPruning(0.5)
+    with pytest.raises(BudgetError, match="scope"):
+        GradualPruning(Constant(0.5), scope="all")
+    with pytest.raises(BudgetError, match=r"gives 1\.0"):
+        GradualPruning(Constant(1.0))(copy.deepcopy(NET))
+    with pytest.raises(InputError, match="Did you mean"):
+        GradualPruning(Constant(0.5), exclude=["0.wieght"])(copy.deepcopy(NET))

@@ -1,0 +1,83 @@
+"""Rows of layers of every kind, and sums over them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from rarefy.graph.capture import capture, graph_model
+from rarefy.pruning import gram
+from rarefy.pruning.gram import Gram, rows
+from rarefy.pruning.lockstep import OPERANDS, TRANSPOSED, Run, operand
+
+CASES = {
+    "linear": (nn.Linear(5, 3), (7, 5)),
+    "linear over positions": (nn.Linear(5, 3), (7, 4, 5)),
+    "conv1d": (nn.Conv1d(4, 6, 3, padding=1, dilation=2), (5, 4, 11)),
+    "conv2d": (nn.Conv2d(3, 4, (3, 2), stride=(2, 1), padding="valid"), (5, 3, 8, 7)),
+    "conv2d same": (nn.Conv2d(3, 4, 4, padding="same", dilation=(1, 2)), (2, 3, 8, 7)),
+    "grouped": (nn.Conv2d(6, 4, 3, groups=2, padding=(1, 0)), (3, 6, 5, 6)),
+    "depthwise": (nn.Conv2d(4, 8, 3, groups=4), (3, 4, 5, 5)),
+    "conv3d": (nn.Conv3d(2, 3, 2, stride=2), (2, 2, 4, 6, 5)),
+}
+
+
+class Transposed(nn.Module):
+    """GPT-2's Conv1D: a linear layer whose weight has its inputs first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.randn(5, 3)), nn.Parameter(torch.randn(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        size = (*x.shape[:-1], 3)
+        return torch.addmm(self.bias, x.view(-1, 5), self.weight).view(size)
+
+
+CASES["transposed"] = (Transposed(), (7, 4, 5))
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("share", [1.0, 0.5])
+def test_rows_times_the_weight_are_the_outputs(name, share, monkeypatch) -> None:
+    monkeypatch.setattr(gram, "SLICE", 1 << 12)  # several slices
+    layer, shape = CASES[name]
+    layer = layer.double()
+    captured = capture(layer, torch.zeros(shape, dtype=torch.float64))
+    model = graph_model(layer, captured)
+    node = next(n for n in captured.graph.calls if n.kind in OPERANDS)
+    inputs = torch.randn(shape, dtype=torch.float64)
+    run = Run(model, inputs)
+    with torch.no_grad():
+        run.through(node)
+    x, y = run.values[operand(node, 0).name], run.values[node.name]
+    weight = layer.weight.detach()
+    matrix = (weight.T if node.kind in TRANSPOSED else weight).flatten(1)
+    generator = torch.Generator().manual_seed(0)
+    total, numbers = 0, []
+    for left, right, index in rows(node, x, y, weight, share, generator):
+        groups = len(left)
+        w = matrix.view(groups, -1, matrix.shape[1]).transpose(1, 2)
+        bias = layer.bias.detach().view(groups, 1, -1)
+        torch.testing.assert_close(left @ w + bias, right)
+        total += left.shape[1]
+        numbers += index.tolist()
+    every = y.numel() // layer.bias.numel()
+    assert total == every if share == 1 else 0 < total < every
+    assert len(set(numbers)) == len(numbers) == total
+    assert max(numbers) < every
+
+
+def test_sums_tell_the_error_of_the_rows() -> None:
+    torch.manual_seed(0)
+    x, y = torch.randn(2, 50, 4).double() + 1, torch.randn(2, 50, 3).double() - 2
+    w, offset = torch.randn(2, 4, 3).double(), torch.randn(2, 1, 3).double()
+    sums = Gram.empty(2, 4, 3)
+    for part in range(0, 50, 20):
+        sums.add(x[:, part : part + 20], y[:, part : part + 20])
+    expected = (x @ w + offset - y).square().sum() / (y - y.mean(1, keepdim=True)).square().sum()
+    assert sums.error(w, offset) == pytest.approx(float(expected))
+    centered, x0, y0 = sums.centered(), x - x.mean(1, keepdim=True), y - y.mean(1, keepdim=True)
+    torch.testing.assert_close(centered.xx, x0.transpose(1, 2) @ x0)
+    torch.testing.assert_close(centered.xy, x0.transpose(1, 2) @ y0)

@@ -1,0 +1,126 @@
+"""Callbacks in real trainers of Lightning and transformers; skipped where these are absent."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, Dataset, TensorDataset
+
+from rarefy.pruning.gradual import GradualPruning
+from rarefy.pruning.masks import hold, sparsity
+from rarefy.pruning.sparsify import sparsify
+from rarefy.schedules import Constant
+from rarefy.types import Budget
+
+torch.set_num_threads(1)
+X = torch.randn(24, 6, generator=torch.Generator().manual_seed(0))
+Y = X[:, :3].argmax(1)
+
+
+def network() -> nn.Sequential:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
+
+
+def zeros(model: nn.Module) -> list[torch.Tensor]:
+    return [p.detach() == 0 for p in model.parameters() if p.ndim > 1]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_lightning(accumulate, tmp_path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        lightning = pytest.importorskip("lightning.pytorch")
+        from rarefy.integrations.lightning import AfterStep
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+
+    class Task(lightning.LightningModule):
+        def __init__(self, net: nn.Module) -> None:
+            super().__init__()
+            self.net = net
+
+        def training_step(self, batch, _):
+            return nn.functional.cross_entropy(self.net(batch[0]), batch[1])
+
+        def configure_optimizers(self):
+            return torch.optim.AdamW(self.parameters(), 0.01, weight_decay=0.1)
+
+    steps: list[nn.Module] = []
+
+    def run(net: nn.Module, function) -> None:
+        lightning.Trainer(
+            max_epochs=2, accelerator="cpu", logger=False, enable_checkpointing=False,
+            enable_progress_bar=False, enable_model_summary=False, default_root_dir=tmp_path,
+            accumulate_grad_batches=accumulate, callbacks=[AfterStep(function, network="net")],
+        ).fit(Task(net), DataLoader(TensorDataset(X, Y), 4))  # fmt: skip
+
+    sparse = sparsify(network(), Budget(sparsity=0.6))
+    before, start = zeros(sparse), copy.deepcopy(sparse.state_dict())
+    run(sparse, hold(sparse))
+    assert all(map(torch.equal, zeros(sparse), before))
+    assert not torch.equal(sparse[0].weight, start["0.weight"])
+    run(network(), steps.append)
+    assert len(steps) == 12 // accumulate
+    dense = network()
+    run(dense, GradualPruning(Constant(0.5)))
+    assert sparsity(dense) == 0.5
+
+
+class Rows(Dataset):
+    """Examples as transformers wants them."""
+
+    def __len__(self) -> int:
+        return len(X)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return {"x": X[index], "labels": Y[index]}
+
+
+class Classifier(nn.Module):
+    """Returns its loss, as transformers' networks do."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+        logits = self.net(x)
+        return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_transformers(accumulate, tmp_path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        transformers = pytest.importorskip("transformers")
+        from rarefy.integrations.transformers import AfterStep
+    steps: list[nn.Module] = []
+
+    def run(model: nn.Module, function) -> None:
+        arguments = transformers.TrainingArguments(
+            str(tmp_path), num_train_epochs=2, per_device_train_batch_size=4, use_cpu=True,
+            gradient_accumulation_steps=accumulate, learning_rate=0.01, weight_decay=0.1,
+            report_to=[], save_strategy="no", logging_strategy="no", disable_tqdm=True,
+        )  # fmt: skip
+        transformers.Trainer(
+            model, arguments, train_dataset=Rows(), callbacks=[AfterStep(function)]
+        ).train()
+
+    model = sparsify(Classifier(network()), Budget(sparsity=0.6))
+    before, start = zeros(model), copy.deepcopy(model.state_dict())
+    run(model, hold(model))
+    assert all(map(torch.equal, zeros(model), before))
+    assert not torch.equal(model.net[0].weight, start["net.0.weight"])
+    run(Classifier(network()), steps.append)
+    assert len(steps) == 12 // accumulate
+    dense = Classifier(network())
+    run(dense, GradualPruning(Constant(0.5)))
+    assert sparsity(dense) == 0.5

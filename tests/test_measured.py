@@ -1,0 +1,204 @@
+"""Budgets that are measured: reached by correcting, and never missed silently."""
+
+import warnings
+from inspect import signature
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import rarefy as rf
+from rarefy import measured
+from rarefy.errors import BudgetError, InputError
+from rarefy.measured import CLOSE, Served, reach
+from rarefy.pruning import prune as pruning
+from rarefy.storage.format import save
+from rarefy.types import Budget, Latency, Measurement
+from tiny_networks import perceptron
+
+torch.set_num_threads(1)
+QUICK = settings(max_examples=40, deadline=None, derandomize=True, database=None)
+X = torch.randn(2, 8, generator=torch.Generator().manual_seed(0))
+
+
+def wide(seed: int = 0) -> nn.Sequential:
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return nn.Sequential(
+            nn.Linear(8, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 4)
+        ).eval()
+
+
+def made(share: float) -> nn.Module:
+    network = nn.Identity()
+    network.asked = share
+    return network
+
+
+@QUICK
+@given(st.floats(0.1, 0.95), st.floats(0.3, 3), st.floats(0, 0.3))
+def test_corrections_reach_any_rising_relation(wanted, power, offset) -> None:
+    def relation(share: float) -> tuple[nn.Module, float]:
+        return made(share), offset + (1 - offset) * share**power
+
+    if wanted < offset + 0.05:
+        return
+    small = reach(Budget(bytes=wanted), relation)
+    assert relation(small.asked)[1] <= wanted
+
+
+def test_the_first_that_comes_close_is_taken() -> None:
+    asked = []
+
+    def exact(share: float) -> tuple[nn.Module, float]:
+        asked.append(share)
+        return made(share), share - CLOSE / 2
+
+    assert reach(Budget(latency=0.5), exact).asked == 0.5
+    assert asked == [0.5]
+
+
+def test_a_share_that_overshoots_is_corrected_upwards() -> None:
+    small = reach(Budget(latency=0.6), lambda s: (made(s), s**2))
+    assert 0.58 <= small.asked**2 <= 0.62
+
+
+def test_where_all_miss_the_error_says_what_was_measured() -> None:
+    with pytest.raises(BudgetError, match=r"smallest share that was measured is 0\.8"):
+        reach(Budget(latency=0.5), lambda s: (made(s), 0.8 + 0.2 * s))
+
+
+def test_where_nothing_is_faster_the_error_says_so() -> None:
+    with pytest.raises(BudgetError, match="no smaller network is faster"):
+        reach(Budget(latency=0.5), lambda s: (made(s), 1.1))
+
+
+def test_where_pruning_refuses_the_error_says_why() -> None:
+    def refuses(share: float) -> tuple[nn.Module, float]:
+        if share < 0.7:
+            raise BudgetError("prune", "the smallest share that can remain is 0.700", "Keep more")
+        return made(share), share
+
+    with pytest.raises(BudgetError, match=r"can remain is 0\.700") as caught:
+        reach(Budget(bytes=0.5), refuses)
+    assert "measured is 0.7" in caught.value.what or "measured is 0.8" in caught.value.what
+
+
+@pytest.mark.parametrize("share", [0.3, 0.8])
+def test_a_budget_of_bytes_is_that_of_the_files(share: float, tmp_path: Path) -> None:
+    net = wide()
+    small = rf.prune(net, X, Budget(bytes=share))
+    before, after = (save(m, tmp_path / "m").stat().st_size for m in (net, small))
+    assert share - CLOSE <= after / before <= share
+
+
+class Clock:
+    """A runtime in which a network's time is in proportion to its parameters, but for a factor."""
+
+    def __init__(self, patch: pytest.MonkeyPatch, base: float = 0.0) -> None:
+        self.base, self.shares = base, []
+        patch.setattr(measured, "export", self.export)
+        patch.setattr(measured, "relative", self.relative)
+        patch.setattr(measured, "measure", lambda path, *_, **__: self.measurement(path))
+        patch.setattr(measured.Cache, "get", self.layers)
+
+    def export(self, model: nn.Module, path: Path, inputs: object) -> Path:
+        path.write_text(str(self.base + sum(p.numel() for p in model.parameters())))
+        return path
+
+    def measurement(self, path: Path) -> Measurement:
+        ms = float(path.read_text())
+        return Measurement(str(path), "made up 1", 1, 1, Latency(ms, ms, ms), 1, 1)
+
+    def relative(self, before: Path, after: Path, inputs: object, **_: object):
+        first, second = self.measurement(before), self.measurement(after)
+        self.shares.append(second.latency_ms.median / first.latency_ms.median)
+        return first, second, self.shares[-1]
+
+    def layers(self, layers: list, measure: object) -> dict:
+        return {layer: float(layer.inner * layer.outer) for layer in layers}
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    return Clock(monkeypatch)
+
+
+@pytest.mark.parametrize("share", [0.35, 0.6, 0.9])
+def test_a_budget_of_latency_is_that_of_the_exported_network(share: float, clock: Clock) -> None:
+    small = rf.prune(wide(), X, Budget(latency=share))
+    assert isinstance(small.served, Served)
+    assert small.served.share in clock.shares
+    assert small.served.faster
+    assert small.served.share <= share + CLOSE
+    assert {m.out_features % 16 for m in small if isinstance(m, nn.Linear)} == {0, 4}
+    with torch.no_grad():
+        assert small(X).shape == (2, 4)
+
+
+def test_a_constant_part_is_corrected_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch, base=40_000)
+    small = rf.prune(wide(), X, Budget(latency=0.7, round_to=4))
+    assert len(clock.shares) > 1
+    assert 0.7 - 2 * CLOSE <= small.served.share <= 0.7 + CLOSE
+
+
+def test_a_latency_out_of_reach_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    Clock(monkeypatch, base=10_000_000)
+    with pytest.raises(BudgetError, match=r"latency=0\.5.*smallest share that was measured"):
+        rf.prune(wide(), X, Budget(latency=0.5))
+
+
+@pytest.mark.usefixtures("clock")
+def test_any_budget_can_be_timed() -> None:
+    small = rf.prune(wide(), X, Budget(params=0.5), runtime="onnxruntime")
+    assert small.served.share == pytest.approx(0.5, abs=CLOSE)
+    assert not hasattr(rf.prune(wide(), X, Budget(params=0.5)), "served")
+
+
+@pytest.mark.usefixtures("clock")
+def test_a_network_that_is_not_faster_is_warned_of() -> None:
+    with pytest.warns(RuntimeWarning, match="not faster in made up 1"):
+        small = rf.prune(wide(), X, Budget(macs=1.0), runtime="onnxruntime")
+    assert not small.served.faster
+
+
+def test_an_unknown_runtime_is_refused_before_any_work() -> None:
+    with pytest.raises(InputError, match="unknown runtime"):
+        rf.prune(wide(), X, Budget(latency=0.5), runtime="abacus")
+
+
+def test_automatic_widths_are_those_of_the_runtime() -> None:
+    small = rf.prune(wide(), X, Budget(params=0.5, round_to="auto"))
+    assert {m.out_features % 16 for m in small if isinstance(m, nn.Linear)} == {0, 4}
+
+
+def test_measured_budgets_need_the_measuring_prune() -> None:
+    for kind in ("bytes", "latency"):
+        with pytest.raises(BudgetError, match=r"rarefy\.prune"):
+            pruning.prune(perceptron(), X, Budget(**{kind: 0.5}))
+
+
+def test_the_options_are_those_of_the_pruning() -> None:
+    own = {n for n, p in signature(pruning.prune).parameters.items() if p.kind is p.KEYWORD_ONLY}
+    assert set(pruning.PruneOptions.__annotations__) == own - {"costs"}
+
+
+@pytest.mark.slow
+def test_a_latency_is_reached_in_onnxruntime(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("RAREFY_CACHE", str(tmp_path))
+    net = nn.Sequential(
+        nn.Conv2d(3, 64, 3, padding=1), nn.ReLU(), nn.Conv2d(64, 128, 3, padding=1), nn.ReLU(),
+        nn.Conv2d(128, 128, 3, padding=1), nn.ReLU(), nn.Conv2d(128, 8, 1),
+    ).eval()  # fmt: skip
+    x = torch.randn(1, 3, 32, 32)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        small = rf.prune(net, x, Budget(latency=0.5))
+    assert small.served.share <= 0.5 + CLOSE
+    assert small.served.before.runtime.startswith("onnxruntime")
+    assert all(m.out_channels % 16 == 0 for m in list(small)[:-1] if isinstance(m, nn.Conv2d))
+    assert list(tmp_path.glob("layers-*.json"))

@@ -1,0 +1,428 @@
+"""Weights set to zero in whole networks, with and without calibration data."""
+
+from __future__ import annotations
+
+import copy
+from itertools import product
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import rarefy as rf
+from rarefy.errors import BudgetError, DataError, InputError
+from rarefy.pruning import calibrated
+from rarefy.pruning.elements import SparseGPT, Wanda
+from rarefy.pruning.masks import sparsity
+from rarefy.pruning.patterns import NM, Block
+from rarefy.pruning.sparsify import sparsify
+from rarefy.types import Budget
+
+torch.set_num_threads(1)
+with torch.random.fork_rng():
+    torch.manual_seed(0)
+    NET = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(16, 5))
+
+
+def zeros(model: nn.Module) -> list[int]:
+    return [int((w == 0).sum()) for w in (model[0].weight, model[3].weight)]
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.floats(0, 0.999))
+def test_the_share_is_exact(share) -> None:
+    local = sparsify(NET, Budget(sparsity=share, scope="local"))
+    assert zeros(local) == [int(share * 36 + 1e-9), int(share * 80 + 1e-9)]
+    assert sum(zeros(sparsify(NET, Budget(sparsity=share)))) == int(share * 116 + 1e-9)
+
+
+def test_the_smallest_go_and_the_rest_is_untouched() -> None:
+    before = copy.deepcopy(NET.state_dict())
+    sparse = sparsify(NET, Budget(sparsity=0.5))
+    gone = torch.cat(
+        [NET[i].weight.abs().flatten()[sparse[i].weight.flatten() == 0] for i in (0, 3)]
+    )
+    left = torch.cat([sparse[i].weight[sparse[i].weight != 0].abs() for i in (0, 3)])
+    assert gone.max() <= left.min()
+    assert torch.equal(sparse[0].bias, NET[0].bias)
+    assert torch.equal(sparse[1].weight, NET[1].weight)
+    assert all(torch.equal(v, before[k]) for k, v in NET.state_dict().items())
+    assert NET.training
+    assert not sparse.training
+
+
+def test_equal_weights_are_still_cut_exactly() -> None:
+    layer = nn.Linear(4, 4)
+    nn.init.ones_(layer.weight)
+    assert sparsity(sparsify(nn.Sequential(layer), Budget(sparsity=0.5))) == 0.5
+
+
+def test_excluded_layers_stay_dense() -> None:
+    assert zeros(sparsify(NET, Budget(sparsity=0.5, scope="local"), exclude=["0"])) == [0, 40]
+    assert zeros(sparsify(NET, Budget(sparsity=0.5), exclude=["3.weight"])) == [18, 0]
+    with pytest.raises(InputError, match=r"Did you mean .*3\.weight"):
+        sparsify(NET, Budget(sparsity=0.5), exclude=["3.wieght"])
+    with pytest.raises(InputError, match="no weight"):
+        sparsify(NET, Budget(sparsity=0.5), exclude=["0", "3"])
+
+
+def test_only_sparsity_makes_sense() -> None:
+    with pytest.raises(BudgetError, match="sparsity"):
+        sparsify(NET, Budget(macs=0.5))
+    with pytest.raises(BudgetError, match="min_keep"):
+        sparsify(NET, Budget(sparsity=0.5, min_keep=2))
+
+
+def test_shared_and_frozen_weights() -> None:
+    layer = nn.Linear(4, 4)
+    layer.weight.requires_grad_(False)
+    sparse = sparsify(nn.Sequential(layer, layer), Budget(sparsity=0.5))
+    assert sparse[0].weight is sparse[1].weight
+    assert int((sparse[0].weight == 0).sum()) == 8
+    assert not sparse[0].weight.requires_grad
+
+
+def test_a_criterion_of_ones_own_decides() -> None:
+    layer = nn.Linear(3, 2)
+    sparse = sparsify(nn.Sequential(layer), Budget(sparsity=0.5), criterion=lambda w: -w.abs())
+    assert sparse[0].weight.abs().max() < layer.weight.abs().median() + 1e-6
+    with pytest.raises(InputError, match=r"'0\.weight'.*shape \(1,\)"):
+        sparsify(nn.Sequential(layer), Budget(sparsity=0.5), criterion=lambda w: torch.zeros(1))
+
+
+def test_a_network_without_weights_is_refused() -> None:
+    with pytest.raises(InputError, match="no weight is left"):
+        sparsify(nn.Sequential(nn.ReLU()), Budget(sparsity=0.5))
+
+
+# --- structures that need the graph -------------------------------------------------------------
+
+
+class Mixed(nn.Module):
+    """Layers of every kind that matters for the direction of the inputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(10, 8)
+        self.conv = nn.Conv1d(8, 6, 3, padding=1)
+        self.depthwise = nn.Conv1d(6, 6, 3, padding=1, groups=6)
+        self.inputs_first = nn.Parameter(torch.randn(6, 8))
+        self.outputs_first = nn.Parameter(torch.randn(8, 8))
+        self.lstm = nn.LSTM(8, 4, batch_first=True)
+        self.up = nn.ConvTranspose1d(4, 5, 2)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = F.relu(self.depthwise(F.relu(self.conv(self.table(tokens).transpose(1, 2)))))
+        x = F.relu(x.transpose(1, 2) @ self.inputs_first) @ self.outputs_first.T
+        return self.up(self.lstm(x)[0].transpose(1, 2))
+
+
+@pytest.fixture(scope="module")
+def mixed() -> Mixed:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return Mixed()
+
+
+TOKENS = torch.randint(10, (4, 7), generator=torch.Generator().manual_seed(0))
+
+
+def test_n_of_m_runs_along_the_inputs_of_each_layer(mixed) -> None:
+    sparse = rf.prune(mixed, TOKENS, structure="2:4")
+    along = {"conv.weight": 1, "inputs_first": 0, "outputs_first": 1, "up.weight": 0,
+             "lstm.weight_ih_l0": 1, "lstm.weight_hh_l0": 1}  # fmt: skip
+    assert sparse.sparsified.structure == "2:4"
+    assert set(sparse.sparsified.zeros) == set(along)
+    for path, dim in along.items():
+        kept = (sparse.get_parameter(path) != 0).movedim(dim, -1)
+        full = kept.shape[-1] // 4 * 4
+        groups = kept[..., :full].unflatten(-1, (-1, 4)).sum(-1)
+        assert (groups == 2).all(), path
+        assert kept[..., full:].all(), path
+    assert set(sparse.sparsified.dense) == {"table.weight", "depthwise.weight"}
+    assert "fewer than 4" in sparse.sparsified.dense["depthwise.weight"]
+    assert torch.equal(sparse.table.weight, mixed.table.weight)
+
+
+def test_n_of_m_takes_no_other_share(mixed) -> None:
+    assert rf.prune(mixed, TOKENS, Budget(sparsity=0.5), structure=NM(2, 4))
+    with pytest.raises(BudgetError, match=r"2:4 sets 0\.5"):
+        rf.prune(mixed, TOKENS, Budget(sparsity=0.9), structure="2:4")
+    with pytest.raises(BudgetError, match="no sparsity"):
+        rf.prune(mixed, TOKENS, structure="1x4")
+    with pytest.raises(InputError, match=r"Budget"):
+        rf.prune(mixed, TOKENS)
+    with pytest.raises(InputError, match="no weight has that structure"):
+        rf.prune(nn.Linear(3, 3), torch.zeros(2, 3), structure="2:4")
+
+
+@pytest.mark.parametrize("scope", ["local", "global"])
+def test_blocks_are_counted(mixed, scope) -> None:
+    sparse = rf.prune(mixed, TOKENS, Budget(sparsity=0.5, scope=scope), structure=Block(2, 5))
+    found = total = 0
+    for path in sparse.sparsified.zeros:
+        weight = sparse.get_parameter(path)
+        along = 0 if path in ("inputs_first", "up.weight") else 1
+        matrix = weight.movedim(along, 1).flatten(1)
+        cells = [
+            matrix[i : i + 2, j : j + 5] == 0
+            for i, j in product(range(0, len(matrix), 2), range(0, matrix.shape[1], 5))
+        ]
+        assert all(cell.all() or not cell.any() for cell in cells)
+        gone = sum(bool(cell.all()) for cell in cells)
+        assert scope == "global" or gone == len(cells) // 2
+        found, total = found + gone, total + len(cells)
+    assert scope == "local" or found == total // 2
+    assert sparse.sparsified.dense["depthwise.weight"] == "it is 6x3, smaller than a block of 2x5"
+
+
+def test_a_rewritten_graph_can_be_made_sparse(mixed) -> None:
+    from rarefy.graph.capture import capture, graph_model
+
+    model = graph_model(copy.deepcopy(mixed), capture(mixed, TOKENS))
+    sparse = rf.prune(model, TOKENS, structure="2:4")
+    assert len(sparse.sparsified.zeros) == 6
+
+
+# --- calibration data ----------------------------------------------------------------------------
+
+
+class Convolutions(nn.Module):
+    """A residual network with grouped and depthwise convolutions, and a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 8, 3, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(8)
+        self.grouped = nn.Conv2d(8, 8, 3, padding=1, groups=2)
+        self.depthwise = nn.Conv2d(8, 8, 3, padding=1, groups=8, bias=False)
+        self.point = nn.Conv2d(8, 8, 1)
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.norm(self.first(x)))
+        x = x + self.point(F.relu(self.depthwise(F.relu(self.grouped(x)))))
+        return self.head(x.mean((2, 3)))
+
+
+def smooth(count: int, seed: int) -> Tensor:
+    """Images whose neighboring pixels are alike, which is what makes inputs correlated."""
+    generator = torch.Generator().manual_seed(seed)
+    return F.interpolate(torch.randn(count, 3, 3, 3, generator=generator), 8, mode="bilinear") + 0.5
+
+
+@pytest.fixture(scope="module")
+def convolutions() -> Convolutions:
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        model = Convolutions()
+        model.norm(model.first(smooth(64, 9)))
+        return model
+
+
+DATA = [smooth(32, seed) for seed in range(4)]
+
+
+@pytest.mark.parametrize("structure", ["weight", "2:4", "1x4", Block(3, 2)])
+@pytest.mark.parametrize("scope", ["local", "global"])
+def test_reconstruction_is_ahead_of_magnitude(convolutions, structure, scope) -> None:
+    budget = None if structure == "2:4" else Budget(sparsity=0.6, scope=scope)
+    before = copy.deepcopy(convolutions.state_dict())
+    plain, found = (
+        rf.prune(convolutions, DATA[0], budget, structure=structure, **options)
+        for options in ({}, {"criterion": "sparsegpt", "data": DATA})
+    )
+    assert all(torch.equal(v, before[k]) for k, v in convolutions.state_dict().items())
+    assert found.state_dict().keys() == before.keys()
+    if structure in ("weight", "2:4"):  # blocks at the edge hold fewer weights
+        assert found.sparsified.zeros == plain.sparsified.zeros
+    assert found.sparsified.samples == 128
+    x = smooth(64, 77)
+    with torch.no_grad():
+        target = copy.deepcopy(convolutions).eval()(x)
+        errors = [float((m(x) - target).square().sum()) for m in (plain, found)]
+    assert errors[1] < 0.5 * errors[0]
+    for path, (magnitude, taken) in found.sparsified.errors.items():
+        assert taken <= magnitude or path in found.sparsified.fallback
+    for path, (gone, _) in found.sparsified.zeros.items():
+        assert int((found.get_parameter(path) == 0).sum()) >= gone
+
+
+def test_dimensions_first_weights_are_reconstructed() -> None:
+    class Half(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight, self.bias = nn.Parameter(torch.randn(8, 8)), nn.Parameter(torch.randn(8))
+            self.head = nn.Linear(8, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = torch.addmm(self.bias, x.reshape(-1, 8), self.weight).view(x.shape)
+            return self.head(F.relu(y))
+
+    torch.manual_seed(0)
+    x = torch.randn(400, 3, 8) @ torch.randn(8, 8)
+    model = Half()
+    found = rf.prune(model, x, structure="2:4", criterion="sparsegpt", data=[x])
+    assert found.sparsified.fallback == {}
+    assert set(found.sparsified.errors) == {"weight", "head.weight"}
+    groups = (found.weight != 0).T.reshape(8, 2, 4).sum(-1)
+    assert (groups == 2).all()
+
+
+def test_biases_and_running_means_take_up_the_mean(convolutions, monkeypatch) -> None:
+    monkeypatch.setattr(calibrated, "ROWS", 10**6)  # all rows, not a draw of them
+    found = rf.prune(convolutions, DATA[0], structure="1:4", exclude=["grouped", "depthwise"],
+                     criterion="sparsegpt", data=DATA)  # fmt: skip
+    assert set(found.sparsified.errors) == {"point.weight", "head.weight"}
+    x = torch.cat(DATA)[torch.arange(128) % 5 != 1]  # those that are not held out
+    first = rf.prune(convolutions, DATA[0], Budget(sparsity=0.8), structure="weight",
+                     exclude=["grouped", "depthwise", "point", "head"],
+                     criterion="sparsegpt", data=DATA)  # fmt: skip
+    dense = copy.deepcopy(convolutions).eval()
+    with torch.no_grad():
+        means = [m.first(x).mean((0, 2, 3)) - m.norm.running_mean for m in (dense, first)]
+        torch.testing.assert_close(means[0], means[1], atol=1e-4, rtol=1e-3)
+        torch.testing.assert_close(dense(x).mean(0), found(x).mean(0), atol=1e-4, rtol=1e-3)
+    assert not torch.allclose(first.norm.running_mean, dense.norm.running_mean, atol=1e-4)
+
+
+def test_wanda_is_its_formula_on_the_inputs_as_pruned_so_far() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3))
+    data = [torch.randn(16, 6) * torch.tensor([1.0, 9, 1, 0.1, 3, 1]) for _ in range(2)]
+    budget = Budget(sparsity=0.5, scope="local")
+    found = rf.prune(model, data[0], budget, structure="weight", criterion="wanda", data=data)
+    x = torch.cat(data)
+    for layer, count in ((0, 15), (2, 7)):
+        dense = model[layer].weight
+        scores = dense.abs() * x.norm(dim=0)
+        gone = found[layer].weight == 0
+        assert int(gone.sum()) == count
+        assert int(gone.sum(1).max() - gone.sum(1).min()) <= 1
+        for row in range(len(dense)):
+            assert scores[row][gone[row]].max() <= scores[row][~gone[row]].min()
+        assert torch.equal(found[layer].weight[~gone], dense[~gone])
+        x = F.relu(found[layer](x))
+
+
+def test_weights_that_cannot_be_solved_go_by_magnitude() -> None:
+    class Odd(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table, self.twice = nn.Embedding(10, 6), nn.Linear(6, 6)
+            self.unread = nn.Linear(3, 3)
+            self.head = nn.Linear(6, 2)
+
+        def forward(self, tokens: Tensor) -> Tensor:
+            return self.head(self.twice(F.relu(self.twice(self.table(tokens)))))
+
+    torch.manual_seed(0)
+    model = Odd()
+    budget = Budget(sparsity=0.5, scope="local")
+    found = rf.prune(model, TOKENS, budget, structure="weight", criterion="sparsegpt",
+                     data=[TOKENS, TOKENS])  # fmt: skip
+    plain = rf.prune(model, TOKENS, budget, structure="weight")
+    reasons = found.sparsified.fallback
+    assert "embedding" in reasons["table.weight"]
+    assert "several times" in reasons["twice.weight"]
+    assert "not read" in reasons["unread.weight"]
+    assert "head.weight" in found.sparsified.errors
+    for path in ("table.weight", "twice.weight", "unread.weight"):
+        assert torch.equal(found.get_parameter(path), plain.get_parameter(path))
+
+
+def test_plain_magnitude_is_taken_where_it_is_better(monkeypatch, convolutions) -> None:
+    def spoiled(weight, *_):
+        return weight + 100.0
+
+    monkeypatch.setattr(calibrated, "moved", spoiled)
+    budget = Budget(sparsity=0.5, scope="local")
+    found = rf.prune(convolutions, DATA[0], budget, structure="weight", criterion="sparsegpt",
+                     data=DATA)  # fmt: skip
+    plain = rf.prune(convolutions, DATA[0], budget, structure="weight")
+    assert set(found.sparsified.fallback) == set(found.sparsified.zeros)
+    assert all("farther" in reason for reason in found.sparsified.fallback.values())
+    for path, tensor in plain.state_dict().items():
+        assert torch.equal(found.state_dict()[path], tensor), path
+
+
+def test_a_hessian_without_rank_falls_back(convolutions) -> None:
+    rule = SparseGPT(damp=1e-30)
+    constant = [torch.ones(16, 3, 8, 8)]
+    found = rf.prune(convolutions, DATA[0], structure="2:4", criterion=rule, data=constant)
+    assert "cannot be solved" in found.sparsified.fallback["head.weight"]
+    plain = rf.prune(convolutions, DATA[0], structure="2:4")
+    assert torch.equal(found.head.weight, plain.head.weight)
+
+
+def test_memory_bounds_the_samples(monkeypatch, convolutions) -> None:
+    monkeypatch.setattr(calibrated, "MEMORY", 40 * 2 * 2 * 8 * 8 * 8 * 4)
+    rule = SparseGPT(samples=1000)
+    found = rf.prune(convolutions, DATA[0], structure="2:4", criterion=rule, data=DATA)
+    assert 2 <= found.sparsified.samples < 128
+    found = rf.prune(convolutions, DATA[0], structure="2:4", criterion=Wanda(7), data=DATA)
+    assert found.sparsified.samples == 7
+
+
+@pytest.mark.parametrize("value", [0.0, 3.0])
+def test_constant_activations_and_too_few_examples(convolutions, value) -> None:
+    budget = Budget(sparsity=0.7)
+    constant = [torch.full((6, 3, 8, 8), value)]
+    for data in (constant, [DATA[0][:2]], [DATA[0][:1]]):
+        found = rf.prune(convolutions, DATA[0], budget, structure="weight",
+                         criterion="sparsegpt", data=data)  # fmt: skip
+        assert all(p.isfinite().all() for p in found.state_dict().values())
+        assert sum(z for z, _ in found.sparsified.zeros.values()) == int(0.7 * 672 + 1e-9)
+    assert "too few" in found.sparsified.fallback["head.weight"]
+
+
+def test_bad_data_are_refused(convolutions) -> None:
+    options = {"structure": "2:4", "criterion": "sparsegpt"}
+    x = DATA[0]
+    with pytest.raises(InputError, match="needs calibration data"):
+        rf.prune(convolutions, x, **options)
+    with pytest.raises(InputError, match="no use of data"):
+        rf.prune(convolutions, x, structure="2:4", data=DATA)
+    with pytest.raises(InputError, match="no criterion of single weights"):
+        rf.prune(convolutions, x, structure="2:4", criterion="wandas")
+    with pytest.raises(InputError, match="no criterion"):
+        rf.prune(convolutions, x, structure="2:4", criterion=3)
+    with pytest.raises(DataError, match="no example"):
+        rf.prune(convolutions, x, data=[], **options)
+    with pytest.raises(DataError, match="NaN"):
+        rf.prune(convolutions, x, data=[x.where(x < 1, torch.nan)], **options)
+    with pytest.raises(DataError, match="does not run"):
+        rf.prune(convolutions, x, data=[torch.zeros(4, 2, 8, 8)], **options)
+    with pytest.raises(DataError, match="infinite"):
+        rf.prune(convolutions, x, data=[x * 1e38], **options)
+
+
+def test_nothing_of_the_callers_changes(convolutions) -> None:
+    state, flag = torch.get_rng_state(), convolutions.training
+    rf.prune(convolutions, DATA[0], structure="2:4", criterion="sparsegpt", data=DATA)
+    assert torch.equal(state, torch.get_rng_state())
+    assert convolutions.training == flag
+
+
+@pytest.mark.slow
+def test_transformers_are_reconstructed() -> None:
+    transformers = pytest.importorskip("transformers")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        config = transformers.GPT2Config(
+            n_layer=1, n_head=2, n_embd=16, vocab_size=50, n_positions=16,
+            bos_token_id=0, eos_token_id=0,
+        )  # fmt: skip
+        model = transformers.GPT2LMHeadModel(config).eval()
+    data = [{"input_ids": torch.randint(50, (16, 12))} for _ in range(2)]
+    found = rf.prune(model, data[0], structure="2:4", criterion="sparsegpt", data=data)
+    record = found.sparsified
+    assert set(record.fallback) == {"transformer.wte.weight"}  # it is the head's weight, too
+    assert set(record.dense) == {"transformer.wpe.weight"}
+    assert len(record.errors) == 4
+    assert all(after < before for before, after in record.errors.values())
+    weight = found.transformer.h[0].attn.c_attn.weight  # (inputs, outputs)
+    assert ((weight != 0).view(4, 4, -1).sum(1) == 2).all()
