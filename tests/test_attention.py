@@ -9,7 +9,7 @@ from torch import nn
 
 from masking import check_masking, described, holders, random_plan, zeroed
 from rarefy.graph.trace import trace
-from rarefy.pruning.prune import operate
+from rarefy.pruning.narrow import operate
 from rarefy.pruning.surgery import kept_entries, rewrite
 
 torch.set_num_threads(1)

@@ -327,6 +327,53 @@ def test_attributes_that_no_file_may_set_are_refused(
 
 
 @pytest.mark.parametrize(
+    "stubs",
+    [
+        {"": {"gives": "zeros"}},
+        {"9": {"gives": "zeros"}},
+        {"1.weight": {"gives": "zeros"}},
+        {"forward": {"gives": "zeros"}},
+        {"__class__": {"gives": "input"}},
+        {"_modules.1": {"gives": "input"}},
+        {"1": {"gives": "ones"}},
+        {"1": {"gives": "__class__"}},
+        {"1": {"gives": None}},
+        {"1": {}},
+        {"1": "zeros"},
+        {"1": {"gives": "zeros", "outputs": -1}},
+        {"1": {"gives": "zeros", "outputs": 65}},
+        {"1": {"gives": "zeros", "outputs": True}},
+        {"1": {"gives": "zeros", "outputs": 2.0}},
+        {"1": {"gives": "zeros", "more": 1}},
+        {"1": {"gives": "zeros"}},  # the file has tensors for it
+        {"1": {"gives": "zeros"}, "1.0": {"gives": "zeros"}},
+        [],
+    ],
+    ids=str,
+)
+def test_stubs_that_no_file_may_put_are_refused(tmp_path: Path, stubs: Any) -> None:
+    intact = save(small(), tmp_path / "a.safetensors").read_bytes()
+    with pytest.raises(FormatError):
+        attempt("module", rewritten(intact, lambda i: i.update({"stubs": stubs})), tmp_path / "b")
+
+
+def test_a_stub_lies_within_no_other(tmp_path: Path) -> None:
+    def nested() -> nn.Module:
+        return nn.Sequential(nn.Linear(4, 3), nn.Sequential(nn.ReLU(), nn.ReLU()))
+
+    intact = save(nested(), tmp_path / "a.safetensors").read_bytes()
+    stub = {"gives": "input"}
+    for paths, fits in ((["1"], True), (["1.0", "1.1"], True), (["1", "1.0"], False)):
+        changed = rewritten(intact, lambda i, p=paths: i.update({"stubs": dict.fromkeys(p, stub)}))
+        (tmp_path / "b").write_bytes(changed)
+        if fits:
+            assert load(tmp_path / "b", nested())(torch.ones(1, 4)).shape == (1, 3)
+        else:
+            with pytest.raises(FormatError, match="no such module to be left out"):
+                load(tmp_path / "b", nested())
+
+
+@pytest.mark.parametrize(
     ("old", "new"),
     [
         ("aten.linear.default", "aten.from_file.default"),

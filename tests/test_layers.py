@@ -39,13 +39,14 @@ OPTIONAL = (
 )
 GRAPH = (
     "program allowed serialize labels flow editor equations rules zeros ops groups resolution "
-    "convert capture resting trace count layer"
+    "convert capture resting count blocks stubs trace layer"
 ).split()
 PRUNING = (
     "evidence inputs taps gather aggregation criteria movement attributes plan expressions sized "
     "stated provenance sizes paths limits costs accounts curves journal allocation landing select "
     "surgery patterns elements masks lockstep gram sparsegpt weights calibrated sparsify examples "
-    "surgeon readers compensated reference sensitivity sums proof repair prune regularize gradual"
+    "surgeon readers compensated reference sensitivity sums proof depth influence shorten repair "
+    "checks narrow prune regularize gradual"
 ).split()
 
 

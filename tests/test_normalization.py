@@ -14,9 +14,9 @@ from torch.nn.utils import parametrizations
 import rarefy as rf
 from rarefy.copies import copied
 from rarefy.graph.trace import trace
+from rarefy.pruning.narrow import operate
 from rarefy.pruning.plan import Plan
 from rarefy.pruning.proof import prove
-from rarefy.pruning.prune import operate
 from rarefy.pruning.surgery import rewrite
 
 torch.set_num_threads(1)

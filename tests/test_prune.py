@@ -94,7 +94,7 @@ def test_a_defect_of_the_surgery_is_not_taken_for_a_forward_that_fails(monkeypat
     def broken(*_):
         raise KeyError("bug")
 
-    monkeypatch.setattr("rarefy.pruning.prune.cut", broken)
+    monkeypatch.setattr("rarefy.pruning.narrow.cut", broken)
     with pytest.raises(KeyError, match="bug"):
         rf.prune(Net(), X, HALF)
 

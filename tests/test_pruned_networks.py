@@ -17,8 +17,8 @@ from random_networks import networks
 from rarefy.errors import BudgetError
 from rarefy.graph.capture import capture, graph_model
 from rarefy.graph.trace import trace
+from rarefy.pruning.narrow import operate
 from rarefy.pruning.plan import Plan
-from rarefy.pruning.prune import operate
 from rarefy.pruning.select import select
 from rarefy.pruning.surgery import rewrite
 from rarefy.types import Budget

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 import rarefy as rf
 from rarefy.errors import ProofError
 from rarefy.graph.trace import Network, trace
+from rarefy.pruning.narrow import stated
 from rarefy.pruning.plan import Plan
-from rarefy.pruning.prune import stated
 from rarefy.pruning.sizes import Sizes
 from rarefy.types import Budget
 

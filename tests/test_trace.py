@@ -10,8 +10,9 @@ from torch import nn
 from rarefy.errors import InputError
 from rarefy.graph.count import count
 from rarefy.graph.trace import trace
+from rarefy.pruning.narrow import operate
 from rarefy.pruning.plan import Plan
-from rarefy.pruning.prune import operate, prune
+from rarefy.pruning.prune import prune
 from rarefy.pruning.surgery import rewrite
 from rarefy.types import Budget
 

@@ -23,7 +23,7 @@ from rarefy.errors import BudgetError
 from rarefy.graph.trace import Network
 from rarefy.pruning import prune as pruning
 from rarefy.pruning.costs import Costs
-from rarefy.pruning.prune import PruneOptions
+from rarefy.pruning.prune import PruneOptions, removes
 from rarefy.storage.format import save
 from rarefy.types import Budget, Inputs, Measurement
 
@@ -94,27 +94,31 @@ def prune(
             how much each group may lose. Of weights: ``"magnitude"``, ``"lamp"``, ``"random"``,
             ``"wanda"``, ``"sparsegpt"``, or a function
             (:data:`~rarefy.pruning.elements.ElementCriterion`).
-        structure: ``"channel"`` removes channels, heads and hidden units. All others set weights to
-            zero, which makes files smaller, and faster what a runtime has kernels for:
-            ``"weight"`` single ones, ``"2:4"`` two of every four, ``"1x4"`` blocks; or a value
-            such as ``Block(8, 8)`` (:mod:`rarefy.pruning.patterns`,
+        structure: ``"channel"`` removes channels, heads and hidden units; ``"depth"`` removes whole
+            residual blocks (:attr:`~rarefy.graph.trace.Network.blocks`), ``Budget(blocks=2)`` of
+            them or what a share takes; with ``("channel", "depth")`` both compete for one budget of
+            macs, params or bytes, by importance per saved cost. All others set weights to zero,
+            which makes files smaller, and faster what a runtime has kernels for: ``"weight"``
+            single ones, ``"2:4"`` two of every four, ``"1x4"`` blocks of them; or a value such as
+            ``Block(8, 8)`` (:mod:`rarefy.pruning.patterns`,
             :func:`~rarefy.pruning.sparsify.sparsify`).
         data: batches with which units are scored, all of them, where the criterion asks for it
             (labelled where it needs gradients), and with which the smaller network is repaired by
             least squares, its BatchNorm statistics moved along
-            (:func:`~rarefy.pruning.repair.repair`); or with which weights are chosen.
+            (:func:`~rarefy.pruning.repair.repair`); they also tell how much each block does
+            (:mod:`~rarefy.pruning.influence`). Or with which weights are chosen.
         loss: (logits, targets) -> mean loss of a batch, for criteria that need gradients; cross
             entropy if not given.
         heal: whether the smaller network is repaired where data are given.
         exclude: paths of modules or parameters, or patterns with ``*?[]``, whose own outputs keep
-            their width.
+            their width; blocks that hold any of them stay.
         keep_class: never return a rewritten graph: units that the forward holds in place with
-            numbers of its own stay, and are named in ``pruned.frozen``.
+            numbers of its own stay, and are named in ``pruned.frozen``; blocks in ``pruned.held``.
         sensitivity: what the removal of each group's units costs (:func:`rarefy.sensitivity`).
 
     Returns:
-        A new network in eval mode. Where units were removed, its attribute ``pruned`` is a
-        :class:`~rarefy.pruning.prune.Pruned` record.
+        A new network in eval mode. Where units or blocks were removed, its attribute
+        ``pruned`` is a :class:`~rarefy.pruning.narrow.Pruned` record.
 
     Raises:
         InputError: weights are not finite, nothing can be pruned, a name matches nothing.
@@ -131,7 +135,7 @@ def prune(
         >>> prune(net, torch.randn(2, 4), Budget(sparsity=0.5))[0]
         Linear(in_features=4, out_features=4, bias=True)
     """
-    if not isinstance(budget, Budget) or options.get("structure", "channel") != "channel":
+    if not isinstance(budget, Budget) or not removes(options.get("structure", "channel")):
         return pruning.prune(model, example_inputs, budget, **options)
     if runtime is not None or budget.latency is not None:
         check_runtime(runtime or DEFAULT_RUNTIME)

@@ -33,8 +33,9 @@ from rarefy.preflight import (
     first_inputs,
 )
 from rarefy.process import replayable
+from rarefy.pruning.checks import check_finite
 from rarefy.pruning.criteria import named, needs
-from rarefy.pruning.prune import Pruned, check_finite
+from rarefy.pruning.narrow import Pruned
 from rarefy.pruning.repair import repair
 from rarefy.quantization.quantize import quantize
 from rarefy.recipe.options import PruneStage, Stages

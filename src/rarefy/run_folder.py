@@ -44,7 +44,7 @@ class _Record(BaseModel):
 
 
 class PruningFacts(_Record):
-    """What a pruning did, as :class:`~rarefy.pruning.prune.Pruned` with plain entries."""
+    """What a pruning did, as :class:`~rarefy.pruning.narrow.Pruned` with plain entries."""
 
     kind: Literal["module", "graph"]
     reason: str

@@ -111,6 +111,12 @@ COUNTED = ("macs", "params", "sparsity")
 MEASURED = ("bytes", "latency")
 """Budgets that are measured on the files made of it."""
 
+NUMBERED = ("blocks",)
+"""Budgets that are the number of what goes, and no share."""
+
+KINDS = (*COUNTED, *MEASURED, *NUMBERED)
+"""The fields of a budget of which one is given."""
+
 
 @dataclass(frozen=True)
 class Budget:
@@ -121,7 +127,7 @@ class Budget:
         params: share of the parameters to keep, in (0, 1].
         bytes: share of the saved file (:func:`rarefy.save`) to keep, in (0, 1].
         latency: share of the latency to keep, in (0, 1], measured in the runtime.
-        sparsity: share of units (or weights) to *remove*, in [0, 1).
+        sparsity: share of units (or weights, or blocks) to *remove*, in [0, 1).
         scope: ``"global"`` ranks all units of the network together; ``"local"`` takes the same
             share from every group.
         min_keep: the smallest number of units that any group keeps.
@@ -133,6 +139,7 @@ class Budget:
             their own outputs: a :class:`Limit`, or a number, the share of units that goes. Paths
             may hold the wildcards ``*``, ``?`` and ``[...]``, where ``*`` also matches dots. Of
             several that match, the last counts.
+        blocks: instead of a share, the number of residual blocks to *remove*.
 
     Raises:
         BudgetError: no share or several are given, or one is out of range.
@@ -153,21 +160,27 @@ class Budget:
     max_drop: float = 0.95
     round_to: int | Literal["auto"] = 1
     layers: Mapping[str, float | Limit] | tuple[tuple[str, Limit], ...] = ()
+    blocks: int | None = None
 
     def __post_init__(self) -> None:
         _check_numbers(self, "macs params bytes latency sparsity max_drop", float)
-        _check_numbers(self, "min_keep", int)
-        kinds = (*COUNTED, *MEASURED)
-        given = [n for n in kinds if getattr(self, n) is not None]
+        _check_numbers(self, "min_keep blocks", int)
+        given = [n for n in KINDS if getattr(self, n) is not None]
         if len(given) != 1:
             raise BudgetError(
                 "Budget(...)",
-                f"exactly one of {', '.join(kinds)} must be given, not {given or 'none'}",
+                f"exactly one of {', '.join(KINDS)} must be given, not {given or 'none'}",
                 "Write for example Budget(macs=0.5)",
             )
         for name in ("macs", "params", "bytes", "latency", "max_drop"):
             _check_share("Budget", name, getattr(self, name))
         _check_sparsity("Budget", self.sparsity)
+        if self.blocks is not None and self.blocks < 0:
+            raise BudgetError(
+                f"Budget(blocks={self.blocks!r})",
+                "it is the number of blocks to remove, at least 0",
+                "Write blocks=2 to remove two",
+            )
         if self.scope not in ("global", "local"):
             raise BudgetError(
                 f"Budget(scope={self.scope!r})", "unknown scope", "Use 'global' or 'local'"
@@ -181,11 +194,11 @@ class Budget:
     @property
     def kind(self) -> str:
         """The name of the share that is given."""
-        return next(n for n in (*COUNTED, *MEASURED) if getattr(self, n) is not None)
+        return next(n for n in KINDS if getattr(self, n) is not None)
 
     @property
     def share(self) -> float:
-        """The share that is given."""
+        """The share that is given, or the number of blocks."""
         return float(getattr(self, self.kind))
 
     @property

@@ -23,6 +23,7 @@ from rarefy.deployment.runtimes import OnnxSession, load_onnx, load_onnxruntime
 from rarefy.errors import ExportError, MissingExtraError, OutputError, RarefyError, first_line
 from rarefy.files import replacing
 from rarefy.graph.program import GraphModel
+from rarefy.graph.stubs import plain_graph, stubs
 from rarefy.quantization.quantize import QuantizationSummary
 from rarefy.types import Inputs
 
@@ -101,11 +102,14 @@ def export(
         )
     inputs = map_tensors(torch.Tensor.contiguous, _doubled(example_inputs))
     with evaluating(model), _quiet(), _fake_quantize_shapes():
+        source = plain_graph(model, inputs) if stubs(model) else model
         traced = (
-            _traced_graph(model, inputs) if isinstance(model, GraphModel) else _trace(model, inputs)
+            _traced_graph(source, inputs)
+            if isinstance(source, GraphModel)
+            else _trace(source, inputs)
         )
         outputs = call(model, map_tensors(torch.clone, inputs))
-        onnx_program = _translate(model, traced)
+        onnx_program = _translate(source, traced)
         _name(onnx_program.model, traced, outputs)
         rewrite(onnx_program.model)
     try:

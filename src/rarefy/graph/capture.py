@@ -79,7 +79,7 @@ def capture(model: nn.Module, example_inputs: Inputs, *, training: bool = False)
         for context in (
             unchanged(model, values=training),
             _functions_forget(model),
-            _plain_attention(model),
+            plain_attention(model),
             _quiet(),
             seeded(0),
             evaluating(model, training=training),
@@ -201,7 +201,7 @@ def _described(tensor: Tensor) -> str:
 
 
 @contextmanager
-def _plain_attention(model: nn.Module) -> Iterator[None]:
+def plain_attention(model: nn.Module) -> Iterator[None]:
     """``nn.TransformerEncoder`` and the like as the operators that they consist of.
 
     Their fast path is one operator that nobody can look into, and they look into the values of

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from rarefy.errors import InputError
+from rarefy.graph.blocks import Block, Depth, Joint, find_blocks
 from rarefy.graph.capture import Capture, capture
 from rarefy.graph.flow import EXTENT, Flow, every
 from rarefy.graph.groups import Coupling, Group, group
@@ -60,6 +61,7 @@ class Network:
         captured: the graph and its constants.
         flow: labels of every value of the graph.
         coupling: which entries go when units go.
+        depth: residual blocks, and where paths meet that cannot be bypassed.
     """
 
     groups: tuple[Group, ...]
@@ -68,6 +70,17 @@ class Network:
     captured: Capture
     flow: Flow
     coupling: Coupling
+    depth: Depth
+
+    @property
+    def blocks(self) -> tuple[Block, ...]:
+        """Residual branches that can be bypassed, in order."""
+        return self.depth.blocks
+
+    @property
+    def joints(self) -> tuple[Joint, ...]:
+        """Where two paths meet and neither can be bypassed, with the reason."""
+        return self.depth.joints
 
     def __str__(self) -> str:
         lines = [f"{len(self.groups)} groups, {sum(map(len, self.groups))} removable units"]
@@ -80,12 +93,35 @@ class Network:
                 + (f" and {len(g.members) - 4} more" if len(g.members) > 4 else "")
                 for g in self.groups
             ]
+        if self.blocks:
+            lines += ["", *_table_of_blocks(self.blocks)]
+        if self.joints:
+            lines += ["", "paths that cannot be bypassed:", *_by_reason(self.joints)]
         if self.frozen:
             lines += ["", "frozen:", *(f"  {f}" for f in self.frozen)]
         if self.unknown:
             names = ", ".join(f"{op} ({n}x)" for op, n in self.unknown.items())
             lines += ["", f"operators without a rule: {names}"]
         return "\n".join(lines)
+
+
+def _table_of_blocks(blocks: Sequence[Block]) -> Iterator[str]:
+    wide = max(5, *(len(b.name) for b in blocks))
+    yield f"{'block':<{wide}}   MACs  params  tensors"
+    for b in blocks:
+        shared = f", shares {', '.join(b.shared[:2])}" if b.shared else ""
+        shares = f"{b.macs_share:>6.1%}  {b.params_share:>6.1%}"
+        yield f"{b.name:<{wide}} {shares}  {len(b.tensors):>7}{shared}"
+
+
+def _by_reason(joints: Sequence[Joint]) -> Iterator[str]:
+    """Joints of one reason on one line."""
+    held: dict[str, list[str]] = {}
+    for joint in joints:
+        held.setdefault(joint.reason, []).append(joint.scope or joint.source or joint.node)
+    for reason, places in held.items():
+        more = f" and {len(places) - 4} more" if len(places) > 4 else ""
+        yield f"  {', '.join(places[:4])}{more}: {reason}"
 
 
 def trace(model: nn.Module, example_inputs: Inputs) -> Network:
@@ -99,7 +135,7 @@ def trace(model: nn.Module, example_inputs: Inputs) -> Network:
             batch dimension first.
 
     Returns:
-        Groups, frozen parts with their reasons; ``print`` shows them as a table.
+        Groups, residual blocks, frozen parts with their reasons; ``print`` shows them as a table.
 
     Raises:
         InputError: the model has no parameter.
@@ -137,7 +173,9 @@ def trace(model: nn.Module, example_inputs: Inputs) -> Network:
         *_unread(captured, coupling, tensors, read),
         *_resting(model, captured),
     )
-    return Network(groups, frozen, flow.unknown, captured, flow, coupling)
+    parameters = {path for path, _ in model.named_parameters(remove_duplicate=False)}
+    depth = find_blocks(captured.graph.live, parameters)
+    return Network(groups, frozen, flow.unknown, captured, flow, coupling, depth)
 
 
 def _free_unused(flow: Flow) -> None:

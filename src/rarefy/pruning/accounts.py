@@ -6,7 +6,7 @@ a few dimensions. Terms are remembered by those sizes, since most plans differ i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from math import prod
@@ -15,13 +15,17 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
+from rarefy.errors import BudgetError
+from rarefy.graph.blocks import Block
 from rarefy.graph.count import COSTS, Shapes
 from rarefy.graph.labels import Atoms
 from rarefy.graph.layer import layer
 from rarefy.graph.program import Graph, Node, Spec, is_view
+from rarefy.graph.stubs import without_blocks
 from rarefy.graph.trace import Network
 from rarefy.pruning.costs import Costs, Surface
 from rarefy.pruning.plan import Plan
+from rarefy.types import Budget
 
 Price = Callable[[Shapes], float]
 """Shapes of the network's tensors -> what one node costs."""
@@ -56,10 +60,12 @@ class Account:
     ) -> None:
         self._network, self._constant = network, constant
         self._extents = Extents(network)
-        self._terms = [
-            _Term(price, self._extents.of([name, *network.captured.graph.by_name[name].inputs]), {})
+        self._terms = {
+            name: _Term(
+                price, self._extents.of([name, *network.captured.graph.by_name[name].inputs]), {}
+            )
             for name, price in prices.items()
-        ]
+        }
         self.before = self(Plan.of(network, np.zeros(network.coupling.units, np.bool_)))
 
     def __call__(self, plan: Plan) -> float:
@@ -67,7 +73,8 @@ class Account:
         left = self._extents.left(plan)
         shape = partial(self._extents.shape, left)
         total = self._constant
-        for term in self._terms:
+        gone = self._bypassed(plan.blocks)
+        for term in (term for name, term in self._terms.items() if name not in gone):
             key = left[term.sizes].tobytes()
             if key not in term.known:
                 term.known[key] = term.price(shape)
@@ -77,6 +84,13 @@ class Account:
     def share(self, plan: Plan) -> float:
         """What a plan leaves, as a share of the whole."""
         return self(plan) / max(self.before, 1e-12)
+
+    def _bypassed(self, blocks: Sequence[Block]) -> Collection[str]:
+        """Nodes that nothing needs without these blocks."""
+        if not blocks:
+            return ()
+        graph = self._network.captured.graph.live
+        return graph.by_name.keys() - without_blocks(graph, blocks).by_name.keys()
 
 
 class Extents:
@@ -128,6 +142,29 @@ class Extents:
             size if atoms is None or not len(atoms) else int(left[self._number[id(atoms)]])
             for size, atoms in zip(whole, self._labels(name), strict=True)
         )
+
+
+def account(
+    network: Network, model: nn.Module, budget: Budget, costs: Costs | None = None
+) -> Account | None:
+    """The cost that a budget is about; None where it is a number of units or blocks.
+
+    Raises:
+        BudgetError: it has to be measured, and no costs of layers are given.
+    """
+    if budget.macs is not None:
+        return macs(network)
+    if budget.params is not None:
+        return params(network, model)
+    if budget.latency is not None and costs is not None:
+        return latency(network, costs)
+    if budget.sparsity is not None or budget.blocks is not None:
+        return None
+    raise BudgetError(
+        f"select(budget=Budget({budget.kind}={budget.share:g}))",
+        "it has to be measured, and nothing measures here",
+        "Call rarefy.prune, which exports and measures what it makes",
+    )
 
 
 def macs(network: Network) -> Account:

@@ -29,9 +29,9 @@ from rarefy.pruning.criteria import Criterion, needs, scored
 from rarefy.pruning.elements import Scorer
 from rarefy.pruning.gather import gather
 from rarefy.pruning.masks import Masks
+from rarefy.pruning.narrow import operate, stated
 from rarefy.pruning.patterns import NM, Pattern, Unstructured, named, shorthand
 from rarefy.pruning.plan import Plan
-from rarefy.pruning.prune import operate, stated
 from rarefy.pruning.select import select
 from rarefy.pruning.sizes import Sizes
 from rarefy.pruning.surgery import kept_entries

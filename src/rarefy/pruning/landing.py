@@ -57,7 +57,7 @@ def closer(found: Landed, lanes: Sequence[Lane], attempt: Try, limit: float) -> 
     lane and gives back of others.
     """
     budget = iter(range(MOST_TRIALS))
-    found = _given_back(found, lanes, attempt, limit, budget)
+    found = given_back(found, lanes, attempt, limit, budget)
     while limit - found.share > CLOSE:
         swapped = _swapped(found, lanes, attempt, limit, budget)
         if swapped is None:
@@ -66,14 +66,25 @@ def closer(found: Landed, lanes: Sequence[Lane], attempt: Try, limit: float) -> 
     return found
 
 
-def _given_back(
+def given_back(
     found: Landed,
     lanes: Sequence[Lane],
     attempt: Try,
     limit: float,
-    budget: Iterator[int],
+    budget: Iterator[int] | None = None,
     closed: Collection[int] = (),
 ) -> Landed:
+    """A plan that gives back what still fits, lane by lane, the most important first.
+
+    Args:
+        found: a plan within the limit.
+        lanes: what it chooses from.
+        attempt: makes a plan.
+        limit: the share of the cost that may remain.
+        budget: trials that are left.
+        closed: numbers of lanes that give nothing back.
+    """
+    budget = iter(range(MOST_TRIALS)) if budget is None else budget
     open_lanes = set(range(len(lanes))).difference(closed)
 
     def value(i: int) -> float:
@@ -105,7 +116,7 @@ def _swapped(
             trial = _changed(found, i, taken[i], attempt, budget)
             if trial is None or trial.share > limit:
                 continue
-            trial = _given_back(trial, lanes, attempt, limit, budget, {i})
+            trial = given_back(trial, lanes, attempt, limit, budget, {i})
             if trial.share > found.share:
                 return trial
     return None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -11,7 +11,7 @@ from torch import nn
 from rarefy.errors import InputError
 from rarefy.graph.groups import Group
 from rarefy.graph.trace import Network
-from rarefy.pruning.paths import matching, paths, within
+from rarefy.pruning.paths import matches, matching, paths, within
 from rarefy.types import Budget, Limit
 
 
@@ -96,6 +96,13 @@ def ranges(
         for g, group in enumerate(network.groups)
         if g not in held and g not in (closed or {})
     }
+
+
+def concerning(network: Network, model: nn.Module, names: Iterable[str]) -> frozenset[str]:
+    """Those of these paths and patterns that outputs of any group match."""
+    known = paths(model)
+    outputs = {g: _outputs(model, group) for g, group in enumerate(network.groups)}
+    return frozenset(name for name in names if _named(matches(name, known), outputs))
 
 
 def _outputs(model: nn.Module, group: Group) -> tuple[str, ...]:

@@ -19,6 +19,12 @@ def paths(model: nn.Module) -> frozenset[str]:
     )
 
 
+def matches(pattern: str, known: frozenset[str]) -> frozenset[str]:
+    """The paths that a name means: itself, or all that a pattern with ``*?[]`` matches."""
+    found = frozenset([pattern]) & known
+    return found or frozenset(path for path in known if fnmatchcase(path, pattern))
+
+
 def matching(pattern: str, among: Iterable[str], where: str) -> frozenset[str]:
     """The paths that a name means: itself, or all that a pattern with ``*?[]`` matches.
 
@@ -37,8 +43,7 @@ def matching(pattern: str, among: Iterable[str], where: str) -> frozenset[str]:
         ['layer1.conv', 'layer2.conv']
     """
     known = frozenset(among)
-    found = frozenset([pattern]) & known
-    found = found or frozenset(path for path in known if fnmatchcase(path, pattern))
+    found = matches(pattern, known)
     if not found:
         near = difflib.get_close_matches(pattern, sorted(known), 3)
         raise InputError(

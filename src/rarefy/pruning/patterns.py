@@ -189,7 +189,8 @@ def named(structure: str | Pattern) -> Pattern:
         raise InputError(
             f"prune(structure={structure!r})",
             "unknown structure",
-            "Use 'channel' (units really removed), "
+            "Use 'channel' (units really removed), 'depth' (residual blocks), both as "
+            "('channel', 'depth'), "
             f"{', '.join(map(repr, PATTERNS))} (weights set to zero), NM(n, m) or Block(r, c)",
         )
     return PATTERNS[structure]

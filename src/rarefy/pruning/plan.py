@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from rarefy.graph.blocks import Block
 from rarefy.graph.groups import Group, Mask
 from rarefy.graph.trace import Network
 
@@ -24,16 +25,25 @@ class Plan:
         gone: for each atom, whether it goes.
         whole: groups that were left whole so that the user's forward can carry the plan out, by
             number, each with the reason.
+        blocks: residual blocks that are bypassed. Where a plan has any, only they are taken out:
+            the units beside them are counted, and chosen anew in the network without the blocks.
     """
 
     removed: Mask
     gone: Mask
     whole: Mapping[int, str] = field(default_factory=dict)
+    blocks: tuple[Block, ...] = ()
 
     @classmethod
     def of(cls, network: Network, removed: Mask, whole: Mapping[int, str] | None = None) -> Plan:
         """The plan that removes these units and all that goes with them."""
         return cls(removed, network.coupling.gone(removed), whole or {})
+
+    @classmethod
+    def without(cls, network: Network, blocks: Sequence[Block]) -> Plan:
+        """The plan that bypasses these blocks."""
+        nothing = np.zeros(network.coupling.units, np.bool_)
+        return cls(nothing, network.coupling.gone(nothing), {}, tuple(blocks))
 
     def kept(self, network: Network, group: Group) -> int:
         """Number of units of a group that stay."""

@@ -34,7 +34,7 @@ from rarefy.graph.groups import Mask
 from rarefy.graph.program import GraphModel
 from rarefy.graph.trace import Network
 from rarefy.pruning.plan import Plan
-from rarefy.pruning.reference import masked, mixing, over_survivors
+from rarefy.pruning.reference import masked, mixing, over_survivors, without_branches
 from rarefy.types import Inputs
 
 TOLERANCE = {torch.float64: 1e-7, torch.float32: 1e-3}
@@ -73,6 +73,16 @@ class Comparison:
 
     error: float
     fault: str = ""
+
+
+class ClassError(ProofError):
+    """The user's class cannot be kept with these units gone.
+
+    Attributes:
+        groups: numbers of the groups because of which it cannot, where they could be found.
+    """
+
+    groups: frozenset[int] = frozenset()
 
 
 def prove(
@@ -268,7 +278,7 @@ class _Case:
     ) -> None:
         self.model, self.inputs, self.dtype = model, inputs, dtype
         self.network, self.plan = network, plan
-        self.mixing = bool(mixing(network, plan))
+        self.mixing = bool(plan.blocks or mixing(network, plan))
         self.checked = False
         calibrates = any("batch_norm" in node.kind for node in network.captured.graph.calls)
         if calibrates and not _takes(model, inputs, _Calibration()):  # type: ignore[no-untyped-call]
@@ -286,6 +296,8 @@ class _Case:
 
     def reference(self) -> nn.Module:
         """The masked network, with operators that mix entries over what remains."""
+        if self.plan.blocks:
+            return without_branches(self.model, self.network, self.plan)
         make = over_survivors if self.mixing else masked
         return make(self.model, self.network, self.plan)
 

@@ -2,74 +2,44 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from math import inf
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any, TypedDict, cast
 
-import numpy as np
-import torch
-from numpy.typing import NDArray
 from torch import nn
-from torch.nn.parameter import is_lazy
 
-from rarefy.batches import doubled, evaluating, tensors
-from rarefy.copies import computed
-from rarefy.errors import BudgetError, InputError, ProofError, first_line
+from rarefy.batches import evaluating
+from rarefy.copies import copied
+from rarefy.errors import BudgetError, InputError
 from rarefy.graph.capture import check_runs
-from rarefy.graph.program import GraphModel, Spec
-from rarefy.graph.resting import resting
-from rarefy.graph.trace import Frozen, Network, trace
+from rarefy.graph.program import GraphModel
+from rarefy.graph.trace import Network, trace
+from rarefy.pruning.accounts import account
+from rarefy.pruning.checks import check_arguments, check_copies, check_finite
 from rarefy.pruning.compensated import Compensated, Response, respond
 from rarefy.pruning.costs import Costs
 from rarefy.pruning.criteria import Criterion, named, needs, scored
 from rarefy.pruning.curves import Sensitivity
 from rarefy.pruning.elements import ElementCriterion
-from rarefy.pruning.expressions import Equation
 from rarefy.pruning.gather import LossFunction, gather
+from rarefy.pruning.limits import concerning
+from rarefy.pruning.narrow import Pruned, narrow, widths
 from rarefy.pruning.patterns import Pattern
-from rarefy.pruning.plan import Plan, Scores
-from rarefy.pruning.proof import Build, Comparison, Masking, breaking, prove
-from rarefy.pruning.provenance import equations
 from rarefy.pruning.repair import repair
-from rarefy.pruning.select import select
-from rarefy.pruning.sizes import Sizes
+from rarefy.pruning.shorten import Shortened, shorten
 from rarefy.pruning.sparsify import sparsify
-from rarefy.pruning.surgery import Kept, cut, kept_entries, rewrite
-from rarefy.types import Budget, Data, Inputs, Width
+from rarefy.types import Budget, Data, Inputs
 
 Timing = Callable[[Network], Costs]
 """A traced network -> the latencies of its layers."""
-
-
-@dataclass(frozen=True)
-class Pruned:
-    """What a pruning did; the attribute ``pruned`` of its result.
-
-    Attributes:
-        kind: ``"module"`` where the user's class was kept, ``"graph"`` where its forward works
-            with sizes that cannot be changed and the captured graph was rewritten instead.
-        reason: why the class was not kept, or empty.
-        widths: width of every layer that changed, before and after.
-        kept: (path, dimension) -> entries of the original that stay.
-        frozen: what could not be pruned, and why.
-        error: largest difference from masking, relative to the outputs' sensitivity.
-    """
-
-    kind: str
-    reason: str
-    widths: tuple[Width, ...]
-    kept: Mapping[tuple[str, int], NDArray[np.int64]]
-    frozen: tuple[Frozen, ...]
-    error: float
 
 
 class PruneOptions(TypedDict, total=False):
     """Options of :func:`prune` that every kind of budget leaves to the user."""
 
     criterion: str | Criterion | Compensated | ElementCriterion
-    structure: str | Pattern
+    structure: str | Pattern | Sequence[str]
     data: Data | None
     loss: LossFunction | None
     heal: bool
@@ -84,7 +54,7 @@ def prune(
     budget: Budget | None = None,
     *,
     criterion: str | Criterion | Compensated | ElementCriterion = "magnitude",
-    structure: str | Pattern = "channel",
+    structure: str | Pattern | Sequence[str] = "channel",
     data: Data | None = None,
     loss: LossFunction | None = None,
     heal: bool = True,
@@ -112,31 +82,35 @@ def prune(
             how much each group may lose. Of weights: ``"magnitude"``, ``"lamp"``, ``"random"``,
             ``"wanda"``, ``"sparsegpt"``, or a function
             (:data:`~rarefy.pruning.elements.ElementCriterion`).
-        structure: ``"channel"`` removes channels, heads and hidden units. All others set weights to
-            zero, which makes files smaller, and faster what a runtime has kernels for:
-            ``"weight"`` single ones, ``"2:4"`` two of every four, ``"1x4"`` blocks; or a value
-            such as ``Block(8, 8)`` (:mod:`rarefy.pruning.patterns`,
+        structure: ``"channel"`` removes channels, heads and hidden units; ``"depth"`` removes whole
+            residual blocks (:attr:`~rarefy.graph.trace.Network.blocks`), ``Budget(blocks=2)`` of
+            them or what a share takes; with ``("channel", "depth")`` both compete for one budget of
+            macs, params or bytes, by importance per saved cost. All others set weights to zero,
+            which makes files smaller, and faster what a runtime has kernels for: ``"weight"``
+            single ones, ``"2:4"`` two of every four, ``"1x4"`` blocks of them; or a value such as
+            ``Block(8, 8)`` (:mod:`rarefy.pruning.patterns`,
             :func:`~rarefy.pruning.sparsify.sparsify`).
         data: batches with which units are scored, all of them, where the criterion asks for it
             (labelled where it needs gradients), and with which the smaller network is repaired by
             least squares, its BatchNorm statistics moved along
-            (:func:`~rarefy.pruning.repair.repair`); or with which weights are chosen.
+            (:func:`~rarefy.pruning.repair.repair`); they also tell how much each block does
+            (:mod:`~rarefy.pruning.influence`). Or with which weights are chosen.
         loss: (logits, targets) -> mean loss of a batch, for criteria that need gradients; cross
             entropy if not given.
         heal: whether the smaller network is repaired where data are given.
         exclude: paths of modules or parameters, or patterns with ``*?[]``, whose own outputs keep
-            their width.
+            their width; blocks that hold any of them stay.
         keep_class: never return a rewritten graph: units that the forward holds in place with
-            numbers of its own stay, and are named in ``pruned.frozen``.
+            numbers of its own stay, and are named in ``pruned.frozen``; blocks in ``pruned.held``.
         costs: times the layers of the traced network, for a budget of latency.
         sensitivity: what the removal of each group's units costs, as measured by
             :func:`rarefy.sensitivity`: groups that hurt are cut less, those that were not measured
             stay whole. Units within a group are chosen by the criterion.
 
     Returns:
-        A new network in eval mode. Where units were removed, its attribute ``pruned`` is a
-        :class:`Pruned` record; where weights were set to zero, ``sparsified`` is a
-        :class:`~rarefy.pruning.sparsify.Sparsified` record.
+        A new network in eval mode. Where units or blocks were removed, its attribute ``pruned`` is
+        a :class:`~rarefy.pruning.narrow.Pruned` record; where weights were set to zero,
+        ``sparsified`` is a :class:`~rarefy.pruning.sparsify.Sparsified` record.
 
     Raises:
         InputError: weights are not finite, nothing can be pruned, a name matches nothing, the
@@ -153,44 +127,90 @@ def prune(
         >>> prune(net, torch.randn(2, 4), Budget(sparsity=0.5))[0]
         Linear(in_features=4, out_features=4, bias=True)
     """
-    zeros = structure != "channel"
-    _check_arguments(model, budget, exclude, Budget | None if zeros else Budget)
+    removed = removes(structure)
+    check_arguments(model, budget, exclude, Budget if removed else Budget | None)
     check_finite(model)
     check_copies(model)
-    if zeros:
-        if sensitivity is not None:
-            raise InputError(
-                f"prune(structure={structure!r}, sensitivity=...)",
-                "sensitivity was measured for units, and weights are to be removed",
-                "Leave sensitivity out",
-            )
+    if not removed:
+        _check_sensitivity(structure, sensitivity)
         given: dict[str, Any] = {"criterion": criterion, "data": data, "exclude": exclude}
+        structure = cast("str | Pattern", structure)
         return sparsify(model, budget, structure, example_inputs=example_inputs, **given)
     assert budget is not None
+    if "depth" in removed:
+        _check_sensitivity(structure, sensitivity)
+    _check_fit(structure, removed, budget)
     network = trace(model, example_inputs)
     check_runs(model, example_inputs)
-    judged = _judged(model, network, criterion, data, loss)
-    scores, closed = judged.scores, dict(judged.unmeasured)
-    sizes = Sizes(network, stated(model, network, example_inputs))
-    losses = judged.losses if sensitivity is None else sensitivity.losses(network.groups)
-    options: dict[str, Any] = {"losses": losses}
-    if costs is not None:
-        options["costs"] = costs(network)
-    while True:
-        plan = _plan(network, model, scores, budget, exclude, sizes, closed, keep_class, options)
-        try:
-            small = operate(model, example_inputs, network, plan, sizes, keep_class=keep_class)
-        except ClassError as error:
-            if not error.groups:
-                raise
-            closed |= dict.fromkeys(error.groups, "the class does not work with fewer of them")
-        else:
-            break
-    record: Any = small.pruned
-    if record.kind == "graph" and plan.whole:  # a graph need not fit the forward
-        plan = select(network, model, scores, budget, exclude, **options)
-        small = operate(model, example_inputs, network, plan, sizes, fault=record.reason)
+    judge = partial(_judged, criterion=criterion, data=data, loss=loss)
+    judged = judge(model, network)
+    if sensitivity is not None:
+        judged = replace(judged, losses=sensitivity.losses(network.groups))
+    options: dict[str, Any] = {"exclude": exclude, "keep_class": keep_class}
+    timed = None if costs is None else costs(network)
+    if "depth" in removed:
+        width = "channel" in removed
+        short = shorten(
+            model, example_inputs, network, judged, budget,
+            width=width, data=data, costs=timed, **options,
+        )  # fmt: skip
+        small = short.model
+        if width:
+            small = _narrowed(model, example_inputs, network, budget, short, judge, options)
+        small = _recorded(model, network, short, small)
+    else:
+        small = narrow(model, example_inputs, network, budget, judged, costs=timed, **options)
     return small if data is None or not heal else repair(model, small, data)
+
+
+REMOVED = ("channel", "depth")
+"""Structures that are really removed, alone or together: units, residual blocks."""
+
+
+def removes(structure: object) -> frozenset[str]:
+    """Which of :data:`REMOVED` a structure is; empty where it sets weights to zero."""
+    several = isinstance(structure, tuple | list | set | frozenset)
+    kinds: list[Any] = list(structure) if several else [structure]  # type: ignore[call-overload]
+    known = all(isinstance(kind, str) and kind in REMOVED for kind in kinds)
+    return frozenset(kinds) if known else frozenset()
+
+
+def _check_sensitivity(structure: object, sensitivity: object) -> None:
+    if sensitivity is not None:
+        raise InputError(
+            f"prune(structure={structure!r}, sensitivity=...)",
+            "sensitivity was measured for units, and others than units are to be removed",
+            "Leave sensitivity out",
+        )
+
+
+def _check_fit(structure: object, removed: frozenset[str], budget: Budget) -> None:
+    """Refuse budgets that do not fit what is to be removed.
+
+    Raises:
+        BudgetError: a number of blocks where not only these go; one that units and blocks cannot
+            share; limits of layers where no units go.
+    """
+    where = f"prune(structure={structure!r}, budget=Budget({budget.kind}={budget.share:g}))"
+    if budget.blocks is not None and removed != {"depth"}:
+        raise BudgetError(
+            where,
+            "a number of blocks can be removed only where nothing else is",
+            "Use structure='depth', or give the share of macs or params that may remain",
+        )
+    shared = budget.kind in ("macs", "params", "bytes") and budget.scope == "global"
+    if len(removed) > 1 and not shared:
+        raise BudgetError(
+            where,
+            "blocks go by what they save, together with units over the whole network",
+            "Give a budget of macs, params or bytes with scope='global'",
+        )
+    if removed == {"depth"} and budget.limits:
+        raise BudgetError(
+            where,
+            "its limits of layers concern units, and only blocks are to be removed",
+            "Leave layers out, and exclude blocks that have to stay",
+        )
 
 
 def _judged(
@@ -217,237 +237,67 @@ def _judged(
     return Response(tuple(scored(group, evidence, judge) for group in network.groups))
 
 
-def _plan(
-    network: Network,
-    model: nn.Module,
-    scores: Scores,
-    budget: Budget,
-    exclude: Sequence[str],
-    sizes: Sizes,
-    closed: Mapping[int, str],
-    keep_class: bool,
-    options: Mapping[str, Any],
-) -> Plan:
-    """A plan that the user's forward can carry out; where none does it, one for the graph.
-
-    Raises:
-        ClassError: the class has to be kept, and nothing can go then.
-        BudgetError, InputError: see :func:`~rarefy.pruning.select.select`.
-    """
-    held: dict[str, Any] = {**options, "closed": closed, "keep_class": keep_class}
-    try:
-        plan = select(network, model, scores, budget, exclude, sizes, **held)
-    except BudgetError:
-        if keep_class:
-            raise
-        return select(network, model, scores, budget, exclude, **options)
-    if plan.removed.any() or not plan.whole:
-        return plan
-    if keep_class:
-        raise ClassError(
-            f"prune({type(model).__name__}, keep_class=True)",
-            f"its forward holds all units in place: {next(iter(plan.whole.values()))}",
-            "Write sizes in forward as x.shape[...] or module attributes, or accept a rewritten "
-            "graph (keep_class=False)",
-        )
-    return select(network, model, scores, budget, exclude, **options)
-
-
-def stated(model: nn.Module, network: Network, example_inputs: Inputs) -> tuple[Equation, ...]:
-    """What the user's forward states of its sizes; nothing for a graph, which states its own."""
-    if isinstance(model, GraphModel):
-        return ()
-    graph = network.captured.graph
-    specs = [n.value for n in graph.nodes if n.op == "input" and isinstance(n.value, Spec)]
-    for given in (example_inputs, doubled(example_inputs)):
-        if [s.shape for s in specs] == [tuple(t.shape) for t in tensors(given)]:
-            return equations(model, graph, given)
-    return ()
-
-
-class ClassError(ProofError):
-    """The user's class cannot be kept with these units gone.
-
-    Attributes:
-        groups: numbers of the groups because of which it cannot, where they could be found.
-    """
-
-    groups: frozenset[int] = frozenset()
-
-
-def _check_arguments(model: object, budget: object, exclude: object, accepted: Any) -> None:
-    """Refuse what is of another kind than it should be."""
-    for name, value, kind, remedy in (
-        ("model", model, nn.Module, "Give the network itself, an instance of nn.Module"),
-        ("budget", budget, accepted, "Write for example rarefy.Budget(macs=0.5)"),
-        ("exclude", exclude, list | tuple | set | frozenset, "Give a list of module paths"),
-    ):
-        if not isinstance(value, kind):
-            raise InputError(f"prune({name}=...)", f"a {type(value).__name__} was given", remedy)
-    assert isinstance(exclude, list | tuple | set | frozenset)
-    for path in exclude:
-        if not isinstance(path, str):
-            raise InputError(
-                "prune(exclude=...)",
-                f"it holds a {type(path).__name__}",
-                "Give paths, as model.named_modules() has them",
-            )
-
-
-def operate(
+def _narrowed(
     model: nn.Module,
     example_inputs: Inputs,
     network: Network,
-    plan: Plan,
-    sizes: Sizes | None = None,
-    *,
-    keep_class: bool = False,
-    fault: str = "",
+    budget: Budget,
+    short: Shortened,
+    judge: Callable[[nn.Module, Network], Response],
+    options: Mapping[str, Any],
 ) -> nn.Module:
-    """Carry out a plan with proof: on the user's class where that holds, else on the graph.
-
-    With ``fault``, the reason why the class cannot be kept, only the graph is tried.
+    """The network without some blocks, narrower by what is left of the budget.
 
     Raises:
-        ProofError: neither way equals masking.
-        ClassError: the class cannot be kept though it must be.
+        BudgetError: units do not reach it; the message says what is reachable.
     """
-    kind, reason = "module", ""
-    sizes = sizes or Sizes(network, ())
-    build: Build = lambda m, p: cut(m, network, p, sizes.solve(p).values)  # noqa: E731 - two ways
-    found = Comparison(inf, fault or "it is a graph already")
-    masking = Masking(model, example_inputs, network, plan)
-    if not isinstance(model, GraphModel) and not fault:
-        found = masking.compare(build)
-    error = found.error
-    if found.fault:
-        if keep_class:
-            lost = ClassError(
-                f"prune({type(model).__name__}, keep_class=True)",
-                f"its forward does not work with other widths: {found.fault}",
-                "Write sizes in forward as x.shape[...] or module attributes, exclude that layer, "
-                "or accept a rewritten graph (keep_class=False)",
-            )
-            lost.groups = breaking(model, example_inputs, network, plan, build, sizes.parts)
-            raise lost
-        kind, reason = "graph", fault or _reason(sizes.solve(plan).broken, found.fault)
-        build = lambda m, p: rewrite(m, network, p)  # noqa: E731
-        error = prove(model, example_inputs, network, plan, build, masking)
-    del masking  # it holds a copy of the network
-    small = build(model, plan)
-    small.eval()
-    kept = kept_entries(network, plan)
-    frozen = (
-        *network.frozen,
-        *_left_whole(model, network, plan),
-        *_untrained(model, small, example_inputs, network, kept),
-    )
-    small.pruned = Pruned(  # type: ignore[assignment]
-        kind, reason, _widths(model, kept), kept, frozen, error
-    )
-    return small
-
-
-def _reason(broken: Sequence[Equation], fault: str) -> str:
-    """Why the class was not kept: the line that states a size, or else what went wrong."""
-    lines = dict.fromkeys(e.source for e in broken if e.source)
-    if not lines:
-        return fault
-    more = f" and {len(lines) - 1} more" if len(lines) > 1 else ""
-    return f"its forward states sizes that cannot follow: {next(iter(lines))}{more}"
-
-
-def _left_whole(model: nn.Module, network: Network, plan: Plan) -> Iterator[Frozen]:
-    """Groups that stay for the sake of the class, as frozen entries of their first tensors."""
-    held: dict[tuple[str, int, str], set[int]] = {}
-    for number, reason in plan.whole.items():
-        first = network.groups[number].members[0]
-        held.setdefault((first.path, first.dim, reason), set()).update(first.indices.ravel())
-    shapes = {path: t.shape for path, t in [*model.named_parameters(), *model.named_buffers()]}
-    for (path, dim, reason), entries in held.items():
-        yield Frozen(path, dim, len(entries), shapes[path][dim], "forward", reason, "")
-
-
-def _untrained(
-    model: nn.Module, small: nn.Module, example_inputs: Inputs, network: Network, kept: Kept
-) -> Iterator[Frozen]:
-    """What training mode alone reads, where that does not run any more since it kept its size."""
-    idle = resting(model, network.captured.graph.live)
-    whole = [path for path in idle if not any(path == cut for cut, _ in kept)]
-    if isinstance(small, GraphModel) or not whole:
-        return
-    fault = _fault_in_training(small, example_inputs)
-    if fault and not _fault_in_training(model, example_inputs):
-        sizes = idle[whole[0]].shape or (1,)
-        reason = f"kept its size, since eval mode does not read it, and in training mode {fault}"
-        yield Frozen(whole[0], 0, sizes[0], sizes[0], "forward", reason, "")
-
-
-def _fault_in_training(model: nn.Module, example_inputs: Inputs) -> str:
+    small = short.model
+    if not short.blocks:
+        return narrow(model, example_inputs, network, budget, judge(model, network), **options)
+    if next(small.parameters(), None) is None:
+        return small
+    rest = trace(small, example_inputs)
+    share = _left(rest, small, budget) / max(_left(network, model, budget), 1)
+    named = concerning(rest, small, [*options["exclude"], *(name for name, _ in budget.limits)])
+    layers = tuple(pair for pair in budget.limits if pair[0] in named)
+    if budget.share >= share and not layers:
+        return small
+    wanted: dict[str, Any] = {budget.kind: min(budget.share / share, 1.0), "layers": layers}
+    kept = [name for name in options["exclude"] if name in named]
+    options = {**options, "exclude": kept}
     try:
-        check_runs(model, example_inputs, training=True)
-    except InputError as error:
-        return error.what
-    return ""
-
-
-def check_copies(model: nn.Module) -> None:
-    """Refuse a network that holds what cannot be copied, since the result is a copy.
-
-    Raises:
-        InputError: names what Python says.
-    """
-    kept = [*model.parameters(), *model.buffers()]  # these can, and would take memory
-    try:
-        copy.deepcopy(model, computed(model) | {id(tensor): tensor for tensor in kept})
-    except Exception as error:
-        raise InputError(
-            f"prune({type(model).__name__})",
-            f"it cannot be copied: {first_line(error)}",
-            "Keep open files, locks, generators and computed tensors out of the attributes of "
-            "modules, or define __deepcopy__",
+        left = replace(budget, **wanted)
+        return narrow(small, example_inputs, rest, left, judge(small, rest), **options)
+    except BudgetError as error:
+        raise BudgetError(
+            f"prune(budget=Budget({budget.kind}={budget.share:g}))",
+            f"without {len(short.blocks)} blocks {share:.3f} remain, and of these {error.what}",
+            f"Ask for more {budget.kind}, or relax min_keep, max_drop, round_to, layers and "
+            "exclude",
         ) from error
 
 
-def check_finite(model: nn.Module) -> None:
-    """Refuse weights that are NaN or infinite, or that hold no values at all, and NaN in buffers.
-
-    Infinities in buffers are let through: attention masks hold them.
-
-    Raises:
-        InputError: names the first such parameter or buffer.
-    """
-    for path, buffer in model.named_buffers():
-        if buffer.is_floating_point() and not buffer.is_meta and bool(buffer.isnan().any()):
-            raise InputError(
-                f"buffer {path}", "it holds NaN", "Load a checkpoint from before training diverged"
-            )
-    for path, parameter in model.named_parameters():
-        if is_lazy(parameter) or parameter.is_meta:
-            raise InputError(
-                f"parameter {path}",
-                "it holds no values",
-                "Load a checkpoint into the model, or run it once, before pruning",
-            )
-        if parameter.is_floating_point() and not bool(torch.isfinite(parameter).all()):
-            raise InputError(
-                f"parameter {path}",
-                "it holds NaN or infinite values",
-                "Load a checkpoint from before training diverged",
-            )
+def _left(network: Network, model: nn.Module, budget: Budget) -> float:
+    """What a network has of the cost that a budget is about."""
+    found = account(network, model, budget)
+    assert found is not None
+    return found.before
 
 
-def _widths(
-    model: nn.Module, kept: Mapping[tuple[str, int], NDArray[np.int64]]
-) -> tuple[Width, ...]:
-    """Output width of every layer with a kernel, before and after."""
-    found = []
-    for path, parameter in model.named_parameters():
-        if parameter.ndim < 2:
-            continue
-        owner = path.rpartition(".")[0]
-        transposed = isinstance(model.get_submodule(owner), nn.modules.conv._ConvTransposeNd)
-        dim = 1 if transposed else 0
-        after = len(kept.get((path, dim), range(parameter.shape[dim])))
-        found.append(Width(owner or path, parameter.shape[dim], after))
-    return tuple(found)
+def _recorded(model: nn.Module, network: Network, short: Shortened, small: nn.Module) -> nn.Module:
+    """The result with the record of what went from ``model``, blocks and units."""
+    held: Any = small.pruned if small is not short.model else None
+    small = copied(model).eval() if small is model else small  # nothing went
+    kept = held.kept if held else {}
+    left = {path for path, _ in small.named_parameters(remove_duplicate=False)}
+    small.pruned = Pruned(  # type: ignore[assignment]
+        kind="graph" if isinstance(small, GraphModel) else "module",
+        reason=short.reason or (held.reason if held else ""),
+        widths=widths(model, kept, left),
+        kept=kept,
+        frozen=held.frozen if held else network.frozen,
+        error=max(short.error, held.error if held else 0.0),
+        blocks=tuple(block.name for block in short.blocks),
+        held=short.held,
+    )
+    return small

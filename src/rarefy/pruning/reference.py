@@ -2,7 +2,8 @@
 
 Plain masking sets every coupled slice of a unit to zero in a copy of the user's module
 (:func:`masked`). It is the reference wherever no operator mixes entries that go with entries that
-stay in another way than by adding them.
+stay in another way than by adding them. A residual block is masked in the captured graph, where
+zeros take the place of what its branch adds (:func:`without_branches`).
 
 A layer norm, a mean over channels or a softmax over units means something else over zeros than
 over fewer entries. By convention such operators (``Flow.over_survivors``) are computed over the
@@ -16,6 +17,7 @@ normalization, its statistics change, which zeroing in the original network woul
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -28,7 +30,7 @@ from rarefy.graph.flow import Flow, every
 from rarefy.graph.groups import Mask
 from rarefy.graph.labels import Atoms
 from rarefy.graph.ops import edit
-from rarefy.graph.program import GraphModel, Node, resolve
+from rarefy.graph.program import GraphModel, Node, Ref, resolve, substitute
 from rarefy.graph.trace import Network
 from rarefy.pruning.plan import Plan
 from rarefy.pruning.surgery import kept_entries
@@ -57,6 +59,26 @@ def masked(model: nn.Module, network: Network, plan: Plan) -> nn.Module:
             index = gone.nonzero().ravel().to(tensor.device)
             tensor.index_fill_(dim, index, 0)
     return reference
+
+
+def without_branches(model: nn.Module, network: Network, plan: Plan) -> GraphModel:
+    """The captured network in which the branches of the plan's blocks give zeros."""
+    graph = network.captured.graph
+    adds = {block.add: block.branch for block in plan.blocks}
+    nodes: list[Node] = []
+    for node in graph.nodes:
+        if node.name in adds:
+            branch = graph.by_name[adds[node.name]]
+            name = f"{node.name}_without_branch"
+            zeros = replace(
+                branch, name=name, op="aten.zeros_like.default", args=(Ref(branch.name),)
+            )
+            nodes.append(replace(zeros, kwargs={}))
+            zeroed = {branch.name: Ref(name)}
+            args = substitute(node.args, lambda ref, new=zeroed: new.get(ref.name, ref))  # type: ignore[misc]
+            node = replace(node, args=args)
+        nodes.append(node)
+    return graph_model(model, replace(network.captured, graph=graph.with_nodes(nodes)))
 
 
 def mixing(network: Network, plan: Plan) -> frozenset[str]:

@@ -73,8 +73,8 @@ def select(
         allowed = {g: r for g, r in allowed.items() if g in losses}
     if not allowed:
         raise _nothing(network)
-    account = _account(network, model, budget, costs)
-    choice = _Choice(network, scores, allowed, account, keep_class)
+    account = accounts.account(network, model, budget, costs)
+    choice = Choice(network, scores, allowed, account, keep_class)
 
     def attempt(counts: Sequence[int]) -> Landed:
         plan = choice.plan(counts, closed, sizes)
@@ -122,26 +122,7 @@ def _out_of_reach(budget: Budget, reachable: float) -> BudgetError:
     )
 
 
-def _account(
-    network: Network, model: nn.Module, budget: Budget, costs: Costs | None
-) -> Account | None:
-    """The cost that a budget is about; None where it is the number of units."""
-    if budget.macs is not None:
-        return accounts.macs(network)
-    if budget.params is not None:
-        return accounts.params(network, model)
-    if budget.latency is not None and costs is not None:
-        return accounts.latency(network, costs)
-    if budget.sparsity is not None:
-        return None
-    raise BudgetError(
-        f"select(budget=Budget({budget.kind}={budget.share:g}))",
-        "it has to be measured, and nothing measures here",
-        "Call rarefy.prune, which exports and measures what it makes",
-    )
-
-
-class _Choice:
+class Choice:
     """Numbers of units to remove -> a plan, and what it leaves.
 
     Args:
@@ -193,13 +174,18 @@ class _Choice:
 
     def allocation(self, budget: Budget, losses: Mapping[int, Losses] | None) -> Allocation:
         """How the removal is divided between the groups."""
-        if losses is not None:
-            return knapsack([self._choices(i, losses[g]) for i, g in enumerate(self.groups)])
-        if budget.scope == "local":
+        if losses is None and budget.scope == "local":
             return even(self.lanes)
-        if budget.latency is not None:
-            return knapsack([self._choices(i, None) for i in range(len(self.groups))])
+        if losses is not None or budget.latency is not None:
+            return knapsack(self.choices(losses))
         return ranked(self.lanes)
+
+    def choices(self, losses: Mapping[int, Losses] | None) -> list[Choices]:
+        """Alternatives of every group."""
+        return [
+            self._choices(i, None if losses is None else losses[g])
+            for i, g in enumerate(self.groups)
+        ]
 
     def _choices(self, lane: int, losses: Losses | None) -> Choices:
         """Alternatives of one group: by the losses measured, or by its units' scores."""

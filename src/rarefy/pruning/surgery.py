@@ -25,6 +25,7 @@ from rarefy.graph.capture import graph_model
 from rarefy.graph.editor import Editor
 from rarefy.graph.ops import edit
 from rarefy.graph.program import GraphModel
+from rarefy.graph.stubs import stubs, without_zeros
 from rarefy.graph.trace import Network, storages
 from rarefy.pruning import attributes
 from rarefy.pruning.plan import Plan
@@ -189,4 +190,5 @@ def rewrite(model: nn.Module, network: Network, plan: Plan) -> GraphModel:
     buffers = {p: small(p, t) for p, t in whole.named_buffers(remove_duplicate=False)}
     device = next((tensor.device for tensor in parameters.values()), torch.device("cpu"))
     buffers |= {path: tensor.to(device) for path, tensor in editor.constants.items()}
-    return GraphModel(graph.with_nodes(nodes), parameters, buffers)
+    plain = without_zeros(graph.with_nodes(nodes), stubs(model))
+    return GraphModel(plain, parameters, buffers)

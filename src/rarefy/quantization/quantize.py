@@ -12,8 +12,8 @@ from torch.utils import _pytree as pytree
 
 from rarefy.batches import batches, call, evaluating, take
 from rarefy.errors import InputError
-from rarefy.graph.capture import capture, graph_model
 from rarefy.graph.program import Graph, GraphModel, Node, Ref, substitute
+from rarefy.graph.stubs import plain_graph
 from rarefy.quantization.affine import (
     SMALLEST_RANGE,
     Affine,
@@ -97,7 +97,7 @@ def quantize(model: nn.Module, calibration: Data, scheme: Int8 | None = None) ->
 
 
 def _captured(model: nn.Module, example: Inputs) -> GraphModel:
-    net = model if isinstance(model, GraphModel) else graph_model(model, capture(model, example))
+    net = plain_graph(model, example)
     if any(node.op in (PER_TENSOR, PER_CHANNEL) for node in net.graph.nodes):
         raise InputError(
             "quantize(model)", "the model is quantized already", "Give the float model"

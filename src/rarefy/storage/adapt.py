@@ -14,7 +14,9 @@ from torch.nn.parameter import is_lazy
 
 from rarefy.copies import copied
 from rarefy.errors import FormatError, InputError
+from rarefy.graph.stubs import Stub, put, stubs
 from rarefy.pruning import attributes
+from rarefy.storage.index import StubRecord
 from rarefy.storage.pack import NAMES
 
 Settings = dict[str, dict[str, int | list[int]]]
@@ -213,6 +215,36 @@ def _is_size(value: Any) -> bool:
 
 def _is_sizes(value: Any) -> bool:
     return isinstance(value, tuple | list) and len(value) <= 64 and all(map(_is_size, value))
+
+
+# --- stubs -------------------------------------------------------------------------------------
+
+
+def stand_ins(model: nn.Module) -> dict[str, StubRecord]:
+    """What stands in for modules of which nothing is left."""
+    return {
+        path: StubRecord(gives=stub.stub_gives, outputs=stub.stub_outputs)
+        for path, stub in stubs(model).items()
+    }
+
+
+def put_stubs(model: nn.Module, given: Mapping[str, StubRecord]) -> None:
+    """Put stubs in the places of modules; nothing is changed unless all have such a place.
+
+    Raises:
+        FormatError: a module does not exist, is the network itself or lies within another.
+    """
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for path in given:
+        parents = (path.rsplit(".", n)[0] for n in range(1, path.count(".") + 1))
+        if not path or path not in modules or any(p in given for p in parents):
+            raise FormatError(
+                f"module {path[:80]!r}",
+                f"the model has no such module to be left out{_nearest(path, modules)}",
+                "Create the model as it was created before it was saved",
+            )
+    for path, record in given.items():
+        put(model, path, Stub(modules[path], record.gives, record.outputs))
 
 
 # --- loading -----------------------------------------------------------------------------------

@@ -107,7 +107,11 @@ def save(model: nn.Module, path: str | Path) -> Path:
     if isinstance(model, GraphModel):
         graph, grids = to_json(model.graph), quantized_weights(model, held)
     else:
-        settings = {"attributes": adapt.implied(model), "custom": adapt.custom(model)}
+        settings = {
+            "attributes": adapt.implied(model),
+            "custom": adapt.custom(model),
+            "stubs": adapt.stand_ins(model),
+        }
     parts = [_part(name, tensor, grids.get(name)) for name, tensor in held.tensors.items()]
     if sum(p.record.bytes for p in parts) > capacity(sum(p.record.stored for p in parts)):
         parts = [_part(n, t, grids.get(n), _raw) for n, t in held.tensors.items()]
@@ -159,6 +163,7 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
                 "Give an instance of that class: load(path, model)",
             )
         copy = adapt.clone(model)
+        adapt.put_stubs(copy, index.stubs)
         attributes.remember_buffers(copy, contents.records)
         adapt.check_paths(copy, contents.records.keys() | index.aliases.keys(), index.class_name)
         loaded = contents.held()

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from rarefy.errors import FormatError
 from rarefy.graph.serialize import valid_path
+from rarefy.graph.stubs import Gives
 from rarefy.storage.pack import DTYPES, compress, damaged, decompress
 
 VERSION = 1
@@ -49,6 +50,13 @@ class GridRecord(_Strict):
     high: _Code
 
 
+class StubRecord(_Strict):
+    """What a stub gives, and how many outputs it has: 0 for a tensor, else those of a tuple."""
+
+    gives: Gives
+    outputs: Annotated[int, Field(ge=0, le=64)] = 0
+
+
 class Columns(_Strict):
     """One column per property of the tensors; columns compress better than rows."""
 
@@ -72,6 +80,7 @@ class Index(_Strict):
         grids: path of a quantized tensor -> its grid.
         attributes: module path -> attribute -> value, as the shapes imply them.
         custom: the same for attributes that surgery adapted by itself.
+        stubs: path of a module of which nothing is left -> what stands in for it.
     """
 
     kind: Kind
@@ -81,6 +90,7 @@ class Index(_Strict):
     grids: dict[str, GridRecord] = {}
     attributes: _Settings = {}
     custom: _Settings = {}
+    stubs: dict[str, StubRecord] = {}
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,161 @@
+"""How important a residual block is, on the scale of the scores of units.
+
+The importance of a set of units is the sum of theirs; that of a block is the sum over the units
+that live in it alone, times its *influence*: how much its branch does to the trunk, relative to
+the other blocks. With data, influence is ``1 - cos(trunk, trunk + branch)``, one minus the cosine
+between what goes into a block and what comes out (Men et al. 2024, ShortGPT,
+https://arxiv.org/abs/2403.03853; there of every token, here of every example, since a graph does
+not tell which dimensions are positions). Without data it is the magnitude of the block's weights
+(as in Kim et al. 2024, https://arxiv.org/abs/2402.02834; there their sum, here squared and by
+output unit, so that wide and narrow layers count alike). Influences have mean 1 over the blocks of
+a network, so that a block of mean influence counts as much as all of its units together, under any
+criterion.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from rarefy.batches import batch_size, batches, call, evaluating, take
+from rarefy.errors import DataError, first_line
+from rarefy.graph.blocks import Block
+from rarefy.graph.capture import graph_model
+from rarefy.graph.program import GraphModel, Node
+from rarefy.graph.trace import Network
+from rarefy.types import Data, Inputs
+
+SAMPLES = 512
+"""Examples on which the influence of blocks is measured."""
+
+
+def importances(
+    model: nn.Module, network: Network, totals: Sequence[float], data: Data | None = None
+) -> NDArray[np.float64]:
+    """The importance of every block of a network, comparable with the scores of its units.
+
+    Args:
+        model: the network.
+        network: its trace.
+        totals: importance of all units of each group together.
+        data: batches on which the blocks' influence is measured; without, it is their magnitude.
+
+    Returns:
+        Shape (blocks,).
+
+    Raises:
+        DataError: the network does not run on the data.
+    """
+    sums = np.array([_held(network, block, totals) for block in network.blocks])
+    known = sums[sums > 0]
+    sums[sums == 0] = known.mean() if len(known) else 1.0  # no units of their own: as the others
+    measured = magnitudes(model, network) if data is None else influences(model, network, data)
+    mean = float(measured.mean())
+    relative = measured / mean if mean > 0 else np.ones(len(measured))
+    found: NDArray[np.float64] = sums * relative
+    return found
+
+
+def _held(network: Network, block: Block, totals: Sequence[float]) -> float:
+    """The importance of all units that live in a block alone."""
+    return sum(totals[g] for g in inner(network, [block]))
+
+
+def inner(network: Network, blocks: Collection[Block]) -> frozenset[int]:
+    """Numbers of the groups whose units take entries of these blocks' tensors only."""
+    tensors = {path for block in blocks for path in block.tensors}
+    return frozenset(
+        number
+        for number, group in enumerate(network.groups)
+        if all(member.path in tensors for member in group.members)
+    )
+
+
+def magnitudes(model: nn.Module, network: Network) -> NDArray[np.float64]:
+    """Mean over the weights ``W`` of every block of ``||W||^2 / rows(W)``.
+
+    That is the mean square of a layer's outputs where its inputs are white, and does not depend on
+    its width. A block without weights counts with its other parameters.
+    """
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+
+    def gain(block: Block) -> float:
+        paths = dict.fromkeys((*block.tensors, *block.shared))
+        held = [parameters[path].detach() for path in paths if path in parameters]
+        kernels = [t for t in held if t.ndim > 1] or held
+        gains = [float(t.double().square().sum()) / len(t) for t in kernels if t.numel()]
+        return sum(gains) / max(len(gains), 1)
+
+    return np.array([gain(block) for block in network.blocks])
+
+
+def influences(model: nn.Module, network: Network, data: Data) -> NDArray[np.float64]:
+    """``1 - cos(trunk, trunk + branch)`` of every block, the mean over up to ``SAMPLES`` examples.
+
+    Raises:
+        DataError: the network does not run on the data.
+    """
+    watched = _Watched(graph_model(model, network.captured), network.blocks)
+    seen = 0
+    with evaluating(watched):
+        for inputs, _ in batches(data, "prune(data)"):
+            part = take(inputs, SAMPLES - seen)
+            try:
+                call(watched, part)
+            except Exception:  # noqa: BLE001 - a graph of one batch size takes a batch as it comes
+                _run(watched, inputs)
+            seen += batch_size(part)
+            if seen >= SAMPLES:
+                break
+    found = [watched.turned[block.add] / watched.rows[block.add] for block in network.blocks]
+    return np.array(found)
+
+
+def _run(model: nn.Module, inputs: Inputs) -> None:
+    try:
+        call(model, inputs)
+    except Exception as error:
+        raise DataError(
+            "prune(data)",
+            f"the network does not run on its batches: {first_line(error)}",
+            "Yield inputs like those that the network was traced with",
+        ) from error
+
+
+class _Watched(GraphModel):
+    """A network that sums up how far its blocks turn the trunk, as it runs.
+
+    Attributes:
+        turned: node that adds a branch -> sum of ``1 - cos`` over examples.
+        rows: the same node -> number of these.
+    """
+
+    def __init__(self, model: GraphModel, blocks: Sequence[Block]) -> None:
+        parameters = dict(model.named_parameters(remove_duplicate=False))
+        buffers = dict(model.named_buffers(remove_duplicate=False))
+        super().__init__(model.graph, parameters, buffers)
+        self._branches = {block.add: block.branch for block in blocks}
+        self.turned = dict.fromkeys(self._branches, 0.0)
+        self.rows = dict.fromkeys(self._branches, 0)
+
+    def step(self, node: Node, function: Callable[..., Any], values: Mapping[str, Any]) -> Any:
+        """Run one call; where it adds a branch, compare its result with the trunk."""
+        if node.name not in self._branches:
+            return super().step(node, function, values)
+        operands = (arg.name for arg in node.args[:2])
+        trunk = _rows(values[next(n for n in operands if n != self._branches[node.name])])
+        found: Tensor = super().step(node, function, values)
+        turned = 1 - torch.cosine_similarity(trunk, _rows(found), dim=1, eps=1e-30)
+        self.turned[node.name] += float(turned.clamp_min(0).sum())
+        self.rows[node.name] += len(turned)
+        return found
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    """Examples as rows, in a copy, since the sum may be written in place."""
+    return tensor.detach().to(torch.float64, copy=True).reshape(max(len(tensor), 1), -1)

@@ -1,0 +1,267 @@
+"""Units that a budget takes, removed with proof: on the user's class where that holds, else on the
+graph."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from math import inf
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import nn
+
+from rarefy.batches import doubled, tensors
+from rarefy.errors import BudgetError, InputError
+from rarefy.graph.capture import check_runs
+from rarefy.graph.program import GraphModel, Spec
+from rarefy.graph.resting import resting
+from rarefy.graph.trace import Frozen, Network
+from rarefy.pruning.compensated import Response
+from rarefy.pruning.costs import Costs
+from rarefy.pruning.expressions import Equation
+from rarefy.pruning.plan import Plan, Scores
+from rarefy.pruning.proof import Build, ClassError, Comparison, Masking, breaking, prove
+from rarefy.pruning.provenance import equations
+from rarefy.pruning.select import select
+from rarefy.pruning.sizes import Sizes
+from rarefy.pruning.surgery import Kept, cut, kept_entries, rewrite
+from rarefy.types import Budget, Inputs, Width
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """What a pruning did; the attribute ``pruned`` of its result.
+
+    Attributes:
+        kind: ``"module"`` where the user's class was kept, ``"graph"`` where its forward works
+            with sizes that cannot be changed and the captured graph was rewritten instead.
+        reason: why the class was not kept, or empty.
+        widths: width of every layer, before and after; 0 after where the layer is gone.
+        kept: (path, dimension) -> entries of the original that stay.
+        frozen: what could not be pruned, and why.
+        error: largest difference from masking, relative to the outputs' sensitivity.
+        blocks: residual blocks that were removed, by name.
+        held: blocks that stay since the class does not work without them, each with the reason.
+    """
+
+    kind: str
+    reason: str
+    widths: tuple[Width, ...]
+    kept: Mapping[tuple[str, int], NDArray[np.int64]]
+    frozen: tuple[Frozen, ...]
+    error: float
+    blocks: tuple[str, ...] = ()
+    held: Mapping[str, str] = field(default_factory=dict)
+
+
+def narrow(
+    model: nn.Module,
+    example_inputs: Inputs,
+    network: Network,
+    budget: Budget,
+    judged: Response,
+    *,
+    costs: Costs | None = None,
+    exclude: Sequence[str] = (),
+    keep_class: bool = False,
+) -> nn.Module:
+    """The network without the units that a budget takes, proven.
+
+    Args:
+        model: the network, which is left as it is.
+        example_inputs: what it was traced with.
+        network: its trace.
+        budget: how much may remain.
+        judged: importance of all units.
+        costs: latencies of the layers, for a budget of latency.
+        exclude: paths or patterns whose own outputs keep their width.
+        keep_class: never return a rewritten graph.
+
+    Raises:
+        InputError, BudgetError: see :func:`~rarefy.pruning.select.select`.
+        ProofError: the smaller network differs from masking.
+    """
+    scores, closed = judged.scores, dict(judged.unmeasured)
+    sizes = Sizes(network, stated(model, network, example_inputs))
+    options: dict[str, Any] = {"losses": judged.losses, "costs": costs}
+    while True:
+        plan = _plan(network, model, scores, budget, exclude, sizes, closed, keep_class, options)
+        try:
+            small = operate(model, example_inputs, network, plan, sizes, keep_class=keep_class)
+        except ClassError as error:
+            if not error.groups:
+                raise
+            closed |= dict.fromkeys(error.groups, "the class does not work with fewer of them")
+        else:
+            break
+    record: Any = small.pruned
+    if record.kind == "graph" and plan.whole:  # a graph need not fit the forward
+        plan = select(network, model, scores, budget, exclude, **options)
+        small = operate(model, example_inputs, network, plan, sizes, fault=record.reason)
+    return small
+
+
+def _plan(
+    network: Network,
+    model: nn.Module,
+    scores: Scores,
+    budget: Budget,
+    exclude: Sequence[str],
+    sizes: Sizes,
+    closed: Mapping[int, str],
+    keep_class: bool,
+    options: Mapping[str, Any],
+) -> Plan:
+    """A plan that the user's forward can carry out; where none does it, one for the graph.
+
+    Raises:
+        ClassError: the class has to be kept, and nothing can go then.
+        BudgetError, InputError: see :func:`~rarefy.pruning.select.select`.
+    """
+    held: dict[str, Any] = {**options, "closed": closed, "keep_class": keep_class}
+    try:
+        plan = select(network, model, scores, budget, exclude, sizes, **held)
+    except BudgetError:
+        if keep_class:
+            raise
+        return select(network, model, scores, budget, exclude, **options)
+    if plan.removed.any() or not plan.whole:
+        return plan
+    if keep_class:
+        raise ClassError(
+            f"prune({type(model).__name__}, keep_class=True)",
+            f"its forward holds all units in place: {next(iter(plan.whole.values()))}",
+            "Write sizes in forward as x.shape[...] or module attributes, or accept a rewritten "
+            "graph (keep_class=False)",
+        )
+    return select(network, model, scores, budget, exclude, **options)
+
+
+def stated(model: nn.Module, network: Network, example_inputs: Inputs) -> tuple[Equation, ...]:
+    """What the user's forward states of its sizes; nothing for a graph, which states its own."""
+    if isinstance(model, GraphModel):
+        return ()
+    graph = network.captured.graph
+    specs = [n.value for n in graph.nodes if n.op == "input" and isinstance(n.value, Spec)]
+    for given in (example_inputs, doubled(example_inputs)):
+        if [s.shape for s in specs] == [tuple(t.shape) for t in tensors(given)]:
+            return equations(model, graph, given)
+    return ()
+
+
+def operate(
+    model: nn.Module,
+    example_inputs: Inputs,
+    network: Network,
+    plan: Plan,
+    sizes: Sizes | None = None,
+    *,
+    keep_class: bool = False,
+    fault: str = "",
+) -> nn.Module:
+    """Carry out a plan with proof: on the user's class where that holds, else on the graph.
+
+    With ``fault``, the reason why the class cannot be kept, only the graph is tried.
+
+    Raises:
+        ProofError: neither way equals masking.
+        ClassError: the class cannot be kept though it must be.
+    """
+    kind, reason = "module", ""
+    sizes = sizes or Sizes(network, ())
+    build: Build = lambda m, p: cut(m, network, p, sizes.solve(p).values)  # noqa: E731 - two ways
+    found = Comparison(inf, fault or "it is a graph already")
+    masking = Masking(model, example_inputs, network, plan)
+    if not isinstance(model, GraphModel) and not fault:
+        found = masking.compare(build)
+    error = found.error
+    if found.fault:
+        if keep_class:
+            lost = ClassError(
+                f"prune({type(model).__name__}, keep_class=True)",
+                f"its forward does not work with other widths: {found.fault}",
+                "Write sizes in forward as x.shape[...] or module attributes, exclude that layer, "
+                "or accept a rewritten graph (keep_class=False)",
+            )
+            lost.groups = breaking(model, example_inputs, network, plan, build, sizes.parts)
+            raise lost
+        kind, reason = "graph", fault or _reason(sizes.solve(plan).broken, found.fault)
+        build = lambda m, p: rewrite(m, network, p)  # noqa: E731
+        error = prove(model, example_inputs, network, plan, build, masking)
+    del masking  # it holds a copy of the network
+    small = build(model, plan)
+    small.eval()
+    kept = kept_entries(network, plan)
+    frozen = (
+        *network.frozen,
+        *_left_whole(model, network, plan),
+        *_untrained(model, small, example_inputs, network, kept),
+    )
+    small.pruned = Pruned(  # type: ignore[assignment]
+        kind, reason, widths(model, kept), kept, frozen, error
+    )
+    return small
+
+
+def _reason(broken: Sequence[Equation], fault: str) -> str:
+    """Why the class was not kept: the line that states a size, or else what went wrong."""
+    lines = dict.fromkeys(e.source for e in broken if e.source)
+    if not lines:
+        return fault
+    more = f" and {len(lines) - 1} more" if len(lines) > 1 else ""
+    return f"its forward states sizes that cannot follow: {next(iter(lines))}{more}"
+
+
+def _left_whole(model: nn.Module, network: Network, plan: Plan) -> Iterator[Frozen]:
+    """Groups that stay for the sake of the class, as frozen entries of their first tensors."""
+    held: dict[tuple[str, int, str], set[int]] = {}
+    for number, reason in plan.whole.items():
+        first = network.groups[number].members[0]
+        held.setdefault((first.path, first.dim, reason), set()).update(first.indices.ravel())
+    shapes = {path: t.shape for path, t in [*model.named_parameters(), *model.named_buffers()]}
+    for (path, dim, reason), entries in held.items():
+        yield Frozen(path, dim, len(entries), shapes[path][dim], "forward", reason, "")
+
+
+def _untrained(
+    model: nn.Module, small: nn.Module, example_inputs: Inputs, network: Network, kept: Kept
+) -> Iterator[Frozen]:
+    """What training mode alone reads, where that does not run any more since it kept its size."""
+    idle = resting(model, network.captured.graph.live)
+    whole = [path for path in idle if not any(path == cut for cut, _ in kept)]
+    if isinstance(small, GraphModel) or not whole:
+        return
+    fault = _fault_in_training(small, example_inputs)
+    if fault and not _fault_in_training(model, example_inputs):
+        sizes = idle[whole[0]].shape or (1,)
+        reason = f"kept its size, since eval mode does not read it, and in training mode {fault}"
+        yield Frozen(whole[0], 0, sizes[0], sizes[0], "forward", reason, "")
+
+
+def _fault_in_training(model: nn.Module, example_inputs: Inputs) -> str:
+    try:
+        check_runs(model, example_inputs, training=True)
+    except InputError as error:
+        return error.what
+    return ""
+
+
+def widths(
+    model: nn.Module,
+    kept: Mapping[tuple[str, int], NDArray[np.int64]],
+    left: Collection[str] | None = None,
+) -> tuple[Width, ...]:
+    """Output width of every layer with a kernel, before and after; of those left, where given."""
+    found = []
+    for path, parameter in model.named_parameters():
+        if parameter.ndim < 2:
+            continue
+        owner = path.rpartition(".")[0]
+        transposed = isinstance(model.get_submodule(owner), nn.modules.conv._ConvTransposeNd)
+        dim = 1 if transposed else 0
+        after = len(kept.get((path, dim), range(parameter.shape[dim])))
+        after = after if left is None or path in left else 0
+        found.append(Width(owner or path, parameter.shape[dim], after))
+    return tuple(found)
