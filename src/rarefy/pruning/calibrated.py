@@ -16,7 +16,8 @@ from torch import Tensor
 from rarefy.batches import batch_size, batches, evaluating, take, tensors
 from rarefy.errors import DataError, first_line
 from rarefy.graph.program import Graph, GraphModel, Node, Ref, Spec, last_use
-from rarefy.pruning.elements import SparseGPT, Wanda
+from rarefy.pruning import criteria
+from rarefy.pruning.elements import Sequential, SparseGPT, Wanda
 from rarefy.pruning.gram import Gram, rows
 from rarefy.pruning.lockstep import OPERANDS, Run, operand, unseen, unsolvable
 from rarefy.pruning.patterns import NM, Pattern, Unstructured, as_matrix, as_weight, within_rows
@@ -59,7 +60,7 @@ class Calibration:
         layers: Sequence[Layer],
         plain: Sequence[Tensor],
         pattern: Pattern,
-        rule: Wanda | SparseGPT,
+        rule: Sequential,
     ) -> None:
         self.first, self.second = pair
         self.graph, self.layers, self.pattern, self.rule = pair[1].graph, layers, pattern, rule
@@ -185,8 +186,8 @@ class Calibration:
         squares = sum(gram.xx.diagonal(dim1=1, dim2=2) for gram in grams)
         assert isinstance(squares, Tensor)
         matrix = as_matrix(layer.weight.double(), layer.input_dim, self.pattern)
-        grouped = matrix.abs().reshape(len(squares), -1, matrix.shape[1])
-        scores = (grouped * squares.sqrt()[:, None]).flatten(0, 1)
+        grouped = matrix.reshape(len(squares), -1, matrix.shape[1])
+        scores = criteria.wanda(grouped, squares[:, None]).flatten(0, 1)
         if isinstance(self.pattern, Unstructured):
             gone = within_rows(scores, int(self.gone[layer.path].sum()))
         else:

@@ -109,8 +109,10 @@ def prune(
             ``"reconstruction"``, ``"wanda"``, ``"activation"``), one of the frozen values there
             with other options, or a function (:data:`~rarefy.pruning.criteria.Criterion`).
             ``"compensated"`` (:class:`~rarefy.pruning.compensated.Compensated`) measures on data
-            how much each group may lose. Of weights: ``"magnitude"``, ``"lamp"``, ``"random"``,
-            ``"wanda"``, ``"sparsegpt"``, or a function
+            how much each group may lose. Of weights: a name in
+            :data:`~rarefy.pruning.elements.ELEMENT_CRITERIA` (``"magnitude"``, ``"square"``,
+            ``"random"``, ``"lamp"``; on data ``"gradient"``, ``"taylor"``, ``"taylor2"``,
+            ``"obd"``, ``"obs"``, ``"wanda"``, ``"sparsegpt"``), or a function weight -> scores
             (:data:`~rarefy.pruning.elements.ElementCriterion`).
         structure: ``"channel"`` removes channels, heads and hidden units. All others set weights to
             zero, which makes files smaller, and faster what a runtime has kernels for:
@@ -164,8 +166,9 @@ def prune(
                 "sensitivity was measured for units, and weights are to be removed",
                 "Leave sensitivity out",
             )
-        given: dict[str, Any] = {"criterion": criterion, "data": data, "exclude": exclude}
-        return sparsify(model, budget, structure, example_inputs=example_inputs, **given)
+        given: dict[str, Any] = {"criterion": criterion, "data": data, "loss": loss}
+        given |= {"example_inputs": example_inputs, "exclude": exclude}
+        return sparsify(model, budget, structure, **given)
     assert budget is not None
     network = trace(model, example_inputs)
     check_runs(model, example_inputs)
