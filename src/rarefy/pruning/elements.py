@@ -1,8 +1,7 @@
 """How single weights are chosen: by a formula, or layer by layer with reconstruction.
 
-The formulas are those of :data:`~rarefy.pruning.criteria.ELEMENT`, the same of which criteria for
-units are made. What prunes layer by layer is a frozen value whose type picks the action
-(:mod:`rarefy.pruning.calibrated`).
+The formulas are those of :data:`~rarefy.pruning.criteria.ELEMENT`, the same that criteria for units
+sum up. What reconstructs is a frozen value (:mod:`rarefy.pruning.calibrated`).
 """
 
 from __future__ import annotations
@@ -16,30 +15,6 @@ from torch import Tensor
 from rarefy.errors import InputError, RarefyError, first_line
 from rarefy.pruning.criteria import ELEMENT, Element
 from rarefy.pruning.evidence import Evidence
-
-
-def _at_least_one(owner: object, samples: int) -> None:
-    if not isinstance(samples, int) or samples < 1:
-        raise InputError(
-            f"{type(owner).__name__}(samples={samples!r})", "below 1", "Use a few hundred"
-        )
-
-
-@dataclass(frozen=True)
-class Wanda:
-    """``|w_ij| * ||x_j||``, compared within each output row (https://arxiv.org/abs/2306.11695).
-
-    The norm of an input is taken over calibration data, in the network as pruned so far. No weight
-    changes other than to zero.
-
-    Args:
-        samples: number of examples to use.
-    """
-
-    samples: int = 512
-
-    def __post_init__(self) -> None:
-        _at_least_one(self, self.samples)
 
 
 @dataclass(frozen=True)
@@ -73,35 +48,29 @@ class SparseGPT:
     block: int = 128
 
     def __post_init__(self) -> None:
-        _at_least_one(self, self.samples)
+        if not isinstance(self.samples, int) or self.samples < 1:
+            raise InputError(f"SparseGPT(samples={self.samples!r})", "below 1", "Use a few hundred")
         if not 0 < self.damp < float("inf"):
             raise InputError(f"SparseGPT(damp={self.damp!r})", "must be above 0", "Write damp=0.01")
         if self.block < 1:
             raise InputError(f"SparseGPT(block={self.block!r})", "below 1", "Write block=128")
 
 
-Sequential: TypeAlias = Wanda | SparseGPT
-"""What chooses layer by layer, in the network as pruned so far."""
-
-ElementCriterion: TypeAlias = Callable[[Tensor], Tensor] | Element | Sequential
+ElementCriterion: TypeAlias = Callable[[Tensor], Tensor] | Element | SparseGPT
 """How single weights are chosen: a function weight -> scores of its shape, the smallest of which
-go first; an element criterion, which may need evidence on data; or what goes layer by layer."""
+go first; an element criterion, which may need evidence on data; or reconstruction."""
 
-ELEMENT_CRITERIA: Mapping[str, Element | Sequential] = {
-    **ELEMENT,
-    "wanda": Wanda(),
-    "sparsegpt": SparseGPT(),
-}
+ELEMENT_CRITERIA: Mapping[str, Element | SparseGPT] = {**ELEMENT, "sparsegpt": SparseGPT()}
 """Shorthand -> criterion."""
 
 
-def named(criterion: str | ElementCriterion) -> Element | Sequential:
+def named(criterion: str | ElementCriterion) -> Element | SparseGPT:
     """A criterion from its shorthand or from a function of the weight, or itself.
 
     Raises:
         InputError: it is none, or none has that name.
     """
-    if isinstance(criterion, Element | Wanda | SparseGPT):
+    if isinstance(criterion, Element | SparseGPT):
         return criterion
     if callable(criterion):
         return Element(lambda path, evidence: criterion(evidence.tensors[path]))

@@ -18,7 +18,7 @@ from rarefy.graph.trace import trace
 from rarefy.pruning import elements
 from rarefy.pruning.calibrated import Calibration
 from rarefy.pruning.criteria import ELEMENT, Element
-from rarefy.pruning.elements import ElementCriterion, Sequential
+from rarefy.pruning.elements import ElementCriterion, SparseGPT
 from rarefy.pruning.evidence import LABELS, Evidence
 from rarefy.pruning.gather import LossFunction, gather
 from rarefy.pruning.patterns import Pattern, Unstructured, named, resolved_share, shorthand
@@ -69,7 +69,7 @@ def sparsify(
     The share is exact: ``floor(sparsity * n)`` of the ``n`` units (weights or blocks), of every
     tensor (``scope="local"``) or of all together (``scope="global"``). Weights that evidence says
     nothing of are ranked apart from the others under ``scope="global"``, to the same share. What
-    goes layer by layer (Wanda, SparseGPT) takes each layer's share from a ranking by magnitude.
+    goes layer by layer (SparseGPT) takes each layer's share from a ranking by magnitude.
 
     Args:
         model: any network.
@@ -79,7 +79,7 @@ def sparsify(
         criterion: an :data:`~rarefy.pruning.elements.ElementCriterion` or its shorthand.
         data: batches, where the criterion needs them: all of them for evidence
             (:func:`~rarefy.pruning.gather.gather`), labelled where it asks for gradients of the
-            loss; some hundred examples for Wanda and SparseGPT.
+            loss; some hundred examples for SparseGPT.
         loss: (logits, targets) -> mean loss of a batch, for criteria that need gradients; cross
             entropy if not given.
         exclude: module or parameter paths that stay dense.
@@ -178,7 +178,7 @@ def _share(pattern: Pattern, budget: Budget | None) -> float:
 
 
 def _check_evidence(
-    rule: Element | Sequential, criterion: object, data: Data | None, loss: LossFunction | None
+    rule: Element | SparseGPT, criterion: object, data: Data | None, loss: LossFunction | None
 ) -> None:
     asks = rule.needs if isinstance(rule, Element) else frozenset({"inputs"})
     if asks and data is None:
