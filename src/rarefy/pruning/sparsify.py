@@ -206,7 +206,7 @@ def _required(example_inputs: Inputs | None) -> Inputs:
     if example_inputs is None:
         raise InputError(
             "sparsify(example_inputs=None)",
-            "N:M, blocks and reconstruction need the network's graph",
+            "N:M, blocks and criteria that take data need the network's graph",
             "Give example inputs",
         )
     return example_inputs
