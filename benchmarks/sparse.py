@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 import rarefy as rf
+from rarefy.pruning.elements import ELEMENT_CRITERIA
 
 
 def reestimated(model: nn.Module, x: Tensor) -> nn.Module:
@@ -62,7 +63,8 @@ def main() -> None:
             structure, budget = "weight", rf.Budget(sparsity=float(target), scope=scope)
         plain, fresh, seconds = [], [], 0.0
         for images in train:
-            data = images.split(128) if criterion in ("wanda", "sparsegpt") else None
+            asks = getattr(ELEMENT_CRITERIA[criterion], "needs", True)
+            data = images.split(128) if asks else None
             begin = time.perf_counter()
             sparse = rf.prune(
                 model, example, budget, structure=structure, criterion=criterion, data=data

@@ -41,7 +41,7 @@ CASES["transposed"] = (Transposed(), (7, 4, 5))
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("share", [1.0, 0.5])
 def test_rows_times_the_weight_are_the_outputs(name, share, monkeypatch) -> None:
-    monkeypatch.setattr(gram, "SLICE", 1 << 12)  # several slices
+    monkeypatch.setattr(gram, "CHUNK", 1 << 12)  # several slices
     layer, shape = CASES[name]
     layer = layer.double()
     captured = capture(layer, torch.zeros(shape, dtype=torch.float64))

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import rarefy as rf
 from rarefy.errors import BudgetError, DataError, InputError
 from rarefy.pruning import calibrated
-from rarefy.pruning.elements import SparseGPT, Wanda
+from rarefy.pruning.elements import SparseGPT
 from rarefy.pruning.masks import sparsity
 from rarefy.pruning.patterns import NM, Block
 from rarefy.pruning.sparsify import sparsify
@@ -289,25 +289,6 @@ def test_biases_and_running_means_take_up_the_mean(convolutions, monkeypatch) ->
     assert not torch.allclose(first.norm.running_mean, dense.norm.running_mean, atol=1e-4)
 
 
-def test_wanda_is_its_formula_on_the_inputs_as_pruned_so_far() -> None:
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3))
-    data = [torch.randn(16, 6) * torch.tensor([1.0, 9, 1, 0.1, 3, 1]) for _ in range(2)]
-    budget = Budget(sparsity=0.5, scope="local")
-    found = rf.prune(model, data[0], budget, structure="weight", criterion="wanda", data=data)
-    x = torch.cat(data)
-    for layer, count in ((0, 15), (2, 7)):
-        dense = model[layer].weight
-        scores = dense.abs() * x.norm(dim=0)
-        gone = found[layer].weight == 0
-        assert int(gone.sum()) == count
-        assert int(gone.sum(1).max() - gone.sum(1).min()) <= 1
-        for row in range(len(dense)):
-            assert scores[row][gone[row]].max() <= scores[row][~gone[row]].min()
-        assert torch.equal(found[layer].weight[~gone], dense[~gone])
-        x = F.relu(found[layer](x))
-
-
 def test_weights_that_cannot_be_solved_go_by_magnitude() -> None:
     class Odd(nn.Module):
         def __init__(self) -> None:
@@ -363,8 +344,6 @@ def test_memory_bounds_the_samples(monkeypatch, convolutions) -> None:
     rule = SparseGPT(samples=1000)
     found = rf.prune(convolutions, DATA[0], structure="2:4", criterion=rule, data=DATA)
     assert 2 <= found.sparsified.samples < 128
-    found = rf.prune(convolutions, DATA[0], structure="2:4", criterion=Wanda(7), data=DATA)
-    assert found.sparsified.samples == 7
 
 
 @pytest.mark.parametrize("value", [0.0, 3.0])

@@ -91,8 +91,10 @@ def prune(
             ``"reconstruction"``, ``"wanda"``, ``"activation"``), one of the frozen values there
             with other options, or a function (:data:`~rarefy.pruning.criteria.Criterion`).
             ``"compensated"`` (:class:`~rarefy.pruning.compensated.Compensated`) measures on data
-            how much each group may lose. Of weights: ``"magnitude"``, ``"lamp"``, ``"random"``,
-            ``"wanda"``, ``"sparsegpt"``, or a function
+            how much each group may lose. Of weights: a name in
+            :data:`~rarefy.pruning.elements.ELEMENT_CRITERIA` (``"magnitude"``, ``"square"``,
+            ``"random"``, ``"lamp"``; on data ``"gradient"``, ``"taylor"``, ``"taylor2"``,
+            ``"obd"``, ``"obs"``, ``"wanda"``, ``"sparsegpt"``), or a function weight -> scores
             (:data:`~rarefy.pruning.elements.ElementCriterion`).
         structure: ``"channel"`` removes channels, heads and hidden units; ``"depth"`` removes whole
             residual blocks (:attr:`~rarefy.graph.trace.Network.blocks`), ``Budget(blocks=2)`` of

@@ -16,10 +16,10 @@ from torch import Tensor
 from rarefy.batches import batch_size, batches, evaluating, take, tensors
 from rarefy.errors import DataError, first_line
 from rarefy.graph.program import Graph, GraphModel, Node, Ref, Spec, last_use
-from rarefy.pruning.elements import SparseGPT, Wanda
+from rarefy.pruning.elements import SparseGPT
 from rarefy.pruning.gram import Gram, rows
 from rarefy.pruning.lockstep import OPERANDS, Run, operand, unseen, unsolvable
-from rarefy.pruning.patterns import NM, Pattern, Unstructured, as_matrix, as_weight, within_rows
+from rarefy.pruning.patterns import NM, Pattern, as_matrix, as_weight
 from rarefy.pruning.sparsegpt import Selection, moved, reconstructed, ridged
 from rarefy.pruning.weights import Layer, zero
 from rarefy.types import Data, Inputs
@@ -44,7 +44,7 @@ class Calibration:
         layers: the weights to prune.
         plain: what plain magnitude would remove of each.
         pattern: what goes together.
-        rule: how it is chosen.
+        rule: options of the reconstruction.
 
     Attributes:
         gone: path of a weight -> what went of it.
@@ -59,7 +59,7 @@ class Calibration:
         layers: Sequence[Layer],
         plain: Sequence[Tensor],
         pattern: Pattern,
-        rule: Wanda | SparseGPT,
+        rule: SparseGPT,
     ) -> None:
         self.first, self.second = pair
         self.graph, self.layers, self.pattern, self.rule = pair[1].graph, layers, pattern, rule
@@ -151,11 +151,7 @@ class Calibration:
                 "activations are NaN or infinite",
                 "Check the data, and that the network gives finite outputs for them",
             )
-        grams = self._grams(node, layer, pairs)
-        if isinstance(self.rule, Wanda):
-            self._weigh(layer, grams)
-        else:
-            self._reconstruct(node, layer, *grams)
+        self._reconstruct(node, layer, *self._grams(node, layer, pairs))
 
     def _grams(
         self, node: Node, layer: Layer, pairs: Sequence[tuple[Tensor, Tensor, Tensor]]
@@ -180,22 +176,8 @@ class Calibration:
                 check.add(left[:, aside], right[:, aside])
         return _ordered(fit, layer, self.pattern), _ordered(check, layer, self.pattern)
 
-    def _weigh(self, layer: Layer, grams: tuple[Gram, Gram]) -> None:
-        """Wanda: weights times the norms of their inputs, ranked within each output row."""
-        squares = sum(gram.xx.diagonal(dim1=1, dim2=2) for gram in grams)
-        assert isinstance(squares, Tensor)
-        matrix = as_matrix(layer.weight.double(), layer.input_dim, self.pattern)
-        grouped = matrix.abs().reshape(len(squares), -1, matrix.shape[1])
-        scores = (grouped * squares.sqrt()[:, None]).flatten(0, 1)
-        if isinstance(self.pattern, Unstructured):
-            gone = within_rows(scores, int(self.gone[layer.path].sum()))
-        else:
-            gone = self.pattern.gone(scores, self._count(layer))
-        self._take(layer, matrix.masked_fill(gone, 0.0), gone)
-
     def _reconstruct(self, node: Node, layer: Layer, fit: Gram, check: Gram) -> None:
         """SparseGPT, taken where it is better than plain magnitude on the held-out rows."""
-        assert isinstance(self.rule, SparseGPT)
         if not fit.count or not check.count:
             self._fall_back(layer, "too few examples to solve it on some and check it on others")
             return

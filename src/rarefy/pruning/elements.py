@@ -1,7 +1,7 @@
-"""How important a single weight is, by its tensor or by calibration data.
+"""How single weights are chosen: by a formula, or layer by layer with reconstruction.
 
-Scores of tensors are pure functions from a weight to scores of its shape. What needs data is a
-frozen value whose type picks the action (:mod:`rarefy.pruning.sparsify`).
+The formulas are those of :data:`~rarefy.pruning.criteria.ELEMENT`, the same that criteria for units
+sum up. What reconstructs is a frozen value (:mod:`rarefy.pruning.calibrated`).
 """
 
 from __future__ import annotations
@@ -10,73 +10,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TypeAlias
 
-import torch
 from torch import Tensor
 
-from rarefy.errors import InputError
-
-Scorer: TypeAlias = Callable[[Tensor], Tensor]
-"""A weight -> scores of its entries, of its shape; the smallest go first."""
-
-
-def magnitude(weight: Tensor) -> Tensor:
-    """``|w|`` (Han et al. 2015, https://arxiv.org/abs/1506.02626).
-
-    Example:
-        >>> magnitude(torch.tensor([[-2.0, 1.0]]))
-        tensor([[2., 1.]])
-    """
-    return weight.detach().abs()
-
-
-def random(weight: Tensor) -> Tensor:
-    """Uniform scores, the control; equal for weights of equal shape."""
-    generator = torch.Generator().manual_seed(0)
-    return torch.rand(weight.shape, generator=generator).to(weight.device)
-
-
-def lamp(weight: Tensor) -> Tensor:
-    """``w^2`` over the sum of the squares of all weights of its tensor that are not smaller.
-
-    Magnitude that can be compared between layers (Lee et al. 2021,
-    https://arxiv.org/abs/2010.07611): the order within a tensor is that of magnitude, and the
-    largest weight of every tensor has the score 1, so that no layer is emptied.
-
-    Example:
-        >>> lamp(torch.tensor([[1.0, 2.0, 2.0]])).tolist()[0][1]
-        0.5
-    """
-    squares = weight.detach().double().square().flatten()
-    order = torch.argsort(squares, stable=True)
-    ascending = squares[order]
-    rest = ascending.flip(0).cumsum(0).flip(0).clamp_min(torch.finfo(torch.float64).tiny)
-    scores = torch.empty_like(squares)
-    scores[order] = ascending / rest
-    return scores.view(weight.shape)
-
-
-def _at_least_one(owner: object, samples: int) -> None:
-    if not isinstance(samples, int) or samples < 1:
-        raise InputError(
-            f"{type(owner).__name__}(samples={samples!r})", "below 1", "Use a few hundred"
-        )
-
-
-@dataclass(frozen=True)
-class Wanda:
-    """``|w_ij| * ||x_j||``, compared within each output row (https://arxiv.org/abs/2306.11695).
-
-    The norm of an input is taken over calibration data, in the network as pruned so far. No weight
-    changes other than to zero.
-
-    Args:
-        samples: number of examples to use.
-    """
-
-    samples: int = 512
-
-    def __post_init__(self) -> None:
-        _at_least_one(self, self.samples)
+from rarefy.errors import InputError, RarefyError, first_line
+from rarefy.pruning.criteria import ELEMENT, Element
+from rarefy.pruning.evidence import Evidence
 
 
 @dataclass(frozen=True)
@@ -110,38 +48,54 @@ class SparseGPT:
     block: int = 128
 
     def __post_init__(self) -> None:
-        _at_least_one(self, self.samples)
+        if not isinstance(self.samples, int) or self.samples < 1:
+            raise InputError(f"SparseGPT(samples={self.samples!r})", "below 1", "Use a few hundred")
         if not 0 < self.damp < float("inf"):
             raise InputError(f"SparseGPT(damp={self.damp!r})", "must be above 0", "Write damp=0.01")
         if self.block < 1:
             raise InputError(f"SparseGPT(block={self.block!r})", "below 1", "Write block=128")
 
 
-ElementCriterion: TypeAlias = Scorer | Wanda | SparseGPT
-"""How single weights are chosen."""
+ElementCriterion: TypeAlias = Callable[[Tensor], Tensor] | Element | SparseGPT
+"""How single weights are chosen: a function weight -> scores of its shape, the smallest of which
+go first; an element criterion, which may need evidence on data; or reconstruction."""
 
-ELEMENT_CRITERIA: Mapping[str, ElementCriterion] = {
-    "magnitude": magnitude,
-    "random": random,
-    "lamp": lamp,
-    "wanda": Wanda(),
-    "sparsegpt": SparseGPT(),
-}
+ELEMENT_CRITERIA: Mapping[str, Element | SparseGPT] = {**ELEMENT, "sparsegpt": SparseGPT()}
 """Shorthand -> criterion."""
 
 
-def named(criterion: str | ElementCriterion) -> ElementCriterion:
-    """A criterion from its shorthand, or itself.
+def named(criterion: str | ElementCriterion) -> Element | SparseGPT:
+    """A criterion from its shorthand or from a function of the weight, or itself.
 
     Raises:
-        InputError: no criterion has that name.
+        InputError: it is none, or none has that name.
     """
-    if not isinstance(criterion, str):
+    if isinstance(criterion, Element | SparseGPT):
         return criterion
-    if criterion not in ELEMENT_CRITERIA:
+    if callable(criterion):
+        return Element(lambda path, evidence: criterion(evidence.tensors[path]))
+    if isinstance(criterion, str) and criterion in ELEMENT_CRITERIA:
+        return ELEMENT_CRITERIA[criterion]
+    raise InputError(
+        f"prune(criterion={criterion!r})",
+        "it is no criterion of single weights",
+        f"Use one of {', '.join(ELEMENT_CRITERIA)}, or a function weight -> scores",
+    )
+
+
+def scored(rule: Element, path: str, evidence: Evidence) -> Tensor:
+    """The scores of a weight, float64, on its device.
+
+    Raises:
+        InputError: the criterion raised.
+    """
+    try:
+        return rule(path, evidence).to(evidence.tensors[path].device)
+    except RarefyError:
+        raise
+    except Exception as error:
         raise InputError(
-            f"prune(criterion={criterion!r})",
-            "no criterion of single weights has that name",
-            f"Use one of {', '.join(ELEMENT_CRITERIA)}, or a function weight -> scores",
-        )
-    return ELEMENT_CRITERIA[criterion]
+            f"criterion, weight {path!r}",
+            f"it raised {first_line(error)}",
+            "Give a function weight -> one finite score for every entry of it",
+        ) from error

@@ -325,12 +325,7 @@ def _activations(job: _Job) -> dict[str, Any]:
         for end in found:
             running.watch(end.node, partial(read, end))
 
-    runner = Runner(job.model, job.network, attach, where=WHERE)
-    samples = 0
-    for running, inputs, _, size in job.passes(runner):
-        with torch.no_grad():
-            job.outputs(running, inputs)
-        samples += size
+    samples = _inputs_seen(job, attach)
     if not bool(torch.isfinite(total).all()):
         raise DataError(WHERE, "activations are NaN or infinite", "Check the data")
     return {"activations": total / count.clamp_min(1), "samples": samples}

@@ -25,8 +25,9 @@ from rarefy.errors import BudgetError, InputError
 from rarefy.graph.capture import capture
 from rarefy.graph.trace import trace
 from rarefy.pruning import criteria, elements
-from rarefy.pruning.criteria import Criterion, needs, scored
-from rarefy.pruning.elements import Scorer
+from rarefy.pruning.criteria import Criterion, Element, needs, scored
+from rarefy.pruning.elements import ElementCriterion
+from rarefy.pruning.evidence import Evidence
 from rarefy.pruning.gather import gather
 from rarefy.pruning.masks import Masks
 from rarefy.pruning.narrow import operate, stated
@@ -99,7 +100,8 @@ class GradualPruning(_Gradual):
         schedule: number of optimizer steps done -> sparsity.
         structure: ``"weight"``, a block such as ``"1x4"``, or a pattern. N:M fixes its share:
             prune once and hold that.
-        criterion: ``"magnitude"``, ``"lamp"``, ``"random"``, or a function weight -> scores.
+        criterion: a criterion of single weights without data
+            (:data:`~rarefy.pruning.elements.ElementCriterion`), or its shorthand.
         scope: ``"global"`` ranks all weights together, ``"local"`` within each tensor.
         every: optimizer steps between two selections.
         exclude: module or parameter paths that stay dense.
@@ -121,7 +123,7 @@ class GradualPruning(_Gradual):
         schedule: Schedule,
         *,
         structure: str | Pattern = "weight",
-        criterion: str | Scorer = "magnitude",
+        criterion: str | ElementCriterion = "magnitude",
         scope: str = "global",
         every: int = 1,
         exclude: Sequence[str] = (),
@@ -137,7 +139,7 @@ class GradualPruning(_Gradual):
                 "N:M fixes the share, which a schedule changes",
                 "Prune once with prune(structure=...), and train with after_step=hold(pruned)",
             )
-        if not callable(rule):
+        if not isinstance(rule, Element) or rule.needs:
             raise InputError(
                 f"GradualPruning(criterion={criterion!r})",
                 "it needs calibration data, and a training loop selects by the weights alone",
@@ -159,7 +161,8 @@ class GradualPruning(_Gradual):
         if share is None:
             return
         layers = self._layers(model)
-        scores = [self._rule(layer.weight) for layer in layers]
+        evidence = Evidence(dict(model.named_parameters()))
+        scores = [elements.scored(self._rule, layer.path, evidence) for layer in layers]
         gone = choose(layers, scores, self.pattern, share, together=self.together)
         self.masks = Masks({x.path: ~g for x, g in zip(layers, gone, strict=True)})
         self.masks.apply(model)

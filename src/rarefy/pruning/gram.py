@@ -7,15 +7,11 @@ from dataclasses import dataclass
 from math import prod
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from rarefy.graph.program import Node
-from rarefy.pruning.inputs import each, padding
+from rarefy.pruning.inputs import CHUNK, patches
 from rarefy.pruning.lockstep import TRANSPOSED
-
-SLICE = 1 << 26
-"""Bytes of rows that are made at once."""
 
 
 def rows(
@@ -41,10 +37,10 @@ def rows(
     if x.ndim < 2:
         x, y = x[None], y[None]
     places = prod(y.shape[2:]) if convolution else prod(x.shape[1:-1])
-    step = max(1, SLICE // (4 * max(1, places) * unknowns * groups))
+    step = max(1, CHUNK // (4 * max(1, places) * unknowns * groups))
     for start in range(0, len(x), step):
         part = x[start : start + step]
-        left = _patches(node, part, weight) if convolution else part
+        left = patches(node, part, weight) if convolution else part
         right = y[start : start + step]
         right = right.movedim(1, -1) if convolution else right
         lead = right.shape[:-1]
@@ -63,18 +59,6 @@ def rows(
 
 def _exact(tensor: Tensor) -> Tensor:
     return tensor if tensor.dtype is torch.float64 else tensor.float()
-
-
-def _patches(node: Node, x: Tensor, weight: Tensor) -> Tensor:
-    """(B, C, *sizes) -> a view (B, *places, C, *kernel) of what each output is computed from."""
-    rank, kernel = weight.ndim - 2, tuple(weight.shape[2:])
-    stride, dilation = (each(node.argument(name), rank) for name in ("stride", "dilation"))
-    sides = [side for pair in reversed(padding(node, kernel, dilation)) for side in pair]
-    found = F.pad(x, sides) if any(sides) else x
-    for d in range(rank):
-        span = (kernel[d] - 1) * dilation[d] + 1
-        found = found.unfold(2 + d, span, stride[d])[..., :: dilation[d]]
-    return found.movedim(1, rank + 1)
 
 
 @dataclass

@@ -161,7 +161,9 @@ def rows(product: Product, x: Tensor, weight: Tensor) -> Iterator[Tensor]:
     unknowns_size = prod(weight.shape[2:]) * x.shape[1] * x.element_size()
     places = prod(x.shape[2:]) * (4 if product.node.kind in TRANSPOSED else 1)
     for part in torch.split(x, max(1, CHUNK // max(unknowns_size * places, 1))):
-        yield _patches(product.node, _precise(part), weight)
+        groups = int(product.node.argument("groups"))
+        found = patches(product.node, _precise(part), weight)
+        yield found.reshape(found.shape[: weight.ndim - 1].numel(), groups, -1).transpose(0, 1)
 
 
 def _roles(letters: tuple[Letters, Letters, Letters]) -> tuple[Letters, Letters, Letters]:
@@ -180,8 +182,12 @@ def _arranged(tensor: Tensor, own: Letters, *roles: Letters) -> Tensor:
     return tensor.permute(order).reshape(sizes)
 
 
-def _patches(node: Node, x: Tensor, weight: Tensor) -> Tensor:
-    """Inputs of a convolution of any rank at all its outputs: (groups, rows, unknowns)."""
+def patches(node: Node, x: Tensor, weight: Tensor) -> Tensor:
+    """Inputs of a convolution of any rank at all its outputs.
+
+    A view (examples, *places, channels, *kernel), where the kernel is of a plain convolution that
+    does the same as a transposed one.
+    """
     rank = weight.ndim - 2
     kernel = tuple(weight.shape[2:])
     stride, dilation = (each(node.argument(name), rank) for name in ("stride", "dilation"))
@@ -194,10 +200,7 @@ def _patches(node: Node, x: Tensor, weight: Tensor) -> Tensor:
     for d in range(rank):
         x = x.unfold(2 + d, (kernel[d] - 1) * dilation[d] + 1, stride[d])
         x = x[..., :: dilation[d]]
-    groups = int(node.argument("groups"))
-    places = x.movedim(1, 1 + rank)  # (examples, *places, channels, *kernel)
-    found = places.reshape(prod(places.shape[: 1 + rank]), groups, -1)
-    return found.transpose(0, 1)
+    return x.movedim(1, 1 + rank)
 
 
 def _spread(

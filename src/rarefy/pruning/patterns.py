@@ -256,24 +256,6 @@ def counts(
     return [int(part.sum()) for part in torch.split(gone, sizes)]
 
 
-def within_rows(scores: Tensor, count: int) -> Tensor:
-    """As many of every row as of every other, ``count`` in all: the rest where it costs least.
-
-    Example:
-        >>> within_rows(torch.tensor([[1.0, 2.0, 9.0], [4.0, 5.0, 6.0]]), 3).sum(1).tolist()
-        [2, 1]
-    """
-    each, rest = divmod(count, len(scores))
-    order = torch.argsort(scores, dim=1, stable=True)
-    gone = torch.zeros_like(scores, dtype=torch.bool)
-    gone.scatter_(1, order[:, :each], True)
-    if rest:
-        following = order[:, each : each + 1]
-        more = _smallest(scores.gather(1, following).flatten(), rest)
-        gone.scatter_(1, following, more[:, None])
-    return gone
-
-
 def _smallest(scores: Tensor, count: int) -> Tensor:
     """For each score, whether it is of the ``count`` smallest; of equal ones the first go."""
     gone = torch.zeros(len(scores), dtype=torch.bool, device=scores.device)

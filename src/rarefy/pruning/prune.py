@@ -79,8 +79,10 @@ def prune(
             ``"reconstruction"``, ``"wanda"``, ``"activation"``), one of the frozen values there
             with other options, or a function (:data:`~rarefy.pruning.criteria.Criterion`).
             ``"compensated"`` (:class:`~rarefy.pruning.compensated.Compensated`) measures on data
-            how much each group may lose. Of weights: ``"magnitude"``, ``"lamp"``, ``"random"``,
-            ``"wanda"``, ``"sparsegpt"``, or a function
+            how much each group may lose. Of weights: a name in
+            :data:`~rarefy.pruning.elements.ELEMENT_CRITERIA` (``"magnitude"``, ``"square"``,
+            ``"random"``, ``"lamp"``; on data ``"gradient"``, ``"taylor"``, ``"taylor2"``,
+            ``"obd"``, ``"obs"``, ``"wanda"``, ``"sparsegpt"``), or a function weight -> scores
             (:data:`~rarefy.pruning.elements.ElementCriterion`).
         structure: ``"channel"`` removes channels, heads and hidden units; ``"depth"`` removes whole
             residual blocks (:attr:`~rarefy.graph.trace.Network.blocks`), ``Budget(blocks=2)`` of
@@ -133,9 +135,9 @@ def prune(
     check_copies(model)
     if not removed:
         _check_sensitivity(structure, sensitivity)
-        given: dict[str, Any] = {"criterion": criterion, "data": data, "exclude": exclude}
-        structure = cast("str | Pattern", structure)
-        return sparsify(model, budget, structure, example_inputs=example_inputs, **given)
+        given: dict[str, Any] = {"criterion": criterion, "data": data, "loss": loss}
+        given |= {"example_inputs": example_inputs, "exclude": exclude}
+        return sparsify(model, budget, cast("str | Pattern", structure), **given)
     assert budget is not None
     if "depth" in removed:
         _check_sensitivity(structure, sensitivity)

@@ -1,7 +1,7 @@
 """Weights set to zero: the shapes stay, the file shrinks.
 
-Arguments are checked here; what goes is chosen by tensors in :mod:`rarefy.pruning.weights`, by
-calibration data in :mod:`rarefy.pruning.calibrated`.
+Arguments are checked here. Scores of all weights at once are gathered and ranked; what goes layer
+by layer, in the network as pruned so far, is chosen in :mod:`rarefy.pruning.calibrated`.
 """
 
 from __future__ import annotations
@@ -9,14 +9,18 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from torch import nn
+from torch import Tensor, nn
 
 from rarefy.copies import copied
 from rarefy.errors import BudgetError, InputError
 from rarefy.graph.capture import capture, graph_model
+from rarefy.graph.trace import trace
 from rarefy.pruning import elements
 from rarefy.pruning.calibrated import Calibration
-from rarefy.pruning.elements import ElementCriterion, SparseGPT, Wanda
+from rarefy.pruning.criteria import ELEMENT, Element
+from rarefy.pruning.elements import ElementCriterion, SparseGPT
+from rarefy.pruning.evidence import LABELS, Evidence
+from rarefy.pruning.gather import LossFunction, gather
 from rarefy.pruning.patterns import Pattern, Unstructured, named, resolved_share, shorthand
 from rarefy.pruning.weights import Layer, choose, oriented, prunable, zero
 from rarefy.types import Budget, Data, Inputs
@@ -33,7 +37,7 @@ class Sparsified:
         errors: path -> relative error of the layer's outputs on held-out calibration rows, of
             plain magnitude and of what was taken instead; empty without reconstruction.
         fallback: path -> why the weight was pruned by plain magnitude though data were given.
-        samples: calibration examples used.
+        samples: examples used, of calibration or of evidence.
     """
 
     structure: str
@@ -52,18 +56,20 @@ def sparsify(
     example_inputs: Inputs | None = None,
     criterion: str | ElementCriterion = "magnitude",
     data: Data | None = None,
+    loss: LossFunction | None = None,
     exclude: Sequence[str] = (),
 ) -> nn.Module:
     """Set the least important weights to zero, in a copy of the model.
 
     Concerns weights of two or more dimensions; biases and normalization stay. N:M and blocks are
     for the matrices of products: not for embeddings, and not for weights that are computed in the
-    forward or too small for one unit, which stay dense. Where data choose, weights that cannot be
-    solved for go by magnitude. The record names both.
+    forward or too small for one unit, which stay dense. Where data choose, weights that they say
+    nothing of, or that cannot be solved for, go by magnitude. The record names both.
 
     The share is exact: ``floor(sparsity * n)`` of the ``n`` units (weights or blocks), of every
-    tensor (``scope="local"``) or of all together (``scope="global"``). Where data choose, each
-    layer's share under ``scope="global"`` is the one that ranking by magnitude gives it.
+    tensor (``scope="local"``) or of all together (``scope="global"``). Weights that evidence says
+    nothing of are ranked apart from the others under ``scope="global"``, to the same share. What
+    goes layer by layer (SparseGPT) takes each layer's share from a ranking by magnitude.
 
     Args:
         model: any network.
@@ -71,7 +77,11 @@ def sparsify(
         structure: a :data:`~rarefy.pruning.patterns.Pattern` or its shorthand.
         example_inputs: needed except for single weights chosen without data.
         criterion: an :data:`~rarefy.pruning.elements.ElementCriterion` or its shorthand.
-        data: calibration batches, needed by ``"wanda"`` and ``"sparsegpt"``.
+        data: batches, where the criterion needs them: all of them for evidence
+            (:func:`~rarefy.pruning.gather.gather`), labelled where it asks for gradients of the
+            loss; some hundred examples for SparseGPT.
+        loss: (logits, targets) -> mean loss of a batch, for criteria that need gradients; cross
+            entropy if not given.
         exclude: module or parameter paths that stay dense.
 
     Returns:
@@ -79,40 +89,69 @@ def sparsify(
 
     Raises:
         BudgetError: the budget is not a sparsity, or not the one of N:M.
-        InputError: an excluded name matches nothing, no weight is left to prune, or data are
-            missing or without use.
-        DataError: the data yield nothing, are not finite, or the network does not run on them.
+        InputError: an excluded name matches nothing, no weight is left to prune, or data or a
+            loss are missing or without use.
+        DataError: the data yield nothing, are not finite or not labelled where labels are needed,
+            or the network does not run on them.
     """
     pattern, rule = named(structure), elements.named(criterion)
     share = _share(pattern, budget)
-    _check_data(rule, criterion, data)
+    _check_evidence(rule, criterion, data, loss)
     sparse = copied(model)
     layers = [Layer(path, weight) for path, weight in prunable(sparse, exclude)]
-    together = budget is None or budget.scope == "global"
+    choice = _Choice(pattern, share, budget is None or budget.scope == "global")
     dense: dict[str, str] = {}
-    if data is not None or not isinstance(pattern, Unstructured):
+    evidence = Evidence(dict(model.named_parameters(remove_duplicate=False)))
+    if isinstance(rule, Element) and rule.needs:
+        network = trace(model, _required(example_inputs))
+        layers, dense = oriented(layers, sparse, network.captured.graph, pattern)
+        evidence = gather(model, network, rule.needs, data, loss)
+    elif not isinstance(rule, Element) or not isinstance(pattern, Unstructured):
         captured = capture(model, _required(example_inputs))
         layers, dense = oriented(layers, sparse, captured.graph, pattern)
-    scores = [(rule if callable(rule) else elements.magnitude)(x.weight) for x in layers]
-    plain = choose(layers, scores, pattern, share, together=together)
-    walk = None
-    if callable(rule):
-        zero(layers, plain)
+    if isinstance(rule, Element):
+        gone, fallback = choice.ranked(rule, evidence, layers)
+        errors, samples = dict[str, tuple[float, float]](), evidence.samples
+        zero(layers, gone)
     else:
         assert data is not None
+        plain, _ = choice.ranked(ELEMENT["magnitude"], evidence, layers)
         pair = (graph_model(model, captured), graph_model(sparse, captured))
         walk = Calibration(pair, layers, plain, pattern, rule)
         walk.run(data)
-    gone = plain if walk is None else [walk.gone[layer.path] for layer in layers]
-    sparse.sparsified = Sparsified(  # type: ignore[assignment]
-        shorthand(pattern),
-        {x.path: (int(m.sum()), m.numel()) for x, m in zip(layers, gone, strict=True)},
-        dense,
-        {} if walk is None else walk.errors,
-        {} if walk is None else walk.fallback,
-        0 if walk is None else walk.samples,
-    )
+        gone = [walk.gone[layer.path] for layer in layers]
+        fallback, errors, samples = walk.fallback, walk.errors, walk.samples
+    zeros = {x.path: (int(m.sum()), m.numel()) for x, m in zip(layers, gone, strict=True)}
+    record = Sparsified(shorthand(pattern), zeros, dense, errors, fallback, samples)
+    sparse.sparsified = record  # type: ignore[assignment]
     return sparse.eval()
+
+
+@dataclass(frozen=True)
+class _Choice:
+    """How many weights go, and what is ranked together."""
+
+    pattern: Pattern
+    share: float
+    together: bool
+
+    def ranked(
+        self, rule: Element, evidence: Evidence, layers: Sequence[Layer]
+    ) -> tuple[list[Tensor], dict[str, str]]:
+        """What goes of every weight, and which ones go by magnitude for want of evidence, why."""
+        known = [evidence.covers(layer.path, rule.needs) for layer in layers]
+        found: dict[str, Tensor] = {}
+        for judge, side in ((rule, True), (ELEMENT["magnitude"], False)):
+            own = [layer for layer, is_known in zip(layers, known, strict=True) if is_known is side]
+            if not own:
+                continue
+            scores = [elements.scored(judge, layer.path, evidence) for layer in own]
+            gone = choose(own, scores, self.pattern, self.share, together=self.together)
+            found |= {layer.path: mask for layer, mask in zip(own, gone, strict=True)}
+        paths = [layer.path for layer in layers]
+        unknown = [path for path, is_known in zip(paths, known, strict=True) if not is_known]
+        reason = f"there is no evidence on it ({', '.join(sorted(rule.needs - {LABELS}))})"
+        return [found[path] for path in paths], dict.fromkeys(unknown, reason)
 
 
 # --- arguments -----------------------------------------------------------------------------------
@@ -138,25 +177,28 @@ def _share(pattern: Pattern, budget: Budget | None) -> float:
     return resolved_share(pattern, budget.sparsity, where)
 
 
-def _check_data(rule: ElementCriterion, criterion: object, data: Data | None) -> None:
-    needs = isinstance(rule, Wanda | SparseGPT)
-    if needs and data is None:
+def _check_evidence(
+    rule: Element | SparseGPT, criterion: object, data: Data | None, loss: LossFunction | None
+) -> None:
+    asks = rule.needs if isinstance(rule, Element) else frozenset({"inputs"})
+    if asks and data is None:
+        labels = "labelled" if LABELS in asks else "labels are not needed"
         raise InputError(
             f"prune(criterion={criterion!r})",
             "it needs calibration data, and none are given",
-            "Give data=loader; a few hundred examples do, labels are not needed",
+            f"Give data=loader; a few hundred examples do, {labels}",
         )
-    if not needs and data is not None:
+    if not asks and data is not None:
         raise InputError(
             f"prune(criterion={criterion!r}, data=...)",
             "this criterion of single weights makes no use of data",
             "Leave data out, or write criterion='sparsegpt', which reconstructs with them",
         )
-    if not callable(rule) and not needs:
+    if loss is not None and not asks & {"gradients", "squares", "gates"}:
         raise InputError(
-            f"prune(criterion={criterion!r})",
-            "it is no criterion of single weights",
-            f"Use one of {', '.join(elements.ELEMENT_CRITERIA)}, or a function weight -> scores",
+            f"prune(criterion={criterion!r}, loss=...)",
+            "this criterion of single weights makes no use of a loss",
+            "Leave loss out, or write criterion='taylor', which takes its gradient",
         )
 
 
@@ -164,7 +206,7 @@ def _required(example_inputs: Inputs | None) -> Inputs:
     if example_inputs is None:
         raise InputError(
             "sparsify(example_inputs=None)",
-            "N:M, blocks and reconstruction need the network's graph",
+            "N:M, blocks and criteria that take data need the network's graph",
             "Give example inputs",
         )
     return example_inputs
