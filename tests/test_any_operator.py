@@ -100,6 +100,8 @@ def drawn(draw: random.Random, argument: torch.Argument) -> Any:
         return argument.default_value
     if kind.startswith("Optional") and draw.random() < 0.5:
         return None
+    if name == "dtype":  # PyTorch reads memory beyond its tables for numbers that are none
+        return torch.float64
     inner = kind.removeprefix("Optional[").rstrip("]") if kind.startswith("Optional") else kind
     if inner == "Tensor":
         positions = name in ("index", "indices", "mask", "condition", "repeats")

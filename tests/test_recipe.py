@@ -135,7 +135,8 @@ def test_a_byte_order_mark_is_harmless(write: Write) -> None:
 @pytest.mark.parametrize(
     ("mirror", "option", "extra"),
     [
-        (PruneStage, Budget, {"criterion", "exclude", "layers"}),  # layers are spelled otherwise
+        # layers are spelled otherwise; a recipe removes units, and no blocks
+        (PruneStage, Budget, {"criterion", "exclude", "layers", "blocks"}),
         (QuantizeStage, Int8, set()),
         (TargetOptions, Target, set()),
     ],
