@@ -12,6 +12,7 @@ from rarefy.graph.count import count
 from rarefy.graph.program import GraphModel
 from rarefy.graph.stubs import stubs
 from rarefy.graph.trace import trace
+from rarefy.pruning.compensated import Compensated
 from rarefy.pruning.depth import BlockError
 from residual_networks import Residual, inputs
 
@@ -222,3 +223,63 @@ def test_a_class_that_needs_a_block_becomes_a_graph_or_keeps_it() -> None:
     assert kept.pruned.blocks == ("b",)
     with pytest.raises((BlockError, BudgetError)):
         rf.prune(net, x, budget, structure="depth", keep_class=True)
+
+
+@pytest.mark.parametrize("structure", ["depth", BOTH])
+def test_a_budget_of_bytes_is_measured(model, structure, tmp_path) -> None:
+    small = rf.prune(model, X, rf.Budget(bytes=0.7), structure=structure)
+    sizes = [rf.save(n, tmp_path / f"{i}").stat().st_size for i, n in enumerate((model, small))]
+    assert sizes[1] <= 0.7 * sizes[0]
+    assert small.pruned.blocks or structure == BOTH
+
+
+def test_losses_that_were_measured_weigh_blocks_and_units(model) -> None:
+    net, data = weak(model, 2), [inputs(seed) for seed in range(2)]
+    how = Compensated(samples=6, shown=6, ratios=(0.5,))
+    options = {"criterion": how, "data": data, "heal": False}
+    small = rf.prune(net, X, rf.Budget(macs=0.6), structure=BOTH, **options)
+    assert count(small, X).macs <= 0.6 * count(net, X).macs
+    alone = rf.prune(net, X, rf.Budget(blocks=1), structure="depth", **options)
+    assert gone(alone) == [2]
+
+
+def test_patterns_and_limits_of_layers_outlive_blocks(model) -> None:
+    net = weak(model, 2)
+    budget = rf.Budget(
+        macs=0.4, layers={"blocks.2.up": 0.5, "blocks.0.conv1": rf.Limit(max_drop=0)}
+    )
+    small = rf.prune(net, X, budget, structure=BOTH, exclude=["st?m"])
+    widths = {w.layer: w.after for w in small.pruned.widths}
+    assert widths["stem"] == 8
+    assert widths["blocks.0.conv1"] in (0, 5)
+
+
+def test_what_concerns_units_alone_is_refused(model) -> None:
+    limited = rf.Budget(macs=0.6, layers={"stem": 0.5})
+    with pytest.raises(BudgetError, match="limits of layers concern units"):
+        rf.prune(model, X, limited, structure="depth")
+    measured = rf.sensitivity  # any value: it is refused before it is looked at
+    with pytest.raises(InputError, match="Leave sensitivity out"):
+        rf.prune(model, X, rf.Budget(blocks=1), structure="depth", sensitivity=measured)
+
+
+class Idle(nn.Module):
+    """Computes something of a branch that nobody reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c, self.aside = (nn.Linear(6, 6) for _ in range(4))
+
+    def forward(self, x):
+        branch = self.b(x)
+        self.aside(branch)
+        return self.c(x + branch)
+
+
+def test_calls_for_nothing_hold_no_block() -> None:
+    net, x = Idle().eval(), torch.randn(2, 6)
+    small = rf.prune(net, x, rf.Budget(macs=0.5), structure="depth")
+    assert small.pruned.blocks == ("b",)
+    assert {*stubs(small)} == {"b"}
+    with torch.no_grad():
+        torch.testing.assert_close(small(x), net.c(x))
