@@ -419,13 +419,6 @@ def test_whole_groups_and_positions_of_all_groups_go(groups, size, seed) -> None
     assert torch.allclose(rewrite(net, network, plan)(x), expected, rtol=1e-9, atol=1e-12)
 
 
-def test_local_response_norm_freezes_its_channels() -> None:
-    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.LocalResponseNorm(3), nn.Conv2d(8, 4, 3)).eval()
-    network = trace(net, IMAGE)
-    assert not network.groups
-    assert any(f.path == "0.weight" and f.dim == 0 for f in network.frozen)
-
-
 def test_a_norm_of_what_cannot_change_freezes_its_weights() -> None:
     class Norm(nn.Module):
         def __init__(self) -> None:
