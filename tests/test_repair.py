@@ -336,7 +336,7 @@ def test_a_repair_that_does_not_help_as_a_whole_is_taken_back(monkeypatch) -> No
     net, x = layered()
     small = rf.prune(net, x[:2], HALF)
     distances = iter([1.0, 2.0])
-    monkeypatch.setattr(module, "_distance", lambda found, expected: next(distances))
+    monkeypatch.setattr(module, "distance", lambda found, expected: next(distances))
     healed = repair(net, small, [x])
     state = small.state_dict()
     assert all(torch.equal(v, state[k]) for k, v in healed.state_dict().items())

@@ -191,7 +191,7 @@ def _check_fit(structure: object, removed: frozenset[str], budget: Budget) -> No
 
     Raises:
         BudgetError: a number of blocks where not only these go; one that units and blocks cannot
-            share; limits of layers where no units go.
+            share; latency; limits of layers where no units go.
     """
     where = f"prune(structure={structure!r}, budget=Budget({budget.kind}={budget.share:g}))"
     if budget.blocks is not None and removed != {"depth"}:
@@ -206,6 +206,12 @@ def _check_fit(structure: object, removed: frozenset[str], budget: Budget) -> No
             where,
             "blocks go by what they save, together with units over the whole network",
             "Give a budget of macs, params or bytes with scope='global'",
+        )
+    if "depth" in removed and budget.kind == "latency":
+        raise BudgetError(
+            where,
+            "what a block saves of the latency is not known before it is gone",
+            "Give a budget of blocks or macs, and runtime= to have the result timed",
         )
     if removed == {"depth"} and budget.limits:
         raise BudgetError(
