@@ -13,29 +13,40 @@ needed.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy.interpolate import PchipInterpolator
 from torch import Tensor, nn
 
-from rarefy.batches import batch_size, seeded, take
-from rarefy.errors import DataError, InputError
-from rarefy.graph.capture import graph_model
+from rarefy.batches import batch_size, map_tensors, seeded
+from rarefy.errors import DataError, InputError, first_line
+from rarefy.graph.count import count
 from rarefy.graph.groups import Group
 from rarefy.graph.program import Graph, GraphModel
 from rarefy.graph.trace import Network
 from rarefy.pruning.criteria import CRITERIA, scored
 from rarefy.pruning.curves import Losses, interpolated
 from rarefy.pruning.evidence import Evidence
-from rarefy.pruning.examples import affordable, collect, distance, outputs
+from rarefy.pruning.examples import affordable, collect
 from rarefy.pruning.lockstep import Run
 from rarefy.pruning.plan import Scores
 from rarefy.pruning.readers import Place, places
 from rarefy.pruning.surgeon import adapted, order
+from rarefy.pruning.taps import Runner, Watched
 from rarefy.types import Data, Inputs
+
+PART = 64
+"""Examples that run at once: few enough for what layers hand on to stay in the cache."""
+
+WORK = 10**13
+"""Multiply-accumulates of all passes whose outputs are compared, as far as FEWEST allows it."""
+
+FEWEST = 16
+"""Examples that are shown where there are as many, however large the network."""
 
 BEYOND = 1.5
 """What the removal of all units costs, relative to the largest share that was measured."""
@@ -46,7 +57,8 @@ class Compensated:
     """A criterion: the order of the optimal brain surgeon, with losses measured at the outputs.
 
     It takes the place of a criterion in :func:`rarefy.prune`, with ``data``, and costs about
-    ``len(ratios) / 2`` forward passes of ``shown`` examples for each group.
+    ``len(ratios) / 2`` forward passes of ``shown`` examples for each group. Of large networks fewer
+    examples are shown, such that all passes take at most :data:`WORK` multiply-accumulates.
 
     Args:
         samples: examples that Gram matrices are summed over.
@@ -63,7 +75,7 @@ class Compensated:
 
     samples: int = 512
     shown: int = 256
-    ratios: tuple[float, ...] = (1 / 8, 1 / 4, 3 / 8, 1 / 2, 5 / 8, 3 / 4, 7 / 8, 15 / 16)
+    ratios: tuple[float, ...] = (1 / 8, 3 / 8, 5 / 8, 7 / 8, 15 / 16)
 
     def __post_init__(self) -> None:
         for name in ("samples", "shown"):
@@ -111,14 +123,14 @@ def respond(
         DataError: there is no example, or the outputs are not finite.
     """
     how = how or Compensated()
-    inputs, _ = collect(data, how.samples, "prune(data)")
-    running = graph_model(model, network.captured)
-    inputs = take(inputs, affordable(running, batch_size(inputs)))
+    joined, single = collect(data, how.samples, "prune(data)")
     with torch.no_grad(), seeded(0):
-        found = _by_group(places(network, running, inputs))
-        orders = [_order(network, n, found.get(n, ()), running) for n in _numbers(network)]
-        shown = take(inputs, min(how.shown, batch_size(inputs)))
-        errors = _errors(network, running, shown, found, orders, how.ratios)
+        running, inputs = _running(model, network, joined, single)
+        traced = running.network
+        found = _by_group(places(traced, running, _parts(running, inputs)))
+        orders = [_order(traced, n, found.get(n, ()), running) for n in _numbers(traced)]
+        parts = _parts(running, inputs, _shown(running, inputs, how))
+        errors = _errors(traced, running, parts, found, orders, how.ratios)
     losses, unmeasured = {}, {}
     for number, points in errors.items():
         if all(map(math.isfinite, points.values())):
@@ -126,6 +138,57 @@ def respond(
         else:
             unmeasured[number] = "the outputs are not finite with some of its units at zero"
     return Response(tuple(map(_ranks, orders)), losses, unmeasured)
+
+
+def _running(
+    model: nn.Module, network: Network, joined: Inputs, single: Inputs
+) -> tuple[Watched, Inputs]:
+    """The network for these examples, or for the first batch as it comes if it takes no others."""
+    runner = Runner(model, network, lambda *_: None)
+    try:
+        running = runner.of(joined)
+        _check(running, _parts(running, joined))
+    except DataError:
+        running = runner.of(single)
+        _check(running, [single])
+        return running, single
+    return running, joined
+
+
+def _check(running: GraphModel, parts: Sequence[Inputs]) -> None:
+    try:
+        Run(running, parts[0]).rest({}, {})
+    except Exception as error:
+        raise DataError(
+            "prune(data)",
+            f"the network does not run on a batch: {first_line(error)}",
+            "Yield inputs like those that the network was traced with",
+        ) from error
+
+
+def _parts(running: GraphModel, inputs: Inputs, shown: int | None = None) -> list[Inputs]:
+    """The first examples, some at a time; all at once if the network takes no others."""
+    size = batch_size(inputs)
+    try:
+        Run(running, _between(inputs, 0, 1)).rest({}, {})
+    except Exception:  # noqa: BLE001 - a network of one batch size raises anything
+        return [inputs]
+    step, stop = min(PART, affordable(running, PART)), min(shown or size, size)
+    return [_between(inputs, i, min(i + step, stop)) for i in range(0, stop, step)]
+
+
+def _between(inputs: Inputs, start: int, stop: int) -> Inputs:
+    """Some examples of a batch; tensors that are not of as many examples as they are."""
+    size = batch_size(inputs)
+    found: Inputs = map_tensors(lambda t: t[start:stop] if t.ndim and len(t) == size else t, inputs)
+    return found
+
+
+def _shown(running: Watched, inputs: Inputs, how: Compensated) -> int:
+    """On how many examples the outputs are compared."""
+    passes = max(1.0, len(running.network.groups) * len(how.ratios) / 2)
+    payable = int(WORK / max(count(running, inputs).macs * passes, 1.0))
+    return min(how.shown, batch_size(inputs), max(payable, FEWEST))
 
 
 def _numbers(network: Network) -> range:
@@ -163,30 +226,55 @@ def _ranks(order: NDArray[np.int64]) -> NDArray[np.float64]:
 def _errors(
     network: Network,
     running: GraphModel,
-    shown: Inputs,
+    parts: Sequence[Inputs],
     found: Mapping[int, Sequence[Place]],
     orders: Sequence[NDArray[np.int64]],
     ratios: Sequence[float],
 ) -> dict[int, dict[int, float]]:
     """Group -> number of units without which the network ran -> error of its outputs."""
     graph = running.graph
-    reads = [_nodes_of(graph, group) for group in network.groups]
     position = {node.name: i for i, node in enumerate(graph.nodes)}
     begin = [
-        min(position[user.name] for name in names for user in graph.users[name]) for names in reads
+        min(
+            (position[user.name] for name in _nodes_of(graph, group) for user in graph.users[name]),
+            default=position[graph.output.name],
+        )
+        for group in network.groups
     ]
-    expected = outputs(running, shown)
-    if not all(bool(torch.isfinite(t).all()) for t in expected):
-        raise DataError("prune(data)", "outputs are NaN or infinite", "Check data and weights")
-    run = Run(running, shown)
+    runs = [Run(running, part) for part in parts]
+    expected = [run.rest({}, {}) for run in runs]
+    _check_outputs(expected)
     errors: dict[int, dict[int, float]] = {number: {} for number in _numbers(network)}
     for number in sorted(_numbers(network), key=lambda n: begin[n]):
-        run.before(graph.nodes[begin[number]])
-        for count in _counts(len(network.groups[number]), ratios):
-            gone = orders[number][:count]
+        for run in runs:
+            run.before(graph.nodes[begin[number]])
+        for size in _counts(len(network.groups[number]), ratios):
+            gone = orders[number][:size]
             changed, shifts = _without(network, running, number, found.get(number, ()), gone)
-            errors[number][count] = distance(run.rest(changed, shifts), expected)
+            given = (run.rest(changed, shifts) for run in runs)
+            errors[number][size] = _distance(given, expected)
     return errors
+
+
+def _check_outputs(expected: Sequence[Sequence[Tensor]]) -> None:
+    if not expected[0]:
+        raise DataError(
+            "prune(data)",
+            "the network returns no floating-point tensor to compare",
+            "Return scores rather than choices, or take another criterion",
+        )
+    if not all(bool(torch.isfinite(t).all()) for part in expected for t in part):
+        raise DataError("prune(data)", "outputs are NaN or infinite", "Check data and weights")
+
+
+def _distance(given: Iterable[Sequence[Tensor]], expected: Sequence[Sequence[Tensor]]) -> float:
+    """Squared error of all outputs over all parts, each relative to its own squares."""
+    errors = squares = torch.zeros(())
+    for found, wanted in zip(given, expected, strict=True):
+        pairs = [(a.double(), b.double()) for a, b in zip(found, wanted, strict=True)]
+        errors = errors + torch.stack([(a - b).square().sum().cpu() for a, b in pairs])
+        squares = squares + torch.stack([b.square().sum().cpu() for _, b in pairs])
+    return float((errors / squares.clamp_min(1e-30)).sum())
 
 
 def _nodes_of(graph: Graph, group: Group) -> list[str]:
@@ -209,20 +297,31 @@ def _without(
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Tensors without some units, and shifts of the results of the layers that read them."""
     weights: dict[str, Tensor] = {}
+    paths = running.graph.tensor_paths
     for place in found:
-        weight = weights.setdefault(place.path, running.tensor(place.path).detach().clone())
+        weight = _own(running, weights, place.path)
         own = adapted(place.reader, place.reader.columns[number], gone)
         weight.view(-1)[place.positions] = own.to(weight.dtype).to(weight.device)
     for member in network.groups[number].members:
-        held = weights.setdefault(member.path, running.tensor(member.path).detach().clone())
+        if member.path not in paths:
+            continue  # another name of a tensor that the graph reads under its first
+        held = _own(running, weights, member.path)
         entries = torch.from_numpy(member.indices[gone].ravel()).to(held.device)
         held.index_fill_(member.dim, entries, 0)
     shifts: dict[str, Tensor] = {}
     for place in found:
         if place.mean is not None:
             _shift(running, place, weights[place.path], shifts)
-    names = {n.path: n.name for n in running.graph.nodes if n.op == "tensor"}
-    return {names[path]: t for path, t in weights.items() if path in names}, shifts
+    names = [(n.name, n.path) for n in running.graph.nodes if n.op == "tensor"]
+    return {name: weights[path] for name, path in names if path in weights}, shifts
+
+
+def _own(running: GraphModel, weights: dict[str, Tensor], path: str) -> Tensor:
+    """The copy of a tensor that may be changed."""
+    if path not in weights:
+        held = running.tensor(path).detach()
+        weights[path] = held.clone(memory_format=torch.contiguous_format)
+    return weights[path]
 
 
 def _shift(running: GraphModel, place: Place, weight: Tensor, shifts: dict[str, Tensor]) -> None:
@@ -240,8 +339,15 @@ def _shift(running: GraphModel, place: Place, weight: Tensor, shifts: dict[str, 
 
 
 def _curve(points: Mapping[int, float], units: int) -> Losses:
-    """Losses by share of the units that go, not descending."""
+    """Losses by share of the units that go, not descending.
+
+    They grow by orders of magnitude: between measurements their logarithm is smooth.
+    """
     counts = sorted(points)
-    shares = np.array([0.0, *(count / units for count in counts), 1.0])
-    errors = [0.0, *(points[count] for count in counts)]
-    return interpolated(shares, np.maximum.accumulate([*errors, BEYOND * max(errors)]))
+    errors = np.maximum.accumulate([points[size] for size in counts])
+    dense = np.array(counts, float)
+    if len(counts) > 1 and errors[0] > 0:
+        dense = np.arange(counts[0], counts[-1] + 1)
+        errors = np.exp(PchipInterpolator(counts, np.log(errors))(dense))
+    shares = np.array([0.0, *(dense / units), 1.0])
+    return interpolated(shares, np.array([0.0, *errors, BEYOND * errors.max(initial=0.0)]))

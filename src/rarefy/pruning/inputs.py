@@ -55,7 +55,7 @@ class Product:
         """
         if self.letters is None:
             return True
-        shared, _, unknowns = _roles(self.letters)
+        shared, _, unknowns = roles(self.letters)
         return {*shared, *unknowns} <= set(self.letters[0])
 
 
@@ -137,7 +137,7 @@ def _precise(value: Any) -> Any:
 def matrix(product: Product, weight: Tensor) -> Tensor:
     """Entries of the operand (or their positions) as (groups, outputs, unknowns)."""
     if product.letters is not None:
-        shared, outputs, unknowns = _roles(product.letters)
+        shared, outputs, unknowns = roles(product.letters)
         return _arranged(weight, product.letters[1], shared, outputs, unknowns)
     groups = int(product.node.argument("groups"))
     if product.node.kind in TRANSPOSED:
@@ -151,7 +151,7 @@ def matrix(product: Product, weight: Tensor) -> Tensor:
 def rows(product: Product, x: Tensor, weight: Tensor) -> Iterator[Tensor]:
     """The inputs of all outputs, a part at a time: (groups, rows, unknowns)."""
     if product.letters is not None:
-        shared, _, unknowns = _roles(product.letters)
+        shared, _, unknowns = roles(product.letters)
         own = product.letters[0]
         free = tuple(letter for letter in own if letter not in (*shared, *unknowns))
         yield _arranged(_precise(x), own, shared, free, unknowns)
@@ -166,7 +166,7 @@ def rows(product: Product, x: Tensor, weight: Tensor) -> Iterator[Tensor]:
         yield found.reshape(found.shape[: weight.ndim - 1].numel(), groups, -1).transpose(0, 1)
 
 
-def _roles(letters: tuple[Letters, Letters, Letters]) -> tuple[Letters, Letters, Letters]:
+def roles(letters: tuple[Letters, Letters, Letters]) -> tuple[Letters, Letters, Letters]:
     """Letters of the weight that are shared with both others, its own outputs, and summed over."""
     x, weight, result = letters
     shared = tuple(letter for letter in weight if letter in x and letter in result)
@@ -175,10 +175,10 @@ def _roles(letters: tuple[Letters, Letters, Letters]) -> tuple[Letters, Letters,
     return shared, outputs, unknowns
 
 
-def _arranged(tensor: Tensor, own: Letters, *roles: Letters) -> Tensor:
+def _arranged(tensor: Tensor, own: Letters, *merged: Letters) -> Tensor:
     """A tensor whose dimensions are merged role by role."""
-    order = [own.index(letter) for role in roles for letter in role]
-    sizes = [prod(tensor.shape[own.index(letter)] for letter in role) for role in roles]
+    order = [own.index(letter) for role in merged for letter in role]
+    sizes = [prod(tensor.shape[own.index(letter)] for letter in role) for role in merged]
     return tensor.permute(order).reshape(sizes)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from rarefy.batches import arguments, map_tensors
-from rarefy.graph.program import Graph, GraphModel, Node, Ref, last_use, resolve, substitute
+from rarefy.graph.program import Graph, GraphModel, Node, Ref, last_use, resolve, substitute, writes
 from rarefy.types import Inputs
 
 OPERANDS = {
@@ -35,8 +35,11 @@ class Run:
     def __init__(self, model: GraphModel, inputs: Inputs) -> None:
         args, given = arguments(map_tensors(torch.clone, inputs))
         named = {name: given[name] for name in model._keywords if name in given} | given
-        self._model, self._given = model, iter(pytree.tree_leaves((args, named)))
+        self._model = model
         self._nodes = list(model.graph.nodes)
+        names = [node.name for node in self._nodes if node.op == "input"]
+        self._given = dict(zip(names, pytree.tree_leaves((args, named)), strict=True))
+        self._writes = any(writes(node.op) for node in model.graph.calls)
         self._last_use = last_use(model.graph)
         self._dead: tuple[str, ...] = ()
         self.values: dict[str, Any] = {}
@@ -59,14 +62,19 @@ class Run:
             shifts: name of a call -> what is added to its result.
         """
         nodes, dead = self._nodes, self._dead
-        values = _apart(self.values, self._model.graph.by_name) | dict(changed)
+        values = dict(self.values)
+        if self._writes:
+            values = _apart(values, self._model.graph.by_name)
+        values |= changed
         for node in nodes:
             for name in dead:
                 values.pop(name, None)
             if node.op == "output":
                 leaves = pytree.tree_leaves(substitute(node.args[0], lambda ref: values[ref.name]))
                 return [t for t in leaves if isinstance(t, Tensor) and t.is_floating_point()]
-            if node.op == "tensor":
+            if node.op == "input":
+                values[node.name] = map_tensors(torch.clone, self._given[node.name])
+            elif node.op == "tensor":
                 values[node.name] = changed.get(node.name, self._model.tensor(node.path))
             else:
                 values[node.name] = self._model.step(node, resolve(node.op), values)
@@ -80,7 +88,7 @@ class Run:
             del self.values[name]
         node = self._nodes.pop(0)
         if node.op == "input":
-            self.values[node.name] = next(self._given)
+            self.values[node.name] = self._given[node.name]
         elif node.op == "tensor":
             self.values[node.name] = self._model.tensor(node.path)
         else:
@@ -93,6 +101,8 @@ def _apart(values: Mapping[str, Any], nodes: Mapping[str, Node]) -> dict[str, An
     copies: dict[int, torch.UntypedStorage] = {}
 
     def own(tensor: Tensor) -> Tensor:
+        if tensor.layout is not torch.strided:
+            return tensor.clone()
         held = tensor.untyped_storage()
         if held.data_ptr() not in copies:
             copies[held.data_ptr()] = held.clone()  # type: ignore[no-untyped-call]

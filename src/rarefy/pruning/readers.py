@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from math import prod
+from math import ceil, prod
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from rarefy.batches import batch_size
 from rarefy.graph.groups import Group
 from rarefy.graph.program import Graph, GraphModel, Node, Ref
 from rarefy.graph.trace import Network
-from rarefy.pruning.inputs import Product, matrix, products, rows
+from rarefy.pruning.inputs import Product, matrix, products, roles, rows
 from rarefy.pruning.lockstep import Run
 from rarefy.pruning.surgeon import Columns, Reader
 from rarefy.types import Inputs
@@ -28,6 +30,9 @@ EXAMPLES = 64
 
 LARGEST = 6144
 """Unknowns of the largest layer whose Gram matrix is made."""
+
+MEMORY = 1 << 31
+"""Bytes of all Gram matrices; the largest are not made beyond it."""
 
 
 @dataclass(frozen=True)
@@ -54,29 +59,80 @@ class Place:
     dim: int
 
 
-def places(network: Network, model: GraphModel, inputs: Inputs) -> list[Place]:
+def places(network: Network, model: GraphModel, parts: Sequence[Inputs]) -> list[Place]:
     """All layers that read units of the network, on their inputs.
 
     Args:
         network: the trace.
         model: its graph with the network's tensors.
-        inputs: examples as one batch.
+        parts: examples, some at a time.
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
+    graph = network.captured.graph.live
     labels = _labels(network.groups)
-    run = Run(model, inputs)
-    found: list[Place] = []
-    for product in products(network.captured.graph.live, parameters):
+    found: list[_Site] = []
+    for product in products(graph, parameters):
         parameter = parameters.get(product.path)
         if parameter is None or not product.has_rows or product.path not in labels:
             continue
         positions = matrix(product, product.index)
         columns = [dict(_columns(own, labels[product.path], parameter.shape)) for own in positions]
-        if not any(columns) or positions.shape[-1] > LARGEST:
-            continue
-        run.before(network.captured.graph.by_name[product.node.name])
-        found += _of(product, positions, columns, parameter, run, network.captured.graph)
-    return found
+        if any(columns) and positions.shape[-1] <= LARGEST:
+            found.append(_Site(product, positions, columns, _centered(graph, product.node)))
+    found = _held(found)
+    total = sum(map(batch_size, parts))
+    sums: dict[Any, _Sums] = {}
+    for part in parts:
+        run, keys = Run(model, part), dict[tuple[Any, ...], str]()
+        for site in found:
+            run.before(model.graph.by_name[site.product.node.name])
+            key = site.key(run)
+            first = keys.setdefault(key, site.product.node.name)
+            if first == site.product.node.name:
+                sums.setdefault(first, _Sums(site.centered)).add(site, run, total)
+            else:
+                sums[site.product.node.name] = sums[first]
+    return [
+        place for site in found for place in _of(site, sums[site.product.node.name], parameters)
+    ]
+
+
+@dataclass(frozen=True)
+class _Site:
+    """A call that reads units, and the columns that read them, group by group."""
+
+    product: Product
+    positions: Tensor
+    columns: Sequence[Mapping[int, Columns]]
+    centered: bool
+
+    @property
+    def unknowns(self) -> int:
+        return int(self.positions.shape[-1])
+
+    @property
+    def size(self) -> int:
+        """Bytes of its Gram matrices."""
+        return 4 * len(self.positions) * self.unknowns**2
+
+    def key(self, run: Run) -> tuple[Any, ...]:
+        """Equal for calls that read the same inputs in the same way."""
+        node, x = self.product.node, run.values[self.product.x]
+        if self.product.letters is None:
+            return (node.name,)
+        shared, _, unknowns = roles(self.product.letters)
+        own = self.product.letters[0]
+        return (self.product.x, x._version, own, shared, unknowns, self.centered)
+
+
+def _held(found: Sequence[_Site]) -> list[_Site]:
+    """The calls whose Gram matrices fit into :data:`MEMORY`, the smallest first, in their order."""
+    left, fitting = MEMORY, set[str]()
+    for site in sorted(found, key=lambda s: s.size):
+        left -= site.size
+        if left >= 0:
+            fitting.add(site.product.node.name)
+    return [site for site in found if site.product.node.name in fitting]
 
 
 _Labels = Mapping[str, Sequence[tuple[int, int, Tensor]]]
@@ -114,28 +170,25 @@ def _columns(
             yield number, Columns(read, columns[order].view(len(read), -1))
 
 
-def _of(
-    product: Product,
-    positions: Tensor,
-    columns: Sequence[Mapping[int, Columns]],
-    parameter: Tensor,
-    run: Run,
-    graph: Graph,
-) -> Iterator[Place]:
-    node = product.node
-    biased = node.kind.startswith("conv") or node.kind in ("linear", "addmm")
-    centered = biased and _takes_up_shifts(graph, node)
-    grams, means = _moments(product, run, centered)
+def _of(site: _Site, sums: _Sums, parameters: Mapping[str, Tensor]) -> Iterator[Place]:
+    product, positions = site.product, site.positions
+    node, parameter = product.node, parameters[product.path]
+    grams, means = sums.moments()
     weight = parameter.detach().cpu().double().flatten()[positions]
-    outputs = positions.shape[1]
-    for group, own in enumerate(columns):
+    dim = 1 if node.kind.startswith("conv") else -1
+    dim = dim - 1 if dim == 1 and len(node.shape) == parameter.ndim - 1 else dim
+    for group, own in enumerate(site.columns):
         if own:
-            mean = means[group] if centered else None
+            mean = means[group] if site.centered else None
             reader = Reader(weight[group], grams[group], own)
-            dim = 1 if node.kind.startswith("conv") else -1
-            dim = dim - 1 if dim == 1 and len(node.shape) == parameter.ndim - 1 else dim
-            first = group * outputs
+            first = group * positions.shape[1]
             yield Place(reader, node.name, product.path, positions[group], first, mean, dim)
+
+
+def _centered(graph: Graph, node: Node) -> bool:
+    """Whether a layer's bias, or what follows it, takes up a shift of its outputs."""
+    biased = node.kind.startswith("conv") or node.kind in ("linear", "addmm")
+    return biased and _takes_up_shifts(graph, node)
 
 
 def _takes_up_shifts(graph: Graph, node: Node) -> bool:
@@ -146,24 +199,48 @@ def _takes_up_shifts(graph: Graph, node: Node) -> bool:
     return bool(users) and all(user.kind == "batch_norm" for user in users)
 
 
-def _moments(product: Product, run: Run, centered: bool) -> tuple[Tensor, Tensor]:
-    """Mean products (groups, unknowns, unknowns) and means (groups, unknowns) of the inputs."""
-    x, weight = run.values[product.x], run.values[product.weight]
-    unknowns = matrix(product, product.index).shape[-1]
-    wanted = max(ROWS * unknowns, LEAST)
-    if product.letters is None and x.ndim == weight.ndim:
-        x = x[: max(EXAMPLES, wanted // max(prod(product.node.shape[2:]), 1))]
-    generator = torch.Generator().manual_seed(0)
-    count, total, sums = 0, torch.zeros(()), torch.zeros(())
-    for every in rows(product, x, weight):
-        part = every.cpu()
-        if part.shape[1] > wanted:
-            part = part[:, torch.randperm(part.shape[1], generator=generator)[:wanted]]
-        total = total + (part.transpose(1, 2) @ part).double()
-        sums = sums + part.sum(1).double()
-        count += part.shape[1]
-    mean = sums / count
-    gram = total / count
-    if centered:
-        gram = gram - mean[:, :, None] * mean[:, None, :]
-    return gram, mean
+class _Sums:
+    """Sums over the inputs of a call, about a first mean where they are to be centered."""
+
+    def __init__(self, centered: bool) -> None:
+        self._centered, self._count = centered, 0
+        self._total, self._sum, self._about = (torch.zeros(()) for _ in range(3))
+        self._found: tuple[Tensor, Tensor] | None = None
+
+    def add(self, site: _Site, run: Run, examples: int) -> None:
+        """Add rows of one part of the examples, of which there are so many in all."""
+        product = site.product
+        x, weight = run.values[product.x], run.values[product.weight]
+        wanted = max(ROWS * site.unknowns, LEAST)
+        share = 1.0
+        if product.letters is None and x.ndim == weight.ndim:
+            needed = max(EXAMPLES, wanted // max(prod(product.node.shape[2:]), 1))
+            share = min(1.0, needed / examples)
+            x = x[: ceil(share * len(x))]
+        generator = torch.Generator().manual_seed(self._count)
+        for every in rows(product, x, weight):
+            most = ceil(wanted * min(1.0, len(x) / (share * examples))) if x.ndim else wanted
+            part = every
+            if part.shape[1] > most:
+                chosen = torch.randperm(part.shape[1], generator=generator)[:most]
+                part = part[:, chosen.to(part.device)]
+            self._take(part.cpu())
+
+    def _take(self, part: Tensor) -> None:
+        if self._centered and not self._count:
+            self._about = part.mean(1, keepdim=True)
+        part = part - self._about if self._centered else part
+        self._total = self._total + part.transpose(1, 2) @ part
+        self._sum = self._sum + part.sum(1).double()
+        self._count += part.shape[1]
+
+    def moments(self) -> tuple[Tensor, Tensor]:
+        """Mean products (groups, unknowns, unknowns) and means (groups, unknowns)."""
+        if self._found is None:
+            mean = self._sum / self._count
+            gram = self._total.div_(self._count)
+            if self._centered:
+                gram = gram - (mean[:, :, None] * mean[:, None, :]).to(gram.dtype)
+                mean = mean + self._about[:, 0].double()
+            self._found = gram, mean
+        return self._found

@@ -46,8 +46,8 @@ class Reader:
 
     Attributes:
         weight: (outputs, unknowns), float64.
-        gram: second moments of its inputs, (unknowns, unknowns), float64; about their means where
-            a bias or a normalization takes those up.
+        gram: second moments of its inputs, (unknowns, unknowns); about their means where a bias or
+            a normalization takes those up.
         columns: number of a group -> columns that read its units.
     """
 
@@ -142,12 +142,19 @@ def adapted(reader: Reader, columns: Columns, gone: NDArray[np.int64]) -> Tensor
     found = torch.zeros_like(reader.weight)
     if keep.any():
         gram, cross = reader.gram[keep][:, keep], reader.gram[keep][:, lost]
-        step = torch.linalg.solve(regular(gram), cross @ reader.weight[:, lost].T)
+        step = solved(regular(gram), cross.double() @ reader.weight[:, lost].T)
         found[:, keep] = reader.weight[:, keep] + step.T
     return found
 
 
 def regular(gram: Tensor) -> Tensor:
-    """A Gram matrix (n, n) that has an inverse."""
-    scale = gram.diagonal().mean().clamp_min(1e-12)
-    return gram + RIDGE * scale * torch.eye(len(gram), dtype=gram.dtype)
+    """A Gram matrix (n, n) that has an inverse, in float64."""
+    exact = gram.double()
+    scale = exact.diagonal().mean().clamp_min(1e-12)
+    return exact + RIDGE * scale * torch.eye(len(exact), dtype=torch.float64)
+
+
+def solved(gram: Tensor, right: Tensor) -> Tensor:
+    """``x`` with ``gram x = right``, by Cholesky's factors unless rounding made it indefinite."""
+    factor, fault = torch.linalg.cholesky_ex(gram)
+    return torch.linalg.solve(gram, right) if fault else torch.cholesky_solve(right, factor)
