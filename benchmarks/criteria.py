@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 import rarefy as rf
 from rarefy.graph.trace import Network
-from rarefy.pruning.compensated import Compensated, respond
-from rarefy.pruning.criteria import CRITERIA, Criterion, needs, scored
-from rarefy.pruning.gather import gather
+from rarefy.pruning.scoring.compensated import Compensated, respond
+from rarefy.pruning.scoring.criteria import CRITERIA, Criterion, needs, scored
+from rarefy.pruning.scoring.gather import gather
 
 ALL: Mapping[str, Criterion | Compensated] = {**CRITERIA, "compensated": Compensated()}
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 import rarefy as rf
-from rarefy.pruning.elements import ELEMENT_CRITERIA
+from rarefy.pruning.sparsity.elements import ELEMENT_CRITERIA
 
 
 def reestimated(model: nn.Module, x: Tensor) -> nn.Module:

@@ -297,10 +297,10 @@ def reasons(model: nn.Module, network: Any) -> list[str]:
 
 def graph_line(subject: Subject, budget: Any) -> str:
     """Where the user's own forward stops working with other widths."""
-    from rarefy.pruning.criteria import named, scored
-    from rarefy.pruning.evidence import Evidence
-    from rarefy.pruning.select import select
-    from rarefy.pruning.surgery import cut
+    from rarefy.pruning.scoring.criteria import named, scored
+    from rarefy.pruning.scoring.evidence import Evidence
+    from rarefy.pruning.selection.select import select
+    from rarefy.pruning.structure.surgery import cut
 
     try:
         network = subject.traced

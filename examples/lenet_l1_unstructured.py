@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import rarefy as rf
-from rarefy.pruning.masks import sparsity
+from rarefy.pruning.sparsity.masks import sparsity
 from rarefy.tasks.vision import digits
 
 

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from rarefy.graph.program import GraphModel
 from rarefy.graph.trace import Network, trace
 from rarefy.pruning.plan import Plan
-from rarefy.pruning.proof import prove
-from rarefy.pruning.surgery import rewrite
+from rarefy.pruning.structure.proof import prove
+from rarefy.pruning.structure.surgery import rewrite
 
 X = torch.randn(3, 5, generator=torch.Generator().manual_seed(0))
 

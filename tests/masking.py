@@ -9,8 +9,8 @@ from torch import nn
 from rarefy.graph.count import count
 from rarefy.graph.trace import Network, trace
 from rarefy.pruning.narrow import operate
-from rarefy.pruning.select import Plan, select
-from rarefy.pruning.surgery import kept_entries, rewrite
+from rarefy.pruning.selection.select import Plan, select
+from rarefy.pruning.structure.surgery import kept_entries, rewrite
 from rarefy.types import Budget
 
 

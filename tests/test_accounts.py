@@ -10,11 +10,11 @@ from random_networks import networks
 from rarefy.graph.count import batch_of, count
 from rarefy.graph.layer import layer
 from rarefy.graph.trace import trace
-from rarefy.pruning import accounts
-from rarefy.pruning.costs import Costs, Surface
 from rarefy.pruning.plan import Plan
-from rarefy.pruning.select import select
-from rarefy.pruning.surgery import cut, rewrite
+from rarefy.pruning.selection import accounts
+from rarefy.pruning.selection.costs import Costs, Surface
+from rarefy.pruning.selection.select import select
+from rarefy.pruning.structure.surgery import cut, rewrite
 from rarefy.types import Budget
 
 torch.set_num_threads(1)

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from rarefy.errors import InputError
 from rarefy.graph.groups import Member
-from rarefy.pruning.aggregation import SCALE, Aggregated, Scaled, slices
+from rarefy.pruning.scoring.aggregation import SCALE, Aggregated, Scaled, slices
 
 SCORES = torch.tensor([1.0, 4.0, 2.0, 5.0], dtype=torch.float64)
 

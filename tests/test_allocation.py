@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rarefy.pruning import allocation
-from rarefy.pruning.allocation import Choices, Lane, even, knapsack, ranked
-from rarefy.pruning.limits import Range
+from rarefy.pruning.selection import allocation
+from rarefy.pruning.selection.allocation import Choices, Lane, even, knapsack, ranked
+from rarefy.pruning.selection.limits import Range
 
 QUICK = settings(max_examples=60, deadline=None, derandomize=True, database=None)
 

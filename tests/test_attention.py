@@ -10,7 +10,7 @@ from torch import nn
 from masking import check_masking, described, holders, random_plan, zeroed
 from rarefy.graph.trace import trace
 from rarefy.pruning.narrow import operate
-from rarefy.pruning.surgery import kept_entries, rewrite
+from rarefy.pruning.structure.surgery import kept_entries, rewrite
 
 torch.set_num_threads(1)
 X = torch.randn(2, 9, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(0))

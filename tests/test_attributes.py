@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from rarefy.pruning.attributes import KEY, RULES, derive, read, refresh, remember
+from rarefy.pruning.structure.attributes import KEY, RULES, derive, read, refresh, remember
 
 LAYERS = [
     nn.Conv1d(4, 6, 3),

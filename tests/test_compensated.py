@@ -11,9 +11,9 @@ from torch import nn
 import rarefy as rf
 from rarefy.errors import DataError, InputError
 from rarefy.graph.trace import trace
-from rarefy.pruning import compensated as module
-from rarefy.pruning.compensated import Compensated, respond
-from rarefy.pruning.surgeon import RIDGE
+from rarefy.pruning.scoring import compensated as module
+from rarefy.pruning.scoring.compensated import Compensated, respond
+from rarefy.pruning.scoring.surgeon import RIDGE
 
 SMALL = Compensated(samples=64, shown=40, ratios=(0.25, 0.5, 0.75))
 

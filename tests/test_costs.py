@@ -3,7 +3,7 @@
 import pytest
 
 from rarefy.graph.layer import Layer
-from rarefy.pruning.costs import Surface
+from rarefy.pruning.selection.costs import Surface
 
 SURFACE = Surface((8, 16), (10, 20), ((1.0, 2.0), (3.0, 6.0)), 4)
 

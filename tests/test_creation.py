@@ -10,7 +10,7 @@ import rarefy as rf
 from carrying import Net, X, check_carried, halved, prunable
 from rarefy.graph.trace import trace
 from rarefy.pruning.plan import Plan
-from rarefy.pruning.surgery import kept_entries, rewrite
+from rarefy.pruning.structure.surgery import kept_entries, rewrite
 
 torch.set_num_threads(1)
 

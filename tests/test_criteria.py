@@ -13,8 +13,8 @@ from torch import nn
 import rarefy as rf
 from rarefy.errors import InputError
 from rarefy.graph.trace import trace
-from rarefy.pruning import criteria
-from rarefy.pruning.criteria import (
+from rarefy.pruning.scoring import criteria
+from rarefy.pruning.scoring.criteria import (
     CRITERIA,
     ELEMENT,
     FPGM,
@@ -29,8 +29,8 @@ from rarefy.pruning.criteria import (
     random,
     scored,
 )
-from rarefy.pruning.evidence import Evidence
-from rarefy.pruning.gather import gather
+from rarefy.pruning.scoring.evidence import Evidence
+from rarefy.pruning.scoring.gather import gather
 
 torch.set_num_threads(1)
 FREE = [name for name, criterion in CRITERIA.items() if not needs(criterion)]

@@ -11,7 +11,7 @@ from torch import nn
 
 from rarefy.errors import FormatError, InputError, OutputError
 from rarefy.graph.trace import trace
-from rarefy.pruning.curves import Point, Sensitivity, labels
+from rarefy.pruning.scoring.curves import Point, Sensitivity, labels
 
 GROUPS = trace(
     nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 4), nn.ReLU(), nn.Linear(4, 2)),

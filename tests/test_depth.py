@@ -12,9 +12,9 @@ from rarefy.graph.count import count
 from rarefy.graph.program import GraphModel
 from rarefy.graph.stubs import Stub, plain_graph, stubs
 from rarefy.graph.trace import trace
-from rarefy.pruning.depth import BlockError, bypass, bypassed
 from rarefy.pruning.plan import Plan
-from rarefy.pruning.reference import without_branches
+from rarefy.pruning.structure.depth import BlockError, bypass, bypassed
+from rarefy.pruning.structure.reference import without_branches
 from rarefy.storage.format import load, save
 from residual_networks import Case, Residual, cases, inputs
 
@@ -226,8 +226,8 @@ def test_a_wrong_surgery_is_refused(monkeypatch) -> None:
     model, x = Residual(("Half", "Less")), inputs()
     network = trace(model, x)
     right = bypassed(model, network, network.blocks[:1])
-    monkeypatch.setattr("rarefy.pruning.depth.bypassed", lambda *_: right)
-    monkeypatch.setattr("rarefy.pruning.depth.places", lambda *_, **__: {})
+    monkeypatch.setattr("rarefy.pruning.structure.depth.bypassed", lambda *_: right)
+    monkeypatch.setattr("rarefy.pruning.structure.depth.places", lambda *_, **__: {})
     with pytest.raises(ProofError, match="differs from masking"):
         bypass(model, x, network, network.blocks)
 

@@ -10,10 +10,10 @@ from torch import nn
 
 import rarefy as rf
 from rarefy.errors import DataError, InputError
-from rarefy.pruning import elements
-from rarefy.pruning.criteria import ELEMENT, Element
-from rarefy.pruning.elements import ELEMENT_CRITERIA, SparseGPT
-from rarefy.pruning.evidence import LABELS
+from rarefy.pruning.scoring.criteria import ELEMENT, Element
+from rarefy.pruning.scoring.evidence import LABELS
+from rarefy.pruning.sparsity import elements
+from rarefy.pruning.sparsity.elements import ELEMENT_CRITERIA, SparseGPT
 from rarefy.types import Budget
 
 torch.set_num_threads(1)

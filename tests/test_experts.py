@@ -8,8 +8,8 @@ from torch import nn
 import rarefy as rf
 from rarefy.graph.trace import Network, trace
 from rarefy.pruning.plan import Plan
-from rarefy.pruning.proof import prove
-from rarefy.pruning.surgery import rewrite
+from rarefy.pruning.structure.proof import prove
+from rarefy.pruning.structure.surgery import rewrite
 
 torch.set_num_threads(1)
 X = torch.randn(6, 5, generator=torch.Generator().manual_seed(0))

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from rarefy.errors import FormatError, InputError, OutputError
 from rarefy.graph.capture import capture, graph_model
 from rarefy.graph.program import Graph, GraphModel, Node, Ref, Spec, substitute
-from rarefy.pruning.attributes import refresh
 from rarefy.pruning.prune import prune
+from rarefy.pruning.structure.attributes import refresh
 from rarefy.storage.format import inspect, load, load_tensor, save
 from rarefy.types import Budget
 

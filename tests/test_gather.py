@@ -13,8 +13,8 @@ from torch.func import functional_call, grad, vmap
 
 from rarefy.errors import DataError, InputError
 from rarefy.graph.trace import trace
-from rarefy.pruning.evidence import Evidence
-from rarefy.pruning.gather import GATHERERS, gather
+from rarefy.pruning.scoring.evidence import Evidence
+from rarefy.pruning.scoring.gather import GATHERERS, gather
 
 KINDS = frozenset(GATHERERS)
 

@@ -11,8 +11,8 @@ from torch import nn
 import rarefy as rf
 from rarefy.errors import BudgetError, InputError
 from rarefy.pruning.gradual import GradualPruning, GradualUnits
-from rarefy.pruning.masks import sparsity
-from rarefy.pruning.patterns import Block
+from rarefy.pruning.sparsity.masks import sparsity
+from rarefy.pruning.sparsity.patterns import Block
 from rarefy.schedules import Constant, Cubic, Iterative
 
 torch.set_num_threads(1)

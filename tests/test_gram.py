@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 from rarefy.graph.capture import capture, graph_model
-from rarefy.pruning import gram
-from rarefy.pruning.gram import Gram, rows
-from rarefy.pruning.lockstep import OPERANDS, TRANSPOSED, Run, operand
+from rarefy.pruning.running.lockstep import OPERANDS, TRANSPOSED, Run, operand
+from rarefy.pruning.sparsity import gram
+from rarefy.pruning.sparsity.gram import Gram, rows
 
 CASES = {
     "linear": (nn.Linear(5, 3), (7, 5)),

@@ -7,9 +7,9 @@ from torch import nn
 
 from rarefy.errors import DataError
 from rarefy.graph.trace import trace
-from rarefy.pruning.criteria import CRITERIA, scored
-from rarefy.pruning.evidence import Evidence
-from rarefy.pruning.influence import importances, influences, inner, magnitudes
+from rarefy.pruning.scoring.criteria import CRITERIA, scored
+from rarefy.pruning.scoring.evidence import Evidence
+from rarefy.pruning.scoring.influence import importances, influences, inner, magnitudes
 from residual_networks import Residual, inputs
 
 torch.set_num_threads(1)

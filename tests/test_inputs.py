@@ -8,7 +8,7 @@ from torch.autograd.functional import jacobian
 from torch.func import functional_call
 
 from rarefy.graph.trace import trace
-from rarefy.pruning.gather import gather
+from rarefy.pruning.scoring.gather import gather
 
 
 class Functional(nn.Module):
@@ -147,7 +147,7 @@ def test_large_gram_matrices_are_kept_as_blocks(monkeypatch) -> None:
     net, x = layer(nn.Linear, 8, 3).double(), torch.randn(5, 8, dtype=torch.float64)
     network = trace(net, x)
     (whole,) = gather(net, network, frozenset({"grams"}), [x]).grams["weight"]
-    monkeypatch.setattr("rarefy.pruning.gather.LARGEST", 5)
+    monkeypatch.setattr("rarefy.pruning.scoring.gather.LARGEST", 5)
     (parts,) = gather(net, network, frozenset({"grams"}), [x]).grams["weight"]
     assert tuple(parts.matrix.shape) == (2, 4, 4)
     torch.testing.assert_close(parts.matrix[0], whole.matrix[0, :4, :4])

@@ -12,8 +12,8 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from rarefy.pruning.gradual import GradualPruning
-from rarefy.pruning.masks import hold, sparsity
-from rarefy.pruning.sparsify import sparsify
+from rarefy.pruning.sparsity.masks import hold, sparsity
+from rarefy.pruning.sparsity.sparsify import sparsify
 from rarefy.schedules import Constant
 from rarefy.types import Budget
 

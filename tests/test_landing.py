@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 from random_networks import networks
 from rarefy.errors import BudgetError, InputError
 from rarefy.graph.trace import trace
-from rarefy.pruning import accounts
-from rarefy.pruning.allocation import Lane, even, ranked
-from rarefy.pruning.landing import CLOSE, Landed, closer, least_removal
-from rarefy.pruning.limits import Range, ranges
 from rarefy.pruning.plan import Plan
-from rarefy.pruning.select import select
+from rarefy.pruning.selection import accounts
+from rarefy.pruning.selection.allocation import Lane, even, ranked
+from rarefy.pruning.selection.landing import CLOSE, Landed, closer, least_removal
+from rarefy.pruning.selection.limits import Range, ranges
+from rarefy.pruning.selection.select import select
 from rarefy.types import Budget
 
 torch.set_num_threads(1)

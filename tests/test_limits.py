@@ -8,8 +8,8 @@ from torch import nn
 
 from rarefy.errors import InputError
 from rarefy.graph.trace import trace
-from rarefy.pruning.limits import Range, ranges
 from rarefy.pruning.prune import prune
+from rarefy.pruning.selection.limits import Range, ranges
 from rarefy.types import Budget, Limit
 
 torch.set_num_threads(1)

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from rarefy.graph.capture import capture, graph_model
-from rarefy.pruning.lockstep import Run
+from rarefy.pruning.running.lockstep import Run
 
 
 class Branches(nn.Module):

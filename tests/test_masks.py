@@ -11,8 +11,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import rarefy as rf
 from rarefy.errors import InputError
-from rarefy.pruning.masks import Masks, hold, rewind, sparsity
-from rarefy.pruning.sparsify import sparsify
+from rarefy.pruning.sparsity.masks import Masks, hold, rewind, sparsity
+from rarefy.pruning.sparsity.sparsify import sparsify
 from rarefy.types import Budget
 
 torch.set_num_threads(1)

@@ -9,9 +9,9 @@ from torch import nn
 import rarefy as rf
 from rarefy.errors import InputError
 from rarefy.graph.trace import trace
-from rarefy.pruning.criteria import scored
-from rarefy.pruning.evidence import Evidence
-from rarefy.pruning.movement import Movement
+from rarefy.pruning.scoring.criteria import scored
+from rarefy.pruning.scoring.evidence import Evidence
+from rarefy.pruning.scoring.movement import Movement
 
 X = torch.randn(8, 3, generator=torch.Generator().manual_seed(0))
 

@@ -16,8 +16,8 @@ from rarefy.copies import copied
 from rarefy.graph.trace import trace
 from rarefy.pruning.narrow import operate
 from rarefy.pruning.plan import Plan
-from rarefy.pruning.proof import prove
-from rarefy.pruning.surgery import rewrite
+from rarefy.pruning.structure.proof import prove
+from rarefy.pruning.structure.surgery import rewrite
 
 torch.set_num_threads(1)
 GENERATOR = torch.Generator().manual_seed(0)

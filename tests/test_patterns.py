@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rarefy.errors import BudgetError, InputError
-from rarefy.pruning.patterns import (
+from rarefy.pruning.sparsity.patterns import (
     NM,
     PATTERNS,
     Block,

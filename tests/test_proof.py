@@ -12,9 +12,9 @@ from rarefy.batches import evaluating
 from rarefy.errors import InputError, ProofError
 from rarefy.graph.trace import trace
 from rarefy.pruning.plan import Plan
-from rarefy.pruning.proof import Masking, _noise, masked, prove
-from rarefy.pruning.reference import over_survivors
-from rarefy.pruning.surgery import cut, rewrite
+from rarefy.pruning.structure.proof import Masking, _noise, masked, prove
+from rarefy.pruning.structure.reference import over_survivors
+from rarefy.pruning.structure.surgery import cut, rewrite
 
 torch.set_num_threads(1)
 X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))

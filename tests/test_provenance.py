@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from rarefy.graph.capture import capture
-from rarefy.pruning.expressions import Apply, Attribute, Equation, Extent, Number, leaves
-from rarefy.pruning.provenance import equations
-from rarefy.pruning.sized import Sized
+from rarefy.pruning.structure.expressions import Apply, Attribute, Equation, Extent, Number, leaves
+from rarefy.pruning.structure.provenance import equations
+from rarefy.pruning.structure.sized import Sized
 
 
 class Attention(nn.Module):

@@ -13,8 +13,8 @@ import rarefy as rf
 from rarefy.batches import call, logits, map_tensors
 from rarefy.errors import BudgetError, InputError, ProofError
 from rarefy.graph.program import GraphModel
-from rarefy.pruning.criteria import named
-from rarefy.pruning.evidence import Evidence
+from rarefy.pruning.scoring.criteria import named
+from rarefy.pruning.scoring.evidence import Evidence
 from rarefy.types import Width
 
 torch.set_num_threads(1)

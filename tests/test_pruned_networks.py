@@ -19,8 +19,8 @@ from rarefy.graph.capture import capture, graph_model
 from rarefy.graph.trace import trace
 from rarefy.pruning.narrow import operate
 from rarefy.pruning.plan import Plan
-from rarefy.pruning.select import select
-from rarefy.pruning.surgery import rewrite
+from rarefy.pruning.selection.select import select
+from rarefy.pruning.structure.surgery import rewrite
 from rarefy.types import Budget
 
 torch.set_num_threads(1)

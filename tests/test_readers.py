@@ -6,9 +6,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from rarefy.graph.trace import Network, trace
-from rarefy.pruning import readers
-from rarefy.pruning.readers import Place, places
-from rarefy.pruning.taps import Runner
+from rarefy.pruning.running.taps import Runner
+from rarefy.pruning.scoring import readers
+from rarefy.pruning.scoring.readers import Place, places
 
 LAYERS = {
     "plain": (nn.Conv2d, {"kernel_size": 3}),
@@ -67,7 +67,7 @@ def gradients(layer: nn.Module, h: torch.Tensor, output: int) -> torch.Tensor:
 def test_moments_are_those_of_the_inputs_unfolded(name) -> None:
     model = Pair(name)
     x = example(model)
-    network, every = found(model, x)
+    _, every = found(model, x)
     assert len(every) == (2 if name == "grouped" else 1)
     h = model.a(x).relu().detach()
     for place in every:

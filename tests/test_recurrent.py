@@ -12,8 +12,8 @@ from rarefy.graph.ops import find
 from rarefy.graph.rules.recurrent import GATES, ROWS
 from rarefy.graph.trace import Network, trace
 from rarefy.pruning.plan import Plan
-from rarefy.pruning.proof import prove
-from rarefy.pruning.surgery import rewrite
+from rarefy.pruning.structure.proof import prove
+from rarefy.pruning.structure.surgery import rewrite
 
 torch.set_num_threads(1)
 pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections")

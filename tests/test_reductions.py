@@ -13,9 +13,9 @@ from rarefy.copies import copied
 from rarefy.graph.program import GraphModel
 from rarefy.graph.trace import trace
 from rarefy.pruning.plan import Plan
-from rarefy.pruning.proof import prove
-from rarefy.pruning.reference import SurvivorModel, mixing, over_survivors
-from rarefy.pruning.surgery import rewrite
+from rarefy.pruning.structure.proof import prove
+from rarefy.pruning.structure.reference import SurvivorModel, mixing, over_survivors
+from rarefy.pruning.structure.surgery import rewrite
 
 torch.set_num_threads(1)
 X = torch.randn(3, 7, 5, generator=torch.Generator().manual_seed(0))

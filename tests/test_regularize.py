@@ -13,8 +13,8 @@ import rarefy as rf
 from rarefy.errors import InputError
 from rarefy.graph.capture import capture, graph_model
 from rarefy.graph.trace import trace
-from rarefy.pruning.masks import Masks
-from rarefy.pruning.regularize import L1, GroupLasso, GrowingL2, Slimming
+from rarefy.pruning.sparsity.masks import Masks
+from rarefy.pruning.sparsity.regularize import L1, GroupLasso, GrowingL2, Slimming
 from rarefy.schedules import Linear
 
 torch.set_num_threads(1)

@@ -12,8 +12,8 @@ from rarefy.batches import evaluating
 from rarefy.errors import DataError, InputError
 from rarefy.graph.capture import capture
 from rarefy.pruning import repair as module
-from rarefy.pruning.lockstep import unseen
 from rarefy.pruning.repair import _draw, _patches, _System, repair
+from rarefy.pruning.running.lockstep import unseen
 
 torch.set_num_threads(1)
 HALF = rf.Budget(sparsity=0.5, scope="local")

@@ -15,8 +15,8 @@ from rarefy.graph.labels import FIXED, Ledger, Relation
 from rarefy.graph.resolution import CONFLICT, TOGETHER, common_sizes, resolve
 from rarefy.graph.trace import trace
 from rarefy.pruning.plan import Plan
-from rarefy.pruning.proof import prove
-from rarefy.pruning.surgery import rewrite
+from rarefy.pruning.structure.proof import prove
+from rarefy.pruning.structure.surgery import rewrite
 
 torch.set_num_threads(1)
 

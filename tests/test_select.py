@@ -14,8 +14,8 @@ from rarefy.errors import BudgetError, InputError
 from rarefy.graph.count import count
 from rarefy.graph.trace import trace
 from rarefy.pruning.plan import Plan
-from rarefy.pruning.select import select
-from rarefy.pruning.surgery import cut
+from rarefy.pruning.selection.select import select
+from rarefy.pruning.structure.surgery import cut
 from rarefy.types import Budget
 
 torch.set_num_threads(1)

@@ -14,8 +14,8 @@ from torch import nn
 from rarefy.copies import fingerprint
 from rarefy.errors import BudgetError, FormatError, InputError, OutputError
 from rarefy.graph.trace import trace
-from rarefy.pruning.criteria import magnitude, scored
 from rarefy.pruning.prune import prune
+from rarefy.pruning.scoring.criteria import magnitude, scored
 from rarefy.pruning.sensitivity import EvaluationError, sensitivity
 from rarefy.types import Budget
 from tiny_networks import perceptron

@@ -12,8 +12,8 @@ from rarefy.graph.count import count
 from rarefy.graph.program import GraphModel
 from rarefy.graph.stubs import stubs
 from rarefy.graph.trace import trace
-from rarefy.pruning.compensated import Compensated
-from rarefy.pruning.depth import BlockError
+from rarefy.pruning.scoring.compensated import Compensated
+from rarefy.pruning.structure.depth import BlockError
 from residual_networks import Residual, inputs
 
 torch.set_num_threads(1)

@@ -12,7 +12,7 @@ from rarefy.errors import ProofError
 from rarefy.graph.trace import Network, trace
 from rarefy.pruning.narrow import stated
 from rarefy.pruning.plan import Plan
-from rarefy.pruning.sizes import Sizes
+from rarefy.pruning.structure.sizes import Sizes
 from rarefy.types import Budget
 
 

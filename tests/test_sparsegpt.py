@@ -8,9 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rarefy.pruning import sparsegpt
-from rarefy.pruning.patterns import NM, Block, Unstructured
-from rarefy.pruning.sparsegpt import Selection, moved, ridged, solved, sweep
+from rarefy.pruning.sparsity import sparsegpt
+from rarefy.pruning.sparsity.patterns import NM, Block, Unstructured
+from rarefy.pruning.sparsity.sparsegpt import Selection, moved, ridged, solved, sweep
 
 SEEDS = st.integers(0, 10_000)
 COLUMNS, ROWS, OUTPUTS = 6, 40, 3

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 import rarefy as rf
 from rarefy.errors import BudgetError, DataError, InputError
-from rarefy.pruning import calibrated
-from rarefy.pruning.elements import SparseGPT
-from rarefy.pruning.masks import sparsity
-from rarefy.pruning.patterns import NM, Block
-from rarefy.pruning.sparsify import sparsify
+from rarefy.pruning.sparsity import calibrated
+from rarefy.pruning.sparsity.elements import SparseGPT
+from rarefy.pruning.sparsity.masks import sparsity
+from rarefy.pruning.sparsity.patterns import NM, Block
+from rarefy.pruning.sparsity.sparsify import sparsify
 from rarefy.types import Budget
 
 torch.set_num_threads(1)

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rarefy.pruning.surgeon import RIDGE, Columns, Reader, adapted, order, regular, solved
+from rarefy.pruning.scoring.surgeon import RIDGE, Columns, Reader, adapted, order, regular, solved
 
 SEEDS = st.integers(0, 10_000)
 ROWS, OUTPUTS = 40, 3
@@ -89,7 +89,7 @@ def test_units_that_no_layer_reads_go_first() -> None:
 
 
 def test_many_unknowns_go_a_share_at_a_time(monkeypatch) -> None:
-    monkeypatch.setattr("rarefy.pruning.surgeon.EXACT", 8)
+    monkeypatch.setattr("rarefy.pruning.scoring.surgeon.EXACT", 8)
     reader = Reader(torch.arange(1.0, 33.0)[None].double(), torch.eye(32).double(), {})
     assert order([(reader, columns(32, 1))], 32).tolist() == list(range(32))
 

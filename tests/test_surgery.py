@@ -10,8 +10,8 @@ from torch import nn
 
 from rarefy.graph.trace import trace
 from rarefy.pruning.plan import Plan
-from rarefy.pruning.proof import masked, prove
-from rarefy.pruning.surgery import cut, kept_entries, rewrite, sliced, with_aliases
+from rarefy.pruning.structure.proof import masked, prove
+from rarefy.pruning.structure.surgery import cut, kept_entries, rewrite, sliced, with_aliases
 
 torch.set_num_threads(1)
 X = torch.randn(2, 3, 6, 6, generator=torch.Generator().manual_seed(0))

@@ -7,8 +7,8 @@ from torch import nn
 from rarefy.errors import DataError
 from rarefy.graph.capture import capture, graph_model
 from rarefy.graph.trace import Network, trace
-from rarefy.pruning.gather import gather
-from rarefy.pruning.taps import Runner, Watched, ends, tapped
+from rarefy.pruning.running.taps import Runner, Watched, ends, tapped
+from rarefy.pruning.scoring.gather import gather
 
 X = torch.randn(4, 3, 6, 6, generator=torch.Generator().manual_seed(0))
 Y = torch.tensor([0, 1, 1, 0])

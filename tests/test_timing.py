@@ -15,9 +15,9 @@ from rarefy.deployment.runtimes import OnnxSession
 from rarefy.deployment.timing import WRITERS, layer_costs
 from rarefy.graph.layer import Layer
 from rarefy.graph.trace import Network, trace
-from rarefy.pruning import accounts
 from rarefy.pruning.plan import Plan
-from rarefy.pruning.select import select
+from rarefy.pruning.selection import accounts
+from rarefy.pruning.selection.select import select
 from rarefy.types import Budget
 
 torch.set_num_threads(1)

@@ -13,7 +13,7 @@ from rarefy.graph.trace import trace
 from rarefy.pruning.narrow import operate
 from rarefy.pruning.plan import Plan
 from rarefy.pruning.prune import prune
-from rarefy.pruning.surgery import rewrite
+from rarefy.pruning.structure.surgery import rewrite
 from rarefy.types import Budget
 
 torch.set_num_threads(1)

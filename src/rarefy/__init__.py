@@ -18,17 +18,17 @@ if TYPE_CHECKING:
     from rarefy.graph.trace import trace as trace
     from rarefy.measured import prune as prune
     from rarefy.pipeline import compress as compress
-    from rarefy.pruning import criteria as criteria
-    from rarefy.pruning import patterns as patterns
-    from rarefy.pruning import regularize as regularize
-    from rarefy.pruning.curves import Sensitivity as Sensitivity
     from rarefy.pruning.gradual import GradualPruning as GradualPruning
     from rarefy.pruning.gradual import GradualUnits as GradualUnits
-    from rarefy.pruning.masks import hold as hold
-    from rarefy.pruning.masks import rewind as rewind
-    from rarefy.pruning.movement import Movement as Movement
     from rarefy.pruning.repair import repair as repair
+    from rarefy.pruning.scoring import criteria as criteria
+    from rarefy.pruning.scoring.curves import Sensitivity as Sensitivity
+    from rarefy.pruning.scoring.movement import Movement as Movement
     from rarefy.pruning.sensitivity import sensitivity as sensitivity
+    from rarefy.pruning.sparsity import patterns as patterns
+    from rarefy.pruning.sparsity import regularize as regularize
+    from rarefy.pruning.sparsity.masks import hold as hold
+    from rarefy.pruning.sparsity.masks import rewind as rewind
     from rarefy.quantization.quantize import quantize as quantize
     from rarefy.recipe.options import Stages as Stages
     from rarefy.storage.format import inspect as inspect
@@ -48,33 +48,33 @@ _HOME = {
     "GradualUnits": "rarefy.pruning.gradual",
     "Int8": "rarefy.types",
     "Limit": "rarefy.types",
-    "Movement": "rarefy.pruning.movement",
-    "Sensitivity": "rarefy.pruning.curves",
+    "Movement": "rarefy.pruning.scoring.movement",
+    "Sensitivity": "rarefy.pruning.scoring.curves",
     "Stages": "rarefy.recipe.options",
     "Target": "rarefy.types",
     "compress": "rarefy.pipeline",
     "distill": "rarefy.training",
     "evaluate": "rarefy.training",
     "export": "rarefy.deployment.export",
-    "hold": "rarefy.pruning.masks",
+    "hold": "rarefy.pruning.sparsity.masks",
     "inspect": "rarefy.storage.format",
     "load": "rarefy.storage.format",
     "measure": "rarefy.deployment.measure",
     "prune": "rarefy.measured",
     "quantize": "rarefy.quantization.quantize",
     "repair": "rarefy.pruning.repair",
-    "rewind": "rarefy.pruning.masks",
+    "rewind": "rarefy.pruning.sparsity.masks",
     "save": "rarefy.storage.format",
     "sensitivity": "rarefy.pruning.sensitivity",
     "trace": "rarefy.graph.trace",
     "train": "rarefy.training",
 }
 _MODULES = {
-    "criteria": "rarefy.pruning.criteria",
+    "criteria": "rarefy.pruning.scoring.criteria",
     "errors": "rarefy.errors",
     "losses": "rarefy.distillation.losses",
-    "patterns": "rarefy.pruning.patterns",
-    "regularize": "rarefy.pruning.regularize",
+    "patterns": "rarefy.pruning.sparsity.patterns",
+    "regularize": "rarefy.pruning.sparsity.regularize",
 }
 
 __all__ = sorted([*_HOME, *_MODULES])

@@ -22,8 +22,8 @@ from rarefy.deployment.timing import layer_costs
 from rarefy.errors import BudgetError
 from rarefy.graph.trace import Network
 from rarefy.pruning import prune as pruning
-from rarefy.pruning.costs import Costs
 from rarefy.pruning.prune import PruneOptions, removes
+from rarefy.pruning.selection.costs import Costs
 from rarefy.storage.format import save
 from rarefy.types import Budget, Inputs, Measurement
 
@@ -69,7 +69,7 @@ def prune(
     """Remove the least important units of a network, with proof.
 
     The result is compared with the original whose removed units are zeroed at every coupled slice
-    (see :mod:`rarefy.pruning.proof`) before it is returned. The model itself is untouched.
+    (:mod:`rarefy.pruning.structure.proof`) before it is returned. The model itself is untouched.
 
     A budget of ``bytes`` is reached by saving what was pruned, one of ``latency`` by exporting and
     timing it beside the original on ``example_inputs``, each with corrections. Units are then
@@ -85,30 +85,30 @@ def prune(
             ``served`` then is a :class:`Served` record, and a result that is not faster is warned
             of. ``"onnxruntime"`` where the budget is latency.
         threads: intra-op threads of the runtime.
-        criterion: how important a unit is: a name in :data:`~rarefy.pruning.criteria.CRITERIA`
+        criterion: how important a unit is: a name in :data:`~CRITERIA`
             (``"magnitude"``, ``"l1"``, ``"random"``, ``"norm_scale"``, ``"lamp"``, ``"fpgm"``; on
             data ``"gradient"``, ``"taylor"``, ``"taylor2"``, ``"fisher"``, ``"obd"``, ``"obs"``,
             ``"reconstruction"``, ``"wanda"``, ``"activation"``), one of the frozen values there
-            with other options, or a function (:data:`~rarefy.pruning.criteria.Criterion`).
-            ``"compensated"`` (:class:`~rarefy.pruning.compensated.Compensated`) measures on data
+            with other options, or a function (:data:`~rarefy.pruning.scoring.criteria.Criterion`).
+            ``"compensated"`` (:class:`~Compensated`) measures on data
             how much each group may lose. Of weights: a name in
-            :data:`~rarefy.pruning.elements.ELEMENT_CRITERIA` (``"magnitude"``, ``"square"``,
+            :data:`~ELEMENT_CRITERIA` (``"magnitude"``, ``"square"``,
             ``"random"``, ``"lamp"``; on data ``"gradient"``, ``"taylor"``, ``"taylor2"``,
             ``"obd"``, ``"obs"``, ``"wanda"``, ``"sparsegpt"``), or a function weight -> scores
-            (:data:`~rarefy.pruning.elements.ElementCriterion`).
+            (:data:`~rarefy.pruning.sparsity.elements.ElementCriterion`).
         structure: ``"channel"`` removes channels, heads and hidden units; ``"depth"`` removes whole
             residual blocks (:attr:`~rarefy.graph.trace.Network.blocks`), ``Budget(blocks=2)`` of
             them or what a share takes; with ``("channel", "depth")`` both compete for one budget of
             macs, params or bytes, by importance per saved cost. All others set weights to zero,
             which makes files smaller, and faster what a runtime has kernels for: ``"weight"``
             single ones, ``"2:4"`` two of every four, ``"1x4"`` blocks of them; or a value such as
-            ``Block(8, 8)`` (:mod:`rarefy.pruning.patterns`,
-            :func:`~rarefy.pruning.sparsify.sparsify`).
+            ``Block(8, 8)`` (:mod:`rarefy.pruning.sparsity.patterns`,
+            :func:`~rarefy.pruning.sparsity.sparsify.sparsify`).
         data: batches with which units are scored, all of them, where the criterion asks for it
             (labelled where it needs gradients), and with which the smaller network is repaired by
             least squares, its BatchNorm statistics moved along
             (:func:`~rarefy.pruning.repair.repair`); they also tell how much each block does
-            (:mod:`~rarefy.pruning.influence`). Or with which weights are chosen.
+            (:mod:`~rarefy.pruning.scoring.influence`). Or with which weights are chosen.
         loss: (logits, targets) -> mean loss of a batch, for criteria that need gradients; cross
             entropy if not given.
         heal: whether the smaller network is repaired where data are given.

@@ -34,9 +34,9 @@ from rarefy.preflight import (
 )
 from rarefy.process import replayable
 from rarefy.pruning.checks import check_finite
-from rarefy.pruning.criteria import named, needs
 from rarefy.pruning.narrow import Pruned
 from rarefy.pruning.repair import repair
+from rarefy.pruning.scoring.criteria import named, needs
 from rarefy.quantization.quantize import quantize
 from rarefy.recipe.options import PruneStage, Stages
 from rarefy.reporting.files import write

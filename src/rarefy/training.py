@@ -40,7 +40,7 @@ AfterStep: TypeAlias = Callable[[nn.Module], None]
 
 Penalty: TypeAlias = Callable[[nn.Module, int], Tensor]
 """``penalty(model, step)`` to a scalar that is added to the loss, such as those of
-:mod:`rarefy.pruning.regularize`."""
+:mod:`rarefy.pruning.sparsity.regularize`."""
 
 SCHEDULES: Mapping[str, Callable[[int], Schedule]] = {
     "cosine": lambda steps: Cosine(1.0, steps),

@@ -25,9 +25,9 @@ from rarefy.deployment.runtimes import load_onnx
 from rarefy.graph.count import batch_of
 from rarefy.graph.layer import Layer, layer
 from rarefy.graph.trace import Network
-from rarefy.pruning.accounts import Extents
-from rarefy.pruning.costs import Costs, Surface
 from rarefy.pruning.plan import Plan
+from rarefy.pruning.selection.accounts import Extents
+from rarefy.pruning.selection.costs import Costs, Surface
 
 SHARES = (0.25, 0.5, 0.75)
 """Shares of a layer's widths at which it is timed, beside the whole."""

@@ -17,13 +17,13 @@ class AfterStep(Callback):
     """Calls a function with the network after every optimizer step.
 
     Args:
-        function: for example :func:`~rarefy.pruning.masks.hold` of the network, or a
+        function: for example :func:`~rarefy.pruning.sparsity.masks.hold` of the network, or a
             :class:`~rarefy.pruning.gradual.GradualPruning`.
         network: path of the network below the ``LightningModule``; empty for the module itself.
 
     Example:
         >>> from torch import nn
-        >>> from rarefy.pruning.masks import hold
+        >>> from rarefy.pruning.sparsity.masks import hold
         >>> callback = AfterStep(hold(nn.Linear(2, 1)), network="net")
     """
 

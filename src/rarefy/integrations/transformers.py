@@ -24,11 +24,11 @@ class AfterStep(TrainerCallback):
     """Calls a function with the network after every optimizer step.
 
     Args:
-        function: for example :func:`~rarefy.pruning.masks.hold` of the network, or a
+        function: for example :func:`~rarefy.pruning.sparsity.masks.hold` of the network, or a
             :class:`~rarefy.pruning.gradual.GradualPruning`.
 
     Example:
-        >>> from rarefy.pruning.masks import hold
+        >>> from rarefy.pruning.sparsity.masks import hold
         >>> callback = AfterStep(hold(nn.Linear(2, 1)))
     """
 

@@ -24,19 +24,20 @@ from torch import Tensor, nn
 from rarefy.errors import BudgetError, InputError
 from rarefy.graph.capture import capture
 from rarefy.graph.trace import trace
-from rarefy.pruning import criteria, elements
-from rarefy.pruning.criteria import Criterion, Element, needs, scored
-from rarefy.pruning.elements import ElementCriterion
-from rarefy.pruning.evidence import Evidence
-from rarefy.pruning.gather import gather
-from rarefy.pruning.masks import Masks
 from rarefy.pruning.narrow import operate, stated
-from rarefy.pruning.patterns import NM, Pattern, Unstructured, named, shorthand
 from rarefy.pruning.plan import Plan
-from rarefy.pruning.select import select
-from rarefy.pruning.sizes import Sizes
-from rarefy.pruning.surgery import kept_entries
-from rarefy.pruning.weights import Layer, choose, oriented, prunable
+from rarefy.pruning.scoring import criteria
+from rarefy.pruning.scoring.criteria import Criterion, Element, needs, scored
+from rarefy.pruning.scoring.evidence import Evidence
+from rarefy.pruning.scoring.gather import gather
+from rarefy.pruning.selection.select import select
+from rarefy.pruning.sparsity import elements
+from rarefy.pruning.sparsity.elements import ElementCriterion
+from rarefy.pruning.sparsity.masks import Masks
+from rarefy.pruning.sparsity.patterns import NM, Pattern, Unstructured, named, shorthand
+from rarefy.pruning.sparsity.weights import Layer, choose, oriented, prunable
+from rarefy.pruning.structure.sizes import Sizes
+from rarefy.pruning.structure.surgery import kept_entries
 from rarefy.schedules import Schedule
 from rarefy.types import Budget, Inputs
 
@@ -101,7 +102,7 @@ class GradualPruning(_Gradual):
         structure: ``"weight"``, a block such as ``"1x4"``, or a pattern. N:M fixes its share:
             prune once and hold that.
         criterion: a criterion of single weights without data
-            (:data:`~rarefy.pruning.elements.ElementCriterion`), or its shorthand.
+            (:data:`~rarefy.pruning.sparsity.elements.ElementCriterion`), or its shorthand.
         scope: ``"global"`` ranks all weights together, ``"local"`` within each tensor.
         every: optimizer steps between two selections.
         exclude: module or parameter paths that stay dense.

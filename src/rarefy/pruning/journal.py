@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from rarefy.errors import FormatError, OutputError
-from rarefy.pruning.curves import Point, point
+from rarefy.pruning.scoring.curves import Point, point
 
 FORMAT = "rarefy.sensitivity/1"
 

@@ -18,15 +18,15 @@ from rarefy.graph.capture import check_runs
 from rarefy.graph.program import GraphModel, Spec
 from rarefy.graph.resting import resting
 from rarefy.graph.trace import Frozen, Network
-from rarefy.pruning.compensated import Response
-from rarefy.pruning.costs import Costs
-from rarefy.pruning.expressions import Equation
 from rarefy.pruning.plan import Plan, Scores
-from rarefy.pruning.proof import Build, ClassError, Comparison, Masking, breaking, prove
-from rarefy.pruning.provenance import equations
-from rarefy.pruning.select import select
-from rarefy.pruning.sizes import Sizes
-from rarefy.pruning.surgery import Kept, cut, kept_entries, rewrite
+from rarefy.pruning.scoring.compensated import Response
+from rarefy.pruning.selection.costs import Costs
+from rarefy.pruning.selection.select import select
+from rarefy.pruning.structure.expressions import Equation
+from rarefy.pruning.structure.proof import Build, ClassError, Comparison, Masking, breaking, prove
+from rarefy.pruning.structure.provenance import equations
+from rarefy.pruning.structure.sizes import Sizes
+from rarefy.pruning.structure.surgery import Kept, cut, kept_entries, rewrite
 from rarefy.types import Budget, Inputs, Width
 
 
@@ -80,7 +80,7 @@ def narrow(
         keep_class: never return a rewritten graph.
 
     Raises:
-        InputError, BudgetError: see :func:`~rarefy.pruning.select.select`.
+        InputError, BudgetError: see :func:`~rarefy.pruning.selection.select.select`.
         ProofError: the smaller network differs from masking.
     """
     scores, closed = judged.scores, dict(judged.unmeasured)
@@ -118,7 +118,7 @@ def _plan(
 
     Raises:
         ClassError: the class has to be kept, and nothing can go then.
-        BudgetError, InputError: see :func:`~rarefy.pruning.select.select`.
+        BudgetError, InputError: see :func:`~rarefy.pruning.selection.select.select`.
     """
     held: dict[str, Any] = {**options, "closed": closed, "keep_class": keep_class}
     try:

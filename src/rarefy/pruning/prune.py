@@ -15,20 +15,20 @@ from rarefy.errors import BudgetError, InputError
 from rarefy.graph.capture import check_runs
 from rarefy.graph.program import GraphModel
 from rarefy.graph.trace import Network, trace
-from rarefy.pruning.accounts import account
 from rarefy.pruning.checks import check_arguments, check_copies, check_finite
-from rarefy.pruning.compensated import Compensated, Response, respond
-from rarefy.pruning.costs import Costs
-from rarefy.pruning.criteria import Criterion, named, needs, scored
-from rarefy.pruning.curves import Sensitivity
-from rarefy.pruning.elements import ElementCriterion
-from rarefy.pruning.gather import LossFunction, gather
-from rarefy.pruning.limits import concerning
 from rarefy.pruning.narrow import Pruned, narrow, widths
-from rarefy.pruning.patterns import Pattern
 from rarefy.pruning.repair import repair
+from rarefy.pruning.scoring.compensated import Compensated, Response, respond
+from rarefy.pruning.scoring.criteria import Criterion, named, needs, scored
+from rarefy.pruning.scoring.curves import Sensitivity
+from rarefy.pruning.scoring.gather import LossFunction, gather
+from rarefy.pruning.selection.accounts import account
+from rarefy.pruning.selection.costs import Costs
+from rarefy.pruning.selection.limits import concerning
 from rarefy.pruning.shorten import Shortened, shorten
-from rarefy.pruning.sparsify import sparsify
+from rarefy.pruning.sparsity.elements import ElementCriterion
+from rarefy.pruning.sparsity.patterns import Pattern
+from rarefy.pruning.sparsity.sparsify import sparsify
 from rarefy.types import Budget, Data, Inputs
 
 Timing = Callable[[Network], Costs]
@@ -66,37 +66,37 @@ def prune(
     """Remove the least important units of a network, with proof.
 
     The result is compared with the original whose removed units are zeroed at every coupled slice
-    (see :mod:`rarefy.pruning.proof`) before it is returned. The model itself is untouched.
+    (:mod:`rarefy.pruning.structure.proof`) before it is returned. The model itself is untouched.
 
     Args:
         model: a trained network.
         example_inputs: a tensor, a tuple of arguments or a mapping of keyword arguments.
         budget: how much may remain, e.g. ``Budget(macs=0.5)``; ``Budget(sparsity=0.9)`` for all
             structures that set weights to zero, and nothing for N:M, which fixes the share.
-        criterion: how important a unit is: a name in :data:`~rarefy.pruning.criteria.CRITERIA`
+        criterion: how important a unit is: a name in :data:`~CRITERIA`
             (``"magnitude"``, ``"l1"``, ``"random"``, ``"norm_scale"``, ``"lamp"``, ``"fpgm"``; on
             data ``"gradient"``, ``"taylor"``, ``"taylor2"``, ``"fisher"``, ``"obd"``, ``"obs"``,
             ``"reconstruction"``, ``"wanda"``, ``"activation"``), one of the frozen values there
-            with other options, or a function (:data:`~rarefy.pruning.criteria.Criterion`).
-            ``"compensated"`` (:class:`~rarefy.pruning.compensated.Compensated`) measures on data
+            with other options, or a function (:data:`~rarefy.pruning.scoring.criteria.Criterion`).
+            ``"compensated"`` (:class:`~Compensated`) measures on data
             how much each group may lose. Of weights: a name in
-            :data:`~rarefy.pruning.elements.ELEMENT_CRITERIA` (``"magnitude"``, ``"square"``,
+            :data:`~ELEMENT_CRITERIA` (``"magnitude"``, ``"square"``,
             ``"random"``, ``"lamp"``; on data ``"gradient"``, ``"taylor"``, ``"taylor2"``,
             ``"obd"``, ``"obs"``, ``"wanda"``, ``"sparsegpt"``), or a function weight -> scores
-            (:data:`~rarefy.pruning.elements.ElementCriterion`).
+            (:data:`~rarefy.pruning.sparsity.elements.ElementCriterion`).
         structure: ``"channel"`` removes channels, heads and hidden units; ``"depth"`` removes whole
             residual blocks (:attr:`~rarefy.graph.trace.Network.blocks`), ``Budget(blocks=2)`` of
             them or what a share takes; with ``("channel", "depth")`` both compete for one budget of
             macs, params or bytes, by importance per saved cost. All others set weights to zero,
             which makes files smaller, and faster what a runtime has kernels for: ``"weight"``
             single ones, ``"2:4"`` two of every four, ``"1x4"`` blocks of them; or a value such as
-            ``Block(8, 8)`` (:mod:`rarefy.pruning.patterns`,
-            :func:`~rarefy.pruning.sparsify.sparsify`).
+            ``Block(8, 8)`` (:mod:`rarefy.pruning.sparsity.patterns`,
+            :func:`~rarefy.pruning.sparsity.sparsify.sparsify`).
         data: batches with which units are scored, all of them, where the criterion asks for it
             (labelled where it needs gradients), and with which the smaller network is repaired by
             least squares, its BatchNorm statistics moved along
             (:func:`~rarefy.pruning.repair.repair`); they also tell how much each block does
-            (:mod:`~rarefy.pruning.influence`). Or with which weights are chosen.
+            (:mod:`~rarefy.pruning.scoring.influence`). Or with which weights are chosen.
         loss: (logits, targets) -> mean loss of a batch, for criteria that need gradients; cross
             entropy if not given.
         heal: whether the smaller network is repaired where data are given.
@@ -112,7 +112,7 @@ def prune(
     Returns:
         A new network in eval mode. Where units or blocks were removed, its attribute ``pruned`` is
         a :class:`~rarefy.pruning.narrow.Pruned` record; where weights were set to zero,
-        ``sparsified`` is a :class:`~rarefy.pruning.sparsify.Sparsified` record.
+        ``sparsified`` is a :class:`~rarefy.pruning.sparsity.sparsify.Sparsified` record.
 
     Raises:
         InputError: weights are not finite, nothing can be pruned, a name matches nothing, the

@@ -39,9 +39,9 @@ from rarefy.errors import DataError, InputError, first_line
 from rarefy.graph.capture import capture, graph_model
 from rarefy.graph.count import COSTS, is_uncounted
 from rarefy.graph.program import Graph, GraphModel, Node, Ref
-from rarefy.pruning.examples import affordable, collect, distance, outputs
-from rarefy.pruning.inputs import each, padding
-from rarefy.pruning.lockstep import (
+from rarefy.pruning.running.examples import affordable, collect, distance, outputs
+from rarefy.pruning.running.inputs import each, padding
+from rarefy.pruning.running.lockstep import (
     OPERANDS,
     TRANSPOSED,
     Run,
@@ -88,7 +88,7 @@ def repair(
         pruned: what :func:`~rarefy.pruning.prune.prune` made of it.
         data: batches, labelled or not.
         samples: number of examples to use, fewer where their activations exceed
-            :data:`~rarefy.pruning.examples.MEMORY`.
+            :data:`~rarefy.pruning.running.examples.MEMORY`.
         seed: of the draw of rows.
 
     Returns:

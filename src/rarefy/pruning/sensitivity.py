@@ -15,13 +15,13 @@ from rarefy.copies import copied, fingerprint
 from rarefy.errors import InputError, first_line
 from rarefy.graph.trace import Network, trace
 from rarefy.progress import Bar
-from rarefy.pruning.criteria import Criterion, named, needs, scored
-from rarefy.pruning.curves import Point, Sensitivity, labels
-from rarefy.pruning.gather import gather
 from rarefy.pruning.journal import Journal
-from rarefy.pruning.limits import ranges
 from rarefy.pruning.plan import Plan, Scores
-from rarefy.pruning.reference import masked
+from rarefy.pruning.scoring.criteria import Criterion, named, needs, scored
+from rarefy.pruning.scoring.curves import Point, Sensitivity, labels
+from rarefy.pruning.scoring.gather import gather
+from rarefy.pruning.selection.limits import ranges
+from rarefy.pruning.structure.reference import masked
 from rarefy.types import Budget, Data, Inputs
 
 RATIOS = (0.1, 0.25, 0.5, 0.75)

@@ -20,18 +20,18 @@ from torch import nn
 from rarefy.errors import BudgetError, InputError
 from rarefy.graph.blocks import Block
 from rarefy.graph.trace import Network
-from rarefy.pruning import accounts
-from rarefy.pruning.accounts import Account
-from rarefy.pruning.allocation import Allocation, Choices, Lane, knapsack, ranked
-from rarefy.pruning.compensated import Response
-from rarefy.pruning.costs import Costs
-from rarefy.pruning.depth import BlockError, bypass
-from rarefy.pruning.influence import importances
-from rarefy.pruning.landing import Landed, given_back, least_removal
-from rarefy.pruning.limits import Range, ranges
 from rarefy.pruning.paths import matching, paths, within
 from rarefy.pruning.plan import Plan
-from rarefy.pruning.select import LEVELS, Choice
+from rarefy.pruning.scoring.compensated import Response
+from rarefy.pruning.scoring.influence import importances
+from rarefy.pruning.selection import accounts
+from rarefy.pruning.selection.accounts import Account
+from rarefy.pruning.selection.allocation import Allocation, Choices, Lane, knapsack, ranked
+from rarefy.pruning.selection.costs import Costs
+from rarefy.pruning.selection.landing import Landed, given_back, least_removal
+from rarefy.pruning.selection.limits import Range, ranges
+from rarefy.pruning.selection.select import LEVELS, Choice
+from rarefy.pruning.structure.depth import BlockError, bypass
 from rarefy.types import Budget, Data, Inputs
 
 

@@ -15,7 +15,7 @@ from torch.nn.parameter import is_lazy
 from rarefy.copies import copied
 from rarefy.errors import FormatError, InputError
 from rarefy.graph.stubs import Stub, put, stubs
-from rarefy.pruning import attributes
+from rarefy.pruning.structure import attributes
 from rarefy.storage.index import StubRecord
 from rarefy.storage.pack import NAMES
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from rarefy.errors import FormatError, InputError, RarefyError
 from rarefy.graph.program import Graph, GraphModel
 from rarefy.graph.serialize import from_json, to_json
-from rarefy.pruning import attributes
+from rarefy.pruning.structure import attributes
 from rarefy.storage import adapt
 from rarefy.storage.adapt import Held
 from rarefy.storage.container import Reader, write

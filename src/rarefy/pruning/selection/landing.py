@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 
-from rarefy.pruning.allocation import Allocation, Lane
 from rarefy.pruning.plan import Plan
+from rarefy.pruning.selection.allocation import Allocation, Lane
 
 CLOSE = 0.02
 """How far below its budget a plan may end where a nearer one can be had."""

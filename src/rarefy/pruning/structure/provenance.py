@@ -23,10 +23,10 @@ from torch.overrides import TorchFunctionMode
 
 from rarefy.batches import call, evaluating, map_tensors, unchanged
 from rarefy.graph.program import Graph, Node, Spec, Value
-from rarefy.pruning.attributes import is_plain
-from rarefy.pruning.expressions import Apply, Attribute, Equation, Extent, Number, leaves
-from rarefy.pruning.sized import Sized, origin
-from rarefy.pruning.stated import STATED, Call
+from rarefy.pruning.structure.attributes import is_plain
+from rarefy.pruning.structure.expressions import Apply, Attribute, Equation, Extent, Number, leaves
+from rarefy.pruning.structure.sized import Sized, origin
+from rarefy.pruning.structure.stated import STATED, Call
 from rarefy.types import Inputs
 
 

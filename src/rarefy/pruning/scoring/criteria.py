@@ -1,7 +1,7 @@
 """How important a unit or a weight is: formulas, each with its paper.
 
 A criterion receives a :class:`~rarefy.graph.groups.Group` and the
-:class:`~rarefy.pruning.evidence.Evidence` on the network, and returns one score per unit; the
+:class:`~Evidence` on the network, and returns one score per unit; the
 smallest go first. Its attribute ``needs``, where it has one, names the evidence that it needs
 gathered on data. Scores should be comparable between groups, since a global budget ranks them
 together.
@@ -25,7 +25,7 @@ from torch import Tensor
 
 from rarefy.errors import InputError, RarefyError, first_line
 from rarefy.graph.groups import Group, Member
-from rarefy.pruning.aggregation import (
+from rarefy.pruning.scoring.aggregation import (
     SCALE,
     TINY,
     Aggregated,
@@ -35,7 +35,7 @@ from rarefy.pruning.aggregation import (
     slices,
     weights,
 )
-from rarefy.pruning.evidence import LABELS, Evidence, Gates, Gram
+from rarefy.pruning.scoring.evidence import LABELS, Evidence, Gates, Gram
 
 Criterion: TypeAlias = Callable[[Group, Evidence], Tensor]
 """(group, evidence) -> scores, float64, shape (units,)."""
@@ -108,7 +108,7 @@ def movement(weight: Tensor, gradient: Tensor) -> Tensor:
     """``-g w``: positive where a step of training moves the weight away from zero.
 
     Sanh et al. 2020, https://arxiv.org/abs/2005.07683, who sum it over the steps of a fine-tuning;
-    :class:`~rarefy.pruning.movement.Movement` does.
+    :class:`~rarefy.pruning.scoring.movement.Movement` does.
     """
     return -gradient * weight
 
@@ -192,7 +192,7 @@ class Coupled(Aggregated):
 
     Args:
         element: a name in :data:`ELEMENT`, or an element criterion.
-        over, scale: see :class:`~rarefy.pruning.aggregation.Aggregated`.
+        over, scale: see :class:`~rarefy.pruning.scoring.aggregation.Aggregated`.
 
     Raises:
         InputError: there is no such element criterion or option.
@@ -245,7 +245,7 @@ class NormScale(Aggregated):
     Liu et al. 2017, https://arxiv.org/abs/1708.06519. A unit that no normalization scales counts
     as scaled by 1. Meant for networks trained with a penalty on these scales.
 
-    Options are those of :class:`~rarefy.pruning.aggregation.Aggregated`.
+    Options are those of :class:`~rarefy.pruning.scoring.aggregation.Aggregated`.
     """
 
     over: str = "mean"
@@ -270,7 +270,7 @@ class FPGM(Aggregated):
     He et al. 2019, https://arxiv.org/abs/1811.00250, over the units of a group. ``W[u]`` is what of
     a parameter goes with the unit.
 
-    Options are those of :class:`~rarefy.pruning.aggregation.Aggregated`.
+    Options are those of :class:`~rarefy.pruning.scoring.aggregation.Aggregated`.
     """
 
     def __call__(self, group: Group, evidence: Evidence) -> Tensor:
@@ -311,7 +311,7 @@ class Gate(Scaled):
 
     Args:
         moment: one of :data:`MOMENTS`.
-        scale: see :class:`~rarefy.pruning.aggregation.Scaled`.
+        scale: see :class:`~rarefy.pruning.scoring.aggregation.Scaled`.
     """
 
     moment: str = "fisher"
@@ -346,7 +346,7 @@ class Activation(Scaled):
 
     Molchanov et al. 2017, https://arxiv.org/abs/1611.06440, section 2.2.
 
-    Options are those of :class:`~rarefy.pruning.aggregation.Scaled`.
+    Options are those of :class:`~rarefy.pruning.scoring.aggregation.Scaled`.
     """
 
     scale: str = "mean"
@@ -378,7 +378,7 @@ class Reconstruction(Aggregated):
 
     Args:
         adapted: whether the other weights are thought to be solved anew.
-        over, scale: see :class:`~rarefy.pruning.aggregation.Aggregated`; ``"share"`` divides by
+        over, scale: see :class:`~Aggregated`; ``"share"`` divides by
             the energy of all outputs of a layer, which makes it a relative error.
     """
 

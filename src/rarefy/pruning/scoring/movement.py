@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from rarefy.errors import InputError
-from rarefy.pruning.criteria import Coupled, Element, movement
+from rarefy.pruning.scoring.criteria import Coupled, Element, movement
 
 
 class Movement:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from rarefy.pruning.limits import Range
+from rarefy.pruning.selection.limits import Range
 
 Allocation = Callable[[float], list[int]]
 """Share to remove, 0 to 1 -> how many items of each lane go, bounds and steps not yet regarded."""

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from rarefy.graph.program import Node
-from rarefy.pruning.inputs import CHUNK, patches
-from rarefy.pruning.lockstep import TRANSPOSED
+from rarefy.pruning.running.inputs import CHUNK, patches
+from rarefy.pruning.running.lockstep import TRANSPOSED
 
 
 def rows(

@@ -22,7 +22,8 @@ from rarefy.graph.labels import Atoms
 from rarefy.graph.program import Spec
 from rarefy.graph.rules.creation import TABLES
 from rarefy.graph.trace import Network
-from rarefy.pruning.expressions import (
+from rarefy.pruning.plan import Plan, Scores
+from rarefy.pruning.structure.expressions import (
     OPERATIONS,
     TESTS,
     Apply,
@@ -33,7 +34,6 @@ from rarefy.pruning.expressions import (
     Number,
     leaves,
 )
-from rarefy.pruning.plan import Plan, Scores
 
 Values = Mapping[Attribute, int]
 """The attributes whose new value is known."""

@@ -27,9 +27,9 @@ from rarefy.graph.ops import edit
 from rarefy.graph.program import GraphModel
 from rarefy.graph.stubs import stubs, without_zeros
 from rarefy.graph.trace import Network, storages
-from rarefy.pruning import attributes
 from rarefy.pruning.plan import Plan
-from rarefy.pruning.sizes import Values
+from rarefy.pruning.structure import attributes
+from rarefy.pruning.structure.sizes import Values
 
 Kept = Mapping[tuple[str, int], NDArray[np.int64]]
 """(path, dimension) -> the entries that stay, for every dimension that shrinks."""
@@ -55,7 +55,8 @@ def cut(model: nn.Module, network: Network, plan: Plan, values: Values | None = 
         model: the user's module.
         network: its trace.
         plan: what goes.
-        values: numbers that attributes of its modules need, from :mod:`rarefy.pruning.sizes`.
+        values: numbers that attributes of its modules need, from
+            :mod:`rarefy.pruning.structure.sizes`.
     """
     small = copied(model)
     kept = with_aliases(model, kept_entries(network, plan))

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rarefy.pruning.patterns import NM, Pattern
+from rarefy.pruning.sparsity.patterns import NM, Pattern
 
 MAX_SOLVE = 2e11
 """Multiplications that the exact solve of a layer's surviving weights may take."""

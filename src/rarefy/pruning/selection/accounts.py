@@ -23,8 +23,8 @@ from rarefy.graph.layer import layer
 from rarefy.graph.program import Graph, Node, Spec, is_view
 from rarefy.graph.stubs import without_blocks
 from rarefy.graph.trace import Network
-from rarefy.pruning.costs import Costs, Surface
 from rarefy.pruning.plan import Plan
+from rarefy.pruning.selection.costs import Costs, Surface
 from rarefy.types import Budget
 
 Price = Callable[[Shapes], float]

@@ -14,9 +14,9 @@ from rarefy.batches import batch_size
 from rarefy.graph.groups import Group
 from rarefy.graph.program import Graph, GraphModel, Node, Ref
 from rarefy.graph.trace import Network
-from rarefy.pruning.inputs import Product, matrix, products, roles, rows
-from rarefy.pruning.lockstep import Run
-from rarefy.pruning.surgeon import Columns, Reader
+from rarefy.pruning.running.inputs import Product, matrix, products, roles, rows
+from rarefy.pruning.running.lockstep import Run
+from rarefy.pruning.scoring.surgeon import Columns, Reader
 from rarefy.types import Inputs
 
 ROWS = 100

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from rarefy.errors import InputError
 from rarefy.graph.program import Graph, Ref
-from rarefy.pruning.lockstep import OPERANDS, TRANSPOSED, operand
 from rarefy.pruning.paths import matching, paths, within
-from rarefy.pruning.patterns import (
+from rarefy.pruning.running.lockstep import OPERANDS, TRANSPOSED, operand
+from rarefy.pruning.sparsity.patterns import (
     NM,
     Block,
     Pattern,

@@ -1,7 +1,7 @@
 """How single weights are chosen: by a formula, or layer by layer with reconstruction.
 
-The formulas are those of :data:`~rarefy.pruning.criteria.ELEMENT`, the same that criteria for units
-sum up. What reconstructs is a frozen value (:mod:`rarefy.pruning.calibrated`).
+The formulas are those of :data:`~ELEMENT`, the same that criteria for units
+sum up. What reconstructs is a frozen value (:mod:`rarefy.pruning.sparsity.calibrated`).
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from typing import TypeAlias
 from torch import Tensor
 
 from rarefy.errors import InputError, RarefyError, first_line
-from rarefy.pruning.criteria import ELEMENT, Element
-from rarefy.pruning.evidence import Evidence
+from rarefy.pruning.scoring.criteria import ELEMENT, Element
+from rarefy.pruning.scoring.evidence import Evidence
 
 
 @dataclass(frozen=True)

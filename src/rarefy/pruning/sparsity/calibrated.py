@@ -16,12 +16,12 @@ from torch import Tensor
 from rarefy.batches import batch_size, batches, evaluating, take, tensors
 from rarefy.errors import DataError, first_line
 from rarefy.graph.program import Graph, GraphModel, Node, Ref, Spec, last_use
-from rarefy.pruning.elements import SparseGPT
-from rarefy.pruning.gram import Gram, rows
-from rarefy.pruning.lockstep import OPERANDS, Run, operand, unseen, unsolvable
-from rarefy.pruning.patterns import NM, Pattern, as_matrix, as_weight
-from rarefy.pruning.sparsegpt import Selection, moved, reconstructed, ridged
-from rarefy.pruning.weights import Layer, zero
+from rarefy.pruning.running.lockstep import OPERANDS, Run, operand, unseen, unsolvable
+from rarefy.pruning.sparsity.elements import SparseGPT
+from rarefy.pruning.sparsity.gram import Gram, rows
+from rarefy.pruning.sparsity.patterns import NM, Pattern, as_matrix, as_weight
+from rarefy.pruning.sparsity.sparsegpt import Selection, moved, reconstructed, ridged
+from rarefy.pruning.sparsity.weights import Layer, zero
 from rarefy.types import Data, Inputs
 
 MEMORY = 1 << 30

@@ -9,8 +9,8 @@ from typing import Any, TypeAlias
 from torch import Tensor
 
 from rarefy.graph.program import Spec, Value
-from rarefy.pruning.expressions import Apply
-from rarefy.pruning.sized import Sized, origin
+from rarefy.pruning.structure.expressions import Apply
+from rarefy.pruning.structure.sized import Sized, origin
 
 
 @dataclass(frozen=True)

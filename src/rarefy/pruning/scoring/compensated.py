@@ -28,15 +28,15 @@ from rarefy.graph.count import count
 from rarefy.graph.groups import Group
 from rarefy.graph.program import Graph, GraphModel
 from rarefy.graph.trace import Network
-from rarefy.pruning.criteria import CRITERIA, scored
-from rarefy.pruning.curves import Losses, interpolated
-from rarefy.pruning.evidence import Evidence
-from rarefy.pruning.examples import affordable, collect
-from rarefy.pruning.lockstep import Run
 from rarefy.pruning.plan import Scores
-from rarefy.pruning.readers import Place, places
-from rarefy.pruning.surgeon import adapted, order
-from rarefy.pruning.taps import Runner, Watched
+from rarefy.pruning.running.examples import affordable, collect
+from rarefy.pruning.running.lockstep import Run
+from rarefy.pruning.running.taps import Runner, Watched
+from rarefy.pruning.scoring.criteria import CRITERIA, scored
+from rarefy.pruning.scoring.curves import Losses, interpolated
+from rarefy.pruning.scoring.evidence import Evidence
+from rarefy.pruning.scoring.readers import Place, places
+from rarefy.pruning.scoring.surgeon import adapted, order
 from rarefy.types import Data, Inputs
 
 PART = 64

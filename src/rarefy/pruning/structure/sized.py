@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Protocol
 
-from rarefy.pruning.expressions import TESTS, Apply, Expression, Number
+from rarefy.pruning.structure.expressions import TESTS, Apply, Expression, Number
 
 
 class Recorder(Protocol):

@@ -24,7 +24,7 @@ from rarefy.errors import InputError
 from rarefy.graph.groups import Group
 from rarefy.graph.program import GraphModel, Ref
 from rarefy.graph.trace import Network
-from rarefy.pruning.masks import Masks
+from rarefy.pruning.sparsity.masks import Masks
 from rarefy.schedules import Schedule
 
 Strength: TypeAlias = float | Schedule

@@ -13,15 +13,15 @@ from rarefy.errors import BudgetError, InputError
 from rarefy.graph.flow import every
 from rarefy.graph.groups import Mask
 from rarefy.graph.trace import Network
-from rarefy.pruning import accounts
-from rarefy.pruning.accounts import Account
-from rarefy.pruning.allocation import Allocation, Choices, Lane, even, knapsack, ranked
-from rarefy.pruning.costs import Costs
-from rarefy.pruning.curves import Losses
-from rarefy.pruning.landing import CLOSE, Landed, closer, least_removal
-from rarefy.pruning.limits import Range, ranges
 from rarefy.pruning.plan import Plan, Scores
-from rarefy.pruning.sizes import Sizes
+from rarefy.pruning.scoring.curves import Losses
+from rarefy.pruning.selection import accounts
+from rarefy.pruning.selection.accounts import Account
+from rarefy.pruning.selection.allocation import Allocation, Choices, Lane, even, knapsack, ranked
+from rarefy.pruning.selection.costs import Costs
+from rarefy.pruning.selection.landing import CLOSE, Landed, closer, least_removal
+from rarefy.pruning.selection.limits import Range, ranges
+from rarefy.pruning.structure.sizes import Sizes
 from rarefy.types import Budget
 
 OPTIONS = 32

@@ -24,7 +24,7 @@ from rarefy.graph.program import Graph, GraphModel, Spec
 from rarefy.graph.stubs import Gives, Stub, put, without_blocks, without_nodes
 from rarefy.graph.trace import Network
 from rarefy.pruning.plan import Plan
-from rarefy.pruning.proof import ClassError, Comparison, Masking, prove
+from rarefy.pruning.structure.proof import ClassError, Comparison, Masking, prove
 from rarefy.types import Inputs
 
 Places = Mapping[str, tuple[Gives, int]]

@@ -1,7 +1,7 @@
 """Weights set to zero: the shapes stay, the file shrinks.
 
 Arguments are checked here. Scores of all weights at once are gathered and ranked; what goes layer
-by layer, in the network as pruned so far, is chosen in :mod:`rarefy.pruning.calibrated`.
+by layer, in the network as pruned so far, is chosen in :mod:`rarefy.pruning.sparsity.calibrated`.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from rarefy.copies import copied
 from rarefy.errors import BudgetError, InputError
 from rarefy.graph.capture import capture, graph_model
 from rarefy.graph.trace import trace
-from rarefy.pruning import elements
-from rarefy.pruning.calibrated import Calibration
-from rarefy.pruning.criteria import ELEMENT, Element
-from rarefy.pruning.elements import ElementCriterion, SparseGPT
-from rarefy.pruning.evidence import LABELS, Evidence
-from rarefy.pruning.gather import LossFunction, gather
-from rarefy.pruning.patterns import Pattern, Unstructured, named, resolved_share, shorthand
-from rarefy.pruning.weights import Layer, choose, oriented, prunable, zero
+from rarefy.pruning.scoring.criteria import ELEMENT, Element
+from rarefy.pruning.scoring.evidence import LABELS, Evidence
+from rarefy.pruning.scoring.gather import LossFunction, gather
+from rarefy.pruning.sparsity import elements
+from rarefy.pruning.sparsity.calibrated import Calibration
+from rarefy.pruning.sparsity.elements import ElementCriterion, SparseGPT
+from rarefy.pruning.sparsity.patterns import Pattern, Unstructured, named, resolved_share, shorthand
+from rarefy.pruning.sparsity.weights import Layer, choose, oriented, prunable, zero
 from rarefy.types import Budget, Data, Inputs
 
 
@@ -74,11 +74,11 @@ def sparsify(
     Args:
         model: any network.
         budget: ``Budget(sparsity=...)``; may be left out for N:M, which fixes the share.
-        structure: a :data:`~rarefy.pruning.patterns.Pattern` or its shorthand.
+        structure: a :data:`~rarefy.pruning.sparsity.patterns.Pattern` or its shorthand.
         example_inputs: needed except for single weights chosen without data.
-        criterion: an :data:`~rarefy.pruning.elements.ElementCriterion` or its shorthand.
+        criterion: an :data:`~rarefy.pruning.sparsity.elements.ElementCriterion` or its shorthand.
         data: batches, where the criterion needs them: all of them for evidence
-            (:func:`~rarefy.pruning.gather.gather`), labelled where it asks for gradients of the
+            (:func:`~gather`), labelled where it asks for gradients of the
             loss; some hundred examples for SparseGPT.
         loss: (logits, targets) -> mean loss of a batch, for criteria that need gradients; cross
             entropy if not given.

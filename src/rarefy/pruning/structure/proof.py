@@ -9,8 +9,8 @@ nothing.
 
 Masking is plain zeroing of every coupled slice, in the user's own module, except that operators
 which mix entries in another way than by adding them are computed over what remains: normalization
-statistics are taken over the units that remain (:mod:`rarefy.pruning.reference`). That needs the
-captured graph, which is then held against the user's module first, unmasked.
+statistics are taken over the units that remain (:mod:`rarefy.pruning.structure.reference`). That
+needs the captured graph, which is then held against the user's module first, unmasked.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from rarefy.graph.groups import Mask
 from rarefy.graph.program import GraphModel
 from rarefy.graph.trace import Network
 from rarefy.pruning.plan import Plan
-from rarefy.pruning.reference import masked, mixing, over_survivors, without_branches
+from rarefy.pruning.structure.reference import masked, mixing, over_survivors, without_branches
 from rarefy.types import Inputs
 
 TOLERANCE = {torch.float64: 1e-7, torch.float32: 1e-3}

@@ -33,7 +33,7 @@ from rarefy.graph.ops import edit
 from rarefy.graph.program import GraphModel, Node, Ref, resolve, substitute
 from rarefy.graph.trace import Network
 from rarefy.pruning.plan import Plan
-from rarefy.pruning.surgery import kept_entries
+from rarefy.pruning.structure.surgery import kept_entries
 
 
 def masked(model: nn.Module, network: Network, plan: Plan) -> nn.Module:

@@ -21,7 +21,7 @@ from rarefy.graph.equations import equation
 from rarefy.graph.flow import every
 from rarefy.graph.program import Graph, GraphModel, Node, Spec, is_view
 from rarefy.graph.trace import Network, trace
-from rarefy.pruning.inputs import CONVOLUTIONS, TRANSPOSED
+from rarefy.pruning.running.inputs import CONVOLUTIONS, TRANSPOSED
 from rarefy.types import Inputs
 
 Watcher: TypeAlias = Callable[[Mapping[str, Any]], Mapping[str, Any]]

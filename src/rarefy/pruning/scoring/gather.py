@@ -19,9 +19,9 @@ from rarefy.distillation.losses import CrossEntropy, class_dim
 from rarefy.errors import DataError, InputError, RarefyError, first_line
 from rarefy.graph.program import Ref
 from rarefy.graph.trace import Network
-from rarefy.pruning.evidence import LABELS, Evidence, Gates, Gram
-from rarefy.pruning.inputs import Product, matrix, products, rows, squares
-from rarefy.pruning.taps import End, Runner, Watched, tapped
+from rarefy.pruning.running.inputs import Product, matrix, products, rows, squares
+from rarefy.pruning.running.taps import End, Runner, Watched, tapped
+from rarefy.pruning.scoring.evidence import LABELS, Evidence, Gates, Gram
 from rarefy.types import Data, Inputs
 
 LossFunction: TypeAlias = Callable[[Tensor, Tensor], Tensor]
