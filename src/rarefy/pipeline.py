@@ -36,7 +36,7 @@ from rarefy.process import replayable
 from rarefy.pruning.checks import check_finite
 from rarefy.pruning.narrow import Pruned
 from rarefy.pruning.repair import repair
-from rarefy.pruning.scoring.criteria import named, needs
+from rarefy.pruning.scoring.judging import on_data
 from rarefy.quantization.quantize import quantize
 from rarefy.recipe.options import PruneStage, Stages
 from rarefy.reporting.files import write
@@ -223,7 +223,7 @@ def _teacher(job: _Job, before: Mapping[str, nn.Module]) -> Made:
 
 def _pruned(job: _Job, before: Mapping[str, nn.Module]) -> Made:
     options, notes = _prune_options(job, before["teacher"])
-    asks = bool(needs(named(options.criterion)))
+    asks = on_data(options.criterion)
     small = prune(
         before["teacher"],
         job.example_inputs,

@@ -9,7 +9,6 @@ from typing import Any, TypedDict, cast
 
 from torch import nn
 
-from rarefy.batches import evaluating
 from rarefy.copies import copied
 from rarefy.errors import BudgetError, InputError
 from rarefy.graph.capture import check_runs
@@ -18,10 +17,11 @@ from rarefy.graph.trace import Network, trace
 from rarefy.pruning.checks import check_arguments, check_copies, check_finite
 from rarefy.pruning.narrow import Pruned, narrow, widths
 from rarefy.pruning.repair import repair
-from rarefy.pruning.scoring.compensated import Compensated, Response, respond
-from rarefy.pruning.scoring.criteria import Criterion, named, needs, scored
+from rarefy.pruning.scoring.compensated import Compensated, Response
+from rarefy.pruning.scoring.criteria import Criterion
 from rarefy.pruning.scoring.curves import Sensitivity
-from rarefy.pruning.scoring.gather import LossFunction, gather
+from rarefy.pruning.scoring.gather import LossFunction
+from rarefy.pruning.scoring.judging import judged
 from rarefy.pruning.selection.accounts import account
 from rarefy.pruning.selection.costs import Costs
 from rarefy.pruning.selection.limits import concerning
@@ -144,16 +144,18 @@ def prune(
     _check_fit(structure, removed, budget)
     network = trace(model, example_inputs)
     check_runs(model, example_inputs)
-    judge = partial(_judged, criterion=criterion, data=data, loss=loss)
-    judged = judge(model, network)
+    judge = partial(
+        judged, criterion=cast("str | Criterion | Compensated", criterion), data=data, loss=loss
+    )
+    response = judge(model, network)
     if sensitivity is not None:
-        judged = replace(judged, losses=sensitivity.losses(network.groups))
+        response = replace(response, losses=sensitivity.losses(network.groups))
     options: dict[str, Any] = {"exclude": exclude, "keep_class": keep_class}
     timed = None if costs is None else costs(network)
     if "depth" in removed:
         width = "channel" in removed
         short = shorten(
-            model, example_inputs, network, judged, budget,
+            model, example_inputs, network, response, budget,
             width=width, data=data, costs=timed, **options,
         )  # fmt: skip
         small = short.model
@@ -161,7 +163,7 @@ def prune(
             small = _narrowed(model, example_inputs, network, budget, short, judge, options)
         small = _recorded(model, network, short, small)
     else:
-        small = narrow(model, example_inputs, network, budget, judged, costs=timed, **options)
+        small = narrow(model, example_inputs, network, budget, response, costs=timed, **options)
     return small if data is None or not heal else repair(model, small, data)
 
 
@@ -219,30 +221,6 @@ def _check_fit(structure: object, removed: frozenset[str], budget: Budget) -> No
             "its limits of layers concern units, and only blocks are to be removed",
             "Leave layers out, and exclude blocks that have to stay",
         )
-
-
-def _judged(
-    model: nn.Module,
-    network: Network,
-    criterion: str | Criterion | Compensated | ElementCriterion,
-    data: Data | None,
-    loss: LossFunction | None,
-) -> Response:
-    """The importance of all units, and what their removal costs where that is measured."""
-    if criterion == "compensated":
-        criterion = Compensated()
-    if isinstance(criterion, Compensated):
-        if data is None:
-            raise InputError(
-                f"prune(criterion={criterion!r})",
-                "it measures what the outputs lose, and no data are given",
-                "Give data=, batches of examples; labels are not needed",
-            )
-        with evaluating(model):
-            return respond(model, network, data, criterion)
-    judge = named(cast("str | Criterion", criterion))
-    evidence = gather(model, network, needs(judge), data, loss)
-    return Response(tuple(scored(group, evidence, judge) for group in network.groups))
 
 
 def _narrowed(

@@ -18,7 +18,7 @@ from pydantic import (
 )
 
 from rarefy.errors import InputError
-from rarefy.pruning.scoring.criteria import named
+from rarefy.pruning.scoring.judging import named
 from rarefy.types import COUNTED, MEASURED, Budget, Int8, Limit, Target
 
 Count = Annotated[int, Field(ge=1)]

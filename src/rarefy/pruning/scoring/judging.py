@@ -1,0 +1,82 @@
+"""A criterion in any form -> how important all units of a network are."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from rarefy.batches import evaluating
+from rarefy.errors import InputError
+from rarefy.graph.trace import Network
+from rarefy.pruning.scoring import criteria
+from rarefy.pruning.scoring.compensated import Compensated, Response, respond
+from rarefy.pruning.scoring.criteria import CRITERIA, Criterion, needs, scored
+from rarefy.pruning.scoring.gather import LossFunction, gather
+from rarefy.types import Data
+
+COMPENSATED = "compensated"
+"""Shorthand of :class:`~rarefy.pruning.scoring.compensated.Compensated`."""
+
+
+def named(criterion: str | Criterion | Compensated) -> Criterion | Compensated:
+    """A criterion from its shorthand, or itself.
+
+    Raises:
+        InputError: no criterion has that name.
+    """
+    if isinstance(criterion, Compensated):
+        return criterion
+    if criterion == COMPENSATED:
+        return Compensated()
+    if isinstance(criterion, str) and criterion not in CRITERIA:
+        raise InputError(
+            f"prune(criterion={criterion!r})",
+            "no criterion has that name",
+            f"Use one of {', '.join([*CRITERIA, COMPENSATED])}, or a function (group, evidence) -> "
+            "scores",
+        )
+    return criteria.named(criterion)
+
+
+def on_data(criterion: str | Criterion | Compensated) -> bool:
+    """Whether a criterion asks for data.
+
+    Example:
+        >>> on_data("magnitude"), on_data("fisher"), on_data("compensated")
+        (False, True, True)
+    """
+    chosen = named(criterion)
+    return isinstance(chosen, Compensated) or bool(needs(chosen))
+
+
+def judged(
+    model: nn.Module,
+    network: Network,
+    criterion: str | Criterion | Compensated,
+    data: Data | None = None,
+    loss: LossFunction | None = None,
+) -> Response:
+    """The importance of all units, and what their removal costs where that is measured.
+
+    Args:
+        model: the network.
+        network: its trace.
+        criterion: in any form.
+        data: batches, where the criterion asks for them.
+        loss: (logits, targets) -> mean loss of a batch; cross entropy if not given.
+
+    Raises:
+        InputError: the name is none, or data are needed and not given.
+        DataError: the data cannot be used.
+    """
+    chosen = named(criterion)
+    if not isinstance(chosen, Compensated):
+        evidence = gather(model, network, needs(chosen), data, loss)
+        return Response(tuple(scored(group, evidence, chosen) for group in network.groups))
+    if data is None:
+        raise InputError(
+            "prune(criterion='compensated')",
+            "it measures what the outputs lose, and no data are given",
+            "Give data=, batches of examples; labels are not needed",
+        )
+    with evaluating(model):
+        return respond(model, network, data, chosen)

@@ -1,0 +1,53 @@
+"""Criteria in any form, and what they are asked for."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from rarefy.errors import InputError
+from rarefy.graph.trace import trace
+from rarefy.pruning.scoring.compensated import Compensated
+from rarefy.pruning.scoring.criteria import CRITERIA
+from rarefy.pruning.scoring.judging import judged, named, on_data
+
+DATA = [(torch.linspace(-1, 1, 24).view(6, 4), torch.arange(6) % 2)]
+
+
+def network() -> tuple[nn.Module, object]:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)).eval()
+    return net, trace(net, DATA[0][0])
+
+
+def test_names_and_values() -> None:
+    assert named("compensated") == Compensated()
+    assert named(Compensated(samples=3)) == Compensated(samples=3)
+    assert named("l1") is CRITERIA["l1"]
+    with pytest.raises(InputError, match="activation, compensated, or a function"):
+        named("compensatd")
+
+
+def test_what_asks_for_data() -> None:
+    asking = {name for name in (*CRITERIA, "compensated") if on_data(name)}
+    assert {"compensated", "fisher", "wanda"} <= asking
+    assert not asking & {"magnitude", "l1", "random", "lamp", "fpgm", "norm_scale"}
+    assert not on_data(lambda group, evidence: torch.ones(len(group)))
+
+
+@pytest.mark.parametrize("name", [*CRITERIA, "compensated"])
+def test_every_criterion_scores_every_unit(name) -> None:
+    net, found = network()
+    response = judged(net, found, name, DATA)
+    (scores,) = response.scores
+    assert scores.shape == (8,)
+    assert np.isfinite(scores).all()
+    assert (response.losses is None) == (name != "compensated")
+
+
+@pytest.mark.parametrize("name", ["compensated", "fisher"])
+def test_data_that_are_missing_are_asked_for(name) -> None:
+    net, found = network()
+    with pytest.raises(InputError, match="Give data="):
+        judged(net, found, name)
