@@ -67,7 +67,7 @@ def gradients(layer: nn.Module, h: torch.Tensor, output: int) -> torch.Tensor:
 def test_moments_are_those_of_the_inputs_unfolded(name) -> None:
     model = Pair(name)
     x = example(model)
-    network, every = found(model, x)
+    _network, every = found(model, x)
     assert len(every) == (2 if name == "grouped" else 1)
     h = model.a(x).relu().detach()
     for place in every:
