@@ -19,7 +19,6 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.interpolate import PchipInterpolator
 from torch import Tensor, nn
 
 from rarefy.batches import batch_size, map_tensors, seeded
@@ -75,7 +74,7 @@ class Compensated:
 
     samples: int = 512
     shown: int = 256
-    ratios: tuple[float, ...] = (1 / 8, 3 / 8, 5 / 8, 7 / 8, 15 / 16)
+    ratios: tuple[float, ...] = (1 / 8, 1 / 4, 3 / 8, 1 / 2, 5 / 8, 3 / 4, 7 / 8, 15 / 16)
 
     def __post_init__(self) -> None:
         for name in ("samples", "shown"):
@@ -339,15 +338,8 @@ def _shift(running: GraphModel, place: Place, weight: Tensor, shifts: dict[str, 
 
 
 def _curve(points: Mapping[int, float], units: int) -> Losses:
-    """Losses by share of the units that go, not descending.
-
-    They grow by orders of magnitude: between measurements their logarithm is smooth.
-    """
+    """Losses by share of the units that go, not descending."""
     counts = sorted(points)
-    errors = np.maximum.accumulate([points[size] for size in counts])
-    dense = np.array(counts, float)
-    if len(counts) > 1 and errors[0] > 0:
-        dense = np.arange(counts[0], counts[-1] + 1)
-        errors = np.exp(PchipInterpolator(counts, np.log(errors))(dense))
-    shares = np.array([0.0, *(dense / units), 1.0])
-    return interpolated(shares, np.array([0.0, *errors, BEYOND * errors.max(initial=0.0)]))
+    shares = np.array([0.0, *(size / units for size in counts), 1.0])
+    errors = [0.0, *(points[size] for size in counts)]
+    return interpolated(shares, np.maximum.accumulate([*errors, BEYOND * max(errors)]))
