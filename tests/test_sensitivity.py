@@ -15,7 +15,8 @@ from rarefy.copies import fingerprint
 from rarefy.errors import BudgetError, FormatError, InputError, OutputError
 from rarefy.graph.trace import trace
 from rarefy.pruning.prune import prune
-from rarefy.pruning.scoring.criteria import magnitude, scored
+from rarefy.pruning.scoring.criteria import CRITERIA, scored
+from rarefy.pruning.scoring.evidence import Evidence
 from rarefy.pruning.sensitivity import EvaluationError, sensitivity
 from rarefy.types import Budget
 from tiny_networks import perceptron
@@ -45,7 +46,7 @@ def test_each_point_is_the_metric_of_the_network_with_those_units_zeroed() -> No
     parameters = dict(NET.named_parameters())
     for point in curves.points:
         group = next(g for g in groups if g.name == point.group)
-        gone = scored(group, parameters, magnitude).argsort()[: point.removed]
+        gone = scored(group, Evidence(parameters), CRITERIA["magnitude"]).argsort()[: point.removed]
         small = perceptron().eval()
         with torch.no_grad():
             small[int(point.group)].weight[gone] = 0
