@@ -80,21 +80,23 @@ def prune(
     Args:
         model: a trained network.
         example_inputs: a tensor, a tuple of arguments or a mapping of keyword arguments.
-        budget: how much may remain, e.g. ``Budget(macs=0.5)``.
+        budget: how much may remain, e.g. ``Budget(macs=0.5)``; ``Budget(sparsity=0.9)`` for all
+            structures that set weights to zero, and nothing for N:M, which fixes the share.
         runtime: where the result is timed beside the original, whatever the budget; its attribute
             ``served`` then is a :class:`Served` record, and a result that is not faster is warned
             of. ``"onnxruntime"`` where the budget is latency.
         threads: intra-op threads of the runtime.
-        criterion: how important a unit is: a name in :data:`~CRITERIA`
-            (``"magnitude"``, ``"l1"``, ``"random"``, ``"norm_scale"``, ``"lamp"``, ``"fpgm"``; on
-            data ``"gradient"``, ``"taylor"``, ``"taylor2"``, ``"fisher"``, ``"obd"``, ``"obs"``,
-            ``"reconstruction"``, ``"wanda"``, ``"activation"``), one of the frozen values there
-            with other options, or a function (:data:`~rarefy.pruning.scoring.criteria.Criterion`).
-            ``"compensated"`` (:class:`~Compensated`) measures on data
-            how much each group may lose. Of weights: a name in
-            :data:`~ELEMENT_CRITERIA` (``"magnitude"``, ``"square"``,
-            ``"random"``, ``"lamp"``; on data ``"gradient"``, ``"taylor"``, ``"taylor2"``,
-            ``"obd"``, ``"obs"``, ``"wanda"``, ``"sparsegpt"``), or a function weight -> scores
+        criterion: how important a unit is. By the weights alone: ``"magnitude"``, ``"l1"``,
+            ``"random"``, ``"norm_scale"``, ``"lamp"``, ``"fpgm"``. On data: ``"gradient"``,
+            ``"taylor"``, ``"taylor2"``, ``"fisher"``, ``"obd"``, ``"obs"``, ``"reconstruction"``,
+            ``"wanda"``, ``"activation"``. Or one of the frozen values of ``rarefy.criteria`` with
+            other options, or a function
+            (:data:`~rarefy.pruning.scoring.criteria.Criterion`). ``"compensated"`` measures on
+            data how much each group may lose
+            (:class:`~rarefy.pruning.scoring.compensated.Compensated`).
+            Of single weights: ``"magnitude"``, ``"square"``, ``"random"``, ``"lamp"``; on data
+            ``"gradient"``, ``"taylor"``, ``"taylor2"``, ``"obd"``, ``"obs"``, ``"wanda"``,
+            ``"sparsegpt"``; or a function weight -> scores
             (:data:`~rarefy.pruning.sparsity.elements.ElementCriterion`).
         structure: ``"channel"`` removes channels, heads and hidden units; ``"depth"`` removes whole
             residual blocks (:attr:`~rarefy.graph.trace.Network.blocks`), ``Budget(blocks=2)`` of

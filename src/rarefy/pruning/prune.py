@@ -65,69 +65,27 @@ def prune(
 ) -> nn.Module:
     """Remove the least important units of a network, with proof.
 
-    The result is compared with the original whose removed units are zeroed at every coupled slice
-    (:mod:`rarefy.pruning.structure.proof`) before it is returned. The model itself is untouched.
+    What :func:`rarefy.prune` does where a budget is counted rather than measured; see there for the
+    arguments that both have, and for what they raise.
 
     Args:
-        model: a trained network.
-        example_inputs: a tensor, a tuple of arguments or a mapping of keyword arguments.
-        budget: how much may remain, e.g. ``Budget(macs=0.5)``; ``Budget(sparsity=0.9)`` for all
-            structures that set weights to zero, and nothing for N:M, which fixes the share.
-        criterion: how important a unit is: a name in :data:`~CRITERIA`
-            (``"magnitude"``, ``"l1"``, ``"random"``, ``"norm_scale"``, ``"lamp"``, ``"fpgm"``; on
-            data ``"gradient"``, ``"taylor"``, ``"taylor2"``, ``"fisher"``, ``"obd"``, ``"obs"``,
-            ``"reconstruction"``, ``"wanda"``, ``"activation"``), one of the frozen values there
-            with other options, or a function (:data:`~rarefy.pruning.scoring.criteria.Criterion`).
-            ``"compensated"`` (:class:`~Compensated`) measures on data
-            how much each group may lose. Of weights: a name in
-            :data:`~ELEMENT_CRITERIA` (``"magnitude"``, ``"square"``,
-            ``"random"``, ``"lamp"``; on data ``"gradient"``, ``"taylor"``, ``"taylor2"``,
-            ``"obd"``, ``"obs"``, ``"wanda"``, ``"sparsegpt"``), or a function weight -> scores
-            (:data:`~rarefy.pruning.sparsity.elements.ElementCriterion`).
-        structure: ``"channel"`` removes channels, heads and hidden units; ``"depth"`` removes whole
-            residual blocks (:attr:`~rarefy.graph.trace.Network.blocks`), ``Budget(blocks=2)`` of
-            them or what a share takes; with ``("channel", "depth")`` both compete for one budget of
-            macs, params or bytes, by importance per saved cost. All others set weights to zero,
-            which makes files smaller, and faster what a runtime has kernels for: ``"weight"``
-            single ones, ``"2:4"`` two of every four, ``"1x4"`` blocks of them; or a value such as
-            ``Block(8, 8)`` (:mod:`rarefy.pruning.sparsity.patterns`,
-            :func:`~rarefy.pruning.sparsity.sparsify.sparsify`).
-        data: batches with which units are scored, all of them, where the criterion asks for it
-            (labelled where it needs gradients), and with which the smaller network is repaired by
-            least squares, its BatchNorm statistics moved along
-            (:func:`~rarefy.pruning.repair.repair`); they also tell how much each block does
-            (:mod:`~rarefy.pruning.scoring.influence`). Or with which weights are chosen.
-        loss: (logits, targets) -> mean loss of a batch, for criteria that need gradients; cross
-            entropy if not given.
+        model: a trained network; left as it is.
+        example_inputs: what it is called with.
+        budget: how much may remain.
+        criterion: how important a unit or weight is.
+        structure: what is removed.
+        data: batches to score and to repair with.
+        loss: (logits, targets) -> mean loss of a batch.
         heal: whether the smaller network is repaired where data are given.
-        exclude: paths of modules or parameters, or patterns with ``*?[]``, whose own outputs keep
-            their width; blocks that hold any of them stay.
-        keep_class: never return a rewritten graph: units that the forward holds in place with
-            numbers of its own stay, and are named in ``pruned.frozen``; blocks in ``pruned.held``.
+        exclude: paths or patterns of what keeps its width.
+        keep_class: never return a rewritten graph.
         costs: times the layers of the traced network, for a budget of latency.
-        sensitivity: what the removal of each group's units costs, as measured by
-            :func:`rarefy.sensitivity`: groups that hurt are cut less, those that were not measured
-            stay whole. Units within a group are chosen by the criterion.
+        sensitivity: what the removal of each group's units costs.
 
     Returns:
-        A new network in eval mode. Where units or blocks were removed, its attribute ``pruned`` is
-        a :class:`~rarefy.pruning.narrow.Pruned` record; where weights were set to zero,
+        A new network in eval mode. Where units were removed, its attribute ``pruned`` is a
+        :class:`~rarefy.pruning.narrow.Pruned` record; where weights were set to zero,
         ``sparsified`` is a :class:`~rarefy.pruning.sparsity.sparsify.Sparsified` record.
-
-    Raises:
-        InputError: weights are not finite, nothing can be pruned, a name matches nothing, the
-            criterion needs data that are not given or returns no scores.
-        DataError: the data are empty, unlabelled where labels are needed, or not finite.
-        BudgetError: the budget cannot be reached.
-        CaptureError: the network cannot be captured.
-        ProofError: the smaller network differs from masking; nothing is returned.
-
-    Example:
-        >>> import torch
-        >>> from torch import nn
-        >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
-        >>> prune(net, torch.randn(2, 4), Budget(sparsity=0.5))[0]
-        Linear(in_features=4, out_features=4, bias=True)
     """
     removed = removes(structure)
     check_arguments(model, budget, exclude, Budget if removed else Budget | None)
