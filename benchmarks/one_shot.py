@@ -24,6 +24,9 @@ import rarefy as rf
 from rarefy.graph.count import count
 
 EXAMPLE = torch.zeros(2, 3, 32, 32)
+STEPS = 100
+"""Steps in which Torch-Pruning goes towards 95 % of all units, and stops where the share is met."""
+
 Method = Callable[[nn.Module, float, Tensor], nn.Module]
 """(network, share of the MACs, images) -> smaller network."""
 
@@ -40,7 +43,7 @@ def torch_pruning(model: nn.Module, share: float, images: Tensor, *, inner: bool
     import torch_pruning as tp
 
     small = copy.deepcopy(model)
-    whole = count(small, EXAMPLE).macs
+    whole, _ = tp.utils.count_ops_and_params(small, EXAMPLE)
     left = [small.linear]
     if inner:
         left += [small.conv1] + [m for n, m in small.named_modules() if n.endswith("conv2")]
@@ -50,11 +53,11 @@ def torch_pruning(model: nn.Module, share: float, images: Tensor, *, inner: bool
         importance=tp.importance.MagnitudeImportance(p=2, normalizer="mean"),
         global_pruning=True,
         pruning_ratio=0.95,
-        iterative_steps=200,
+        iterative_steps=STEPS,
         ignored_layers=left,
     )
-    for _ in range(200):
-        if count(small, EXAMPLE).macs <= share * whole:
+    for _ in range(STEPS):
+        if tp.utils.count_ops_and_params(small, EXAMPLE)[0] <= share * whole:
             break
         pruner.step()
     return small.eval()
