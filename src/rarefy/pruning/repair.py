@@ -21,7 +21,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
@@ -40,7 +39,7 @@ from rarefy.graph.capture import capture, graph_model
 from rarefy.graph.count import COSTS, is_uncounted
 from rarefy.graph.program import Graph, GraphModel, Node, Ref
 from rarefy.pruning.running.examples import affordable, collect, distance, outputs
-from rarefy.pruning.running.inputs import each, padding
+from rarefy.pruning.running.inputs import patches
 from rarefy.pruning.running.lockstep import (
     OPERANDS,
     TRANSPOSED,
@@ -145,7 +144,7 @@ def _healed(original: nn.Module, pruned: nn.Module, inputs: Inputs, shown: Input
     walk = _Lockstep(first, second, record.kept, _held_out(batch_size(inputs)))
     walk.run(inputs)
     expected = outputs(original, inputs)
-    before, after = (distance(outputs(m, inputs), expected) for m in (pruned, healed))
+    before, after = (distance([outputs(m, inputs)], [expected]) for m in (pruned, healed))
     errors, skipped = walk.errors, walk.skipped
     if not after <= before:
         healed = copied(pruned)
@@ -447,15 +446,5 @@ def _patches(
     node: Node, new: Tensor, target: Tensor, weight: Tensor, rows: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Rows (patch, output) of a convolution of any rank; a row is an example and a position."""
-    rank = weight.ndim - 2
-    kernel, size = weight.shape[2:], target.shape[2:]
-    stride, dilation = (each(node.argument(name), rank) for name in ("stride", "dilation"))
-    sides = [side for pair in reversed(padding(node, kernel, dilation)) for side in pair]
-    padded = F.pad(new, sides) if any(sides) else new
-    example, *place = torch.unravel_index(rows, (new.shape[0], *size))
-    index = [example.reshape(-1, *[1] * rank)]
-    for d in range(rank):
-        taps = place[d][:, None] * stride[d] + torch.arange(kernel[d])[None] * dilation[d]
-        index.append(taps.reshape(-1, *[kernel[d] if e == d else 1 for e in range(rank)]))
-    patches = padded.movedim(1, -1)[tuple(index)]  # (rows, *kernel, channels)
-    return patches.movedim(-1, 1).flatten(1), target.movedim(1, -1)[(example, *place)]
+    place = torch.unravel_index(rows, (new.shape[0], *target.shape[2:]))
+    return patches(node, new, weight)[place].flatten(1), target.movedim(1, -1)[place]

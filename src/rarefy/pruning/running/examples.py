@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterable, Sequence
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +12,7 @@ from torch.utils import _pytree as pytree
 
 from rarefy.batches import batch_size, batches, call, map_tensors, take, tensors
 from rarefy.errors import DataError
-from rarefy.graph.program import GraphModel, Spec, last_use
+from rarefy.graph.program import Graph, GraphModel, Spec, last_use
 from rarefy.types import Data, Inputs
 
 MEMORY = 1 << 30
@@ -45,22 +47,43 @@ def collect(data: Data, samples: int, where: str = "repair(data)") -> tuple[Inpu
     return result, single
 
 
+def between(value: Any, start: int, stop: int, size: int) -> Any:
+    """Some examples of inputs or targets; tensors that are not of ``size`` examples as they are."""
+
+    def part(tensor: Tensor) -> Tensor:
+        return tensor[start:stop] if tensor.ndim and len(tensor) == size else tensor
+
+    return map_tensors(part, value)
+
+
 def affordable(model: GraphModel, wanted: int) -> int:
     """How many examples fit into :data:`MEMORY`, both networks' live values counted."""
-    done = last_use(model.graph)
-    live = peak = 0
+    peak, batch = live(model.graph)
+    return max(1, min(wanted, MEMORY // max(2 * peak // batch, 1)))
+
+
+def live(graph: Graph, at: Collection[str] | None = None) -> tuple[int, int]:
+    """Bytes of the values that are held at once, at most, and how many examples they are of.
+
+    Args:
+        graph: with the sizes of its capture.
+        at: names of the calls at which it counts; all where it is not given.
+    """
+    done = last_use(graph)
+    held = peak = 0
     sizes: dict[str, int] = {}
     batch = 1
-    for node in model.graph.nodes:
+    for node in graph.nodes:
         if node.op == "input" and isinstance(node.value, Spec) and node.value.shape:
             batch = max(batch, node.value.shape[0])
         if node.op != "tensor":
             specs = [v for v in pytree.tree_leaves(node.value) if isinstance(v, Spec)]
             sizes[node.name] = sum(prod(s.shape) * s.dtype.itemsize for s in specs)
-            live += sizes[node.name]
-            peak = max(peak, live)
-        live -= sum(sizes.get(name, 0) for name in done[node.name])
-    return max(1, min(wanted, MEMORY // max(2 * peak // batch, 1)))
+            held += sizes[node.name]
+        if at is None or node.name in at:
+            peak = max(peak, held)
+        held -= sum(sizes.get(name, 0) for name in done[node.name])
+    return peak, batch
 
 
 def outputs(model: nn.Module, inputs: Inputs) -> list[Tensor]:
@@ -72,12 +95,23 @@ def outputs(model: nn.Module, inputs: Inputs) -> list[Tensor]:
     return [t for t in leaves if isinstance(t, Tensor) and t.is_floating_point()]
 
 
-def distance(found: list[Tensor], expected: list[Tensor]) -> float:
-    """Squared error of all outputs, each relative to its own squares."""
-    total = 0.0
-    for a, b in zip(found, expected, strict=True):
-        counted = torch.isfinite(b)
-        difference = a[counted].double() - b[counted].double()
-        squares = b[counted].double().square().sum().clamp_min(1e-30)
-        total += float(difference.square().sum() / squares)
-    return total
+def distance(found: Iterable[Sequence[Tensor]], expected: Iterable[Sequence[Tensor]]) -> float:
+    """Squared error of all outputs, each relative to its own squares, summed over all parts.
+
+    Args:
+        found: the outputs for each part of the examples.
+        expected: what they should be; entries that are not finite do not count.
+    """
+    errors = squares = torch.zeros((), dtype=torch.float64)
+    for given, wanted in zip(found, expected, strict=True):
+        counted = [torch.isfinite(b) for b in wanted]
+        ends = [
+            (a[k].double(), b[k].double()) for a, b, k in zip(given, wanted, counted, strict=True)
+        ]
+        errors = errors + _numbers((a - b).square().sum() for a, b in ends)
+        squares = squares + _numbers(b.square().sum() for _, b in ends)
+    return float((errors / squares.clamp_min(1e-30)).sum())
+
+
+def _numbers(scalars: Iterable[Tensor]) -> Tensor:
+    return torch.tensor([float(scalar) for scalar in scalars], dtype=torch.float64)

@@ -72,12 +72,9 @@ class Run:
             if node.op == "output":
                 leaves = pytree.tree_leaves(substitute(node.args[0], lambda ref: values[ref.name]))
                 return [t for t in leaves if isinstance(t, Tensor) and t.is_floating_point()]
-            if node.op == "input":
-                values[node.name] = map_tensors(torch.clone, self._given[node.name])
-            elif node.op == "tensor":
-                values[node.name] = changed.get(node.name, self._model.tensor(node.path))
-            else:
-                values[node.name] = self._model.step(node, resolve(node.op), values)
+            if node.name not in changed:
+                value = self._value(node, values)
+                values[node.name] = map_tensors(torch.clone, value) if node.op == "input" else value
             if node.name in shifts:
                 values[node.name] = values[node.name] + shifts[node.name]
             dead = self._last_use[node.name]
@@ -87,13 +84,16 @@ class Run:
         for name in self._dead:
             del self.values[name]
         node = self._nodes.pop(0)
-        if node.op == "input":
-            self.values[node.name] = self._given[node.name]
-        elif node.op == "tensor":
-            self.values[node.name] = self._model.tensor(node.path)
-        else:
-            self.values[node.name] = self._model.step(node, resolve(node.op), self.values)
+        self.values[node.name] = self._value(node, self.values)
         self._dead = self._last_use[node.name]
+
+    def _value(self, node: Node, values: Mapping[str, Any]) -> Any:
+        """What a node gives on the values of those before it."""
+        if node.op == "input":
+            return self._given[node.name]
+        if node.op == "tensor":
+            return self._model.tensor(node.path)
+        return self._model.step(node, resolve(node.op), values)
 
 
 def _apart(values: Mapping[str, Any], nodes: Mapping[str, Node]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ needed.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -21,14 +21,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from rarefy.batches import batch_size, map_tensors, seeded
+from rarefy.batches import batch_size, seeded
 from rarefy.errors import DataError, InputError, first_line
 from rarefy.graph.count import count
 from rarefy.graph.groups import Group
 from rarefy.graph.program import Graph, GraphModel
 from rarefy.graph.trace import Network
 from rarefy.pruning.plan import Scores
-from rarefy.pruning.running.examples import affordable, collect
+from rarefy.pruning.running.examples import affordable, between, collect, distance
 from rarefy.pruning.running.lockstep import Run
 from rarefy.pruning.running.taps import Runner, Watched
 from rarefy.pruning.scoring.criteria import CRITERIA, scored
@@ -169,18 +169,11 @@ def _parts(running: GraphModel, inputs: Inputs, shown: int | None = None) -> lis
     """The first examples, some at a time; all at once if the network takes no others."""
     size = batch_size(inputs)
     try:
-        Run(running, _between(inputs, 0, 1)).rest({}, {})
+        Run(running, between(inputs, 0, 1, size)).rest({}, {})
     except Exception:  # noqa: BLE001 - a network of one batch size raises anything
         return [inputs]
     step, stop = min(PART, affordable(running, PART)), min(shown or size, size)
-    return [_between(inputs, i, min(i + step, stop)) for i in range(0, stop, step)]
-
-
-def _between(inputs: Inputs, start: int, stop: int) -> Inputs:
-    """Some examples of a batch; tensors that are not of as many examples as they are."""
-    size = batch_size(inputs)
-    found: Inputs = map_tensors(lambda t: t[start:stop] if t.ndim and len(t) == size else t, inputs)
-    return found
+    return [between(inputs, i, min(i + step, stop), size) for i in range(0, stop, step)]
 
 
 def _shown(running: Watched, inputs: Inputs, how: Compensated) -> int:
@@ -251,7 +244,7 @@ def _errors(
             gone = orders[number][:size]
             changed, shifts = _without(network, running, number, found.get(number, ()), gone)
             given = (run.rest(changed, shifts) for run in runs)
-            errors[number][size] = _distance(given, expected)
+            errors[number][size] = distance(given, expected)
     return errors
 
 
@@ -264,16 +257,6 @@ def _check_outputs(expected: Sequence[Sequence[Tensor]]) -> None:
         )
     if not all(bool(torch.isfinite(t).all()) for part in expected for t in part):
         raise DataError("prune(data)", "outputs are NaN or infinite", "Check data and weights")
-
-
-def _distance(given: Iterable[Sequence[Tensor]], expected: Sequence[Sequence[Tensor]]) -> float:
-    """Squared error of all outputs over all parts, each relative to its own squares."""
-    errors = squares = torch.zeros(())
-    for found, wanted in zip(given, expected, strict=True):
-        pairs = [(a.double(), b.double()) for a, b in zip(found, wanted, strict=True)]
-        errors = errors + torch.stack([(a - b).square().sum().cpu() for a, b in pairs])
-        squares = squares + torch.stack([b.square().sum().cpu() for _, b in pairs])
-    return float((errors / squares.clamp_min(1e-30)).sum())
 
 
 def _nodes_of(graph: Graph, group: Group) -> list[str]:

@@ -453,8 +453,12 @@ layer's norm makes layers of different scale count alike. ``"l1"`` has absolute 
 # --- use ---------------------------------------------------------------------------------------
 
 
-def named(criterion: str | Criterion) -> Criterion:
+def named(criterion: str | Criterion, others: Sequence[str] = ()) -> Criterion:
     """A criterion from its shorthand, or itself.
+
+    Args:
+        criterion: either.
+        others: names that the caller knows besides, for the error.
 
     Raises:
         InputError: no criterion has that name.
@@ -465,7 +469,8 @@ def named(criterion: str | Criterion) -> Criterion:
         raise InputError(
             f"prune(criterion={criterion!r})",
             "no criterion has that name",
-            f"Use one of {', '.join(CRITERIA)}, or a function (group, evidence) -> scores",
+            f"Use one of {', '.join([*CRITERIA, *others])}, or a function (group, evidence) -> "
+            "scores",
         )
     return CRITERIA[criterion]
 

@@ -19,6 +19,7 @@ from rarefy.distillation.losses import CrossEntropy, class_dim
 from rarefy.errors import DataError, InputError, RarefyError, first_line
 from rarefy.graph.program import Ref
 from rarefy.graph.trace import Network
+from rarefy.pruning.running.examples import between
 from rarefy.pruning.running.inputs import Product, matrix, products, rows, squares
 from rarefy.pruning.running.taps import End, Runner, Watched, tapped
 from rarefy.pruning.scoring.evidence import LABELS, Evidence, Gates, Gram
@@ -184,15 +185,10 @@ def _squares(job: _Job) -> dict[str, Any]:
     runner = Runner(job.model, job.network, trainable=True, where=WHERE)
     for running, inputs, targets, size in job.passes(runner):
         for n in range(size):
-            one = partial(_example, n=n, size=size)
-            single, target = map_tensors(one, inputs), map_tensors(one, targets)
+            single, target = (between(v, n, n + 1, size) for v in (inputs, targets))
             found = _gradient(job, running, single, target)
             total.add({path: g.square() for path, g in found.items()}, 1, 1)
     return {"squares": total.means(), "samples": total.samples}
-
-
-def _example(tensor: Tensor, n: int, size: int) -> Tensor:
-    return tensor[n : n + 1] if tensor.ndim and len(tensor) == size else tensor
 
 
 def _gradient(

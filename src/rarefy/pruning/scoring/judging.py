@@ -9,7 +9,7 @@ from rarefy.errors import InputError
 from rarefy.graph.trace import Network
 from rarefy.pruning.scoring import criteria
 from rarefy.pruning.scoring.compensated import Compensated, Response, respond
-from rarefy.pruning.scoring.criteria import CRITERIA, Criterion, needs, scored
+from rarefy.pruning.scoring.criteria import Criterion, needs, scored
 from rarefy.pruning.scoring.gather import LossFunction, gather
 from rarefy.types import Data
 
@@ -27,14 +27,7 @@ def named(criterion: str | Criterion | Compensated) -> Criterion | Compensated:
         return criterion
     if criterion == COMPENSATED:
         return Compensated()
-    if isinstance(criterion, str) and criterion not in CRITERIA:
-        raise InputError(
-            f"prune(criterion={criterion!r})",
-            "no criterion has that name",
-            f"Use one of {', '.join([*CRITERIA, COMPENSATED])}, or a function (group, evidence) -> "
-            "scores",
-        )
-    return criteria.named(criterion)
+    return criteria.named(criterion, (COMPENSATED,))
 
 
 def on_data(criterion: str | Criterion | Compensated) -> bool:

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from rarefy.batches import batch_size, batches, evaluating, take, tensors
 from rarefy.errors import DataError, first_line
-from rarefy.graph.program import Graph, GraphModel, Node, Ref, Spec, last_use
+from rarefy.graph.program import GraphModel, Node, Ref
+from rarefy.pruning.running.examples import live
 from rarefy.pruning.running.lockstep import OPERANDS, Run, operand, unseen, unsolvable
 from rarefy.pruning.sparsity.elements import SparseGPT
 from rarefy.pruning.sparsity.gram import Gram, rows
@@ -115,7 +116,8 @@ class Calibration:
 
     def _chunks(self, data: Data, names: frozenset[str]) -> list[Inputs]:
         """Batches of the data, until there are enough examples."""
-        wanted = max(2, min(self.rule.samples, MEMORY // max(2 * _live(self.graph, names), 1)))
+        peak, batch = live(self.graph, names)
+        wanted = max(2, min(self.rule.samples, MEMORY // max(2 * (peak // batch), 1)))
         found: list[Inputs] = []
         count = 0
         for inputs, _ in batches(data, WHERE):
@@ -278,27 +280,3 @@ def _held_out(sizes: Sequence[int]) -> list[Tensor]:
     """For each example of each batch, whether it is held out: the second of every five."""
     every = torch.arange(sum(sizes)) % HELD_OUT == 1
     return list(torch.split(every, list(sizes)))
-
-
-def _live(graph: Graph, names: frozenset[str]) -> int:
-    """Bytes per example of the values that are held between layers, at most."""
-    batch = max(
-        (
-            n.shape[0]
-            for n in graph.nodes
-            if n.op == "input" and isinstance(n.value, Spec) and n.shape
-        ),
-        default=1,
-    )
-    done, sizes, live, peak = last_use(graph), {}, 0, 0
-    for node in graph.nodes:
-        if node.op not in ("tensor", "output"):
-            values = node.value if isinstance(node.value, tuple) else (node.value,)
-            sizes[node.name] = sum(
-                prod(v.shape) * v.dtype.itemsize for v in values if isinstance(v, Spec)
-            )
-            live += sizes[node.name]
-        if node.name in names:
-            peak = max(peak, live)
-        live -= sum(sizes.get(name, 0) for name in done[node.name])
-    return peak // max(batch, 1)
