@@ -16,7 +16,7 @@ from rarefy.deployment.runtimes import OnnxSession
 from rarefy.metrics import top1
 from rarefy.storage.format import load
 from rarefy.tasks.vision import digits, resnet20
-from rarefy.training import evaluate
+from rarefy.training.evaluate import evaluate
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from rarefy.errors import DataError, InputError
 from rarefy.metrics import top1
-from rarefy.training import evaluate
+from rarefy.training.evaluate import evaluate
 
 
 def same(x: Any) -> Any:

@@ -38,7 +38,7 @@ from rarefy.preflight import check_data
 from rarefy.recipe.options import DistillStage, PruneStage, Stages
 from rarefy.reporting.summary import as_dict
 from rarefy.storage.format import load
-from rarefy.training import evaluate
+from rarefy.training.evaluate import evaluate
 from rarefy.types import Data, Target
 from tiny_networks import ALL, SHORT, examples, held_out, perceptron, shuffled
 

@@ -19,7 +19,10 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 from rarefy.copies import fingerprint
 from rarefy.distillation.losses import KD, MSE, CrossEntropy
 from rarefy.errors import DataError, InputError, TrainingError
-from rarefy.training import TrainOptions, distill, evaluate, train
+from rarefy.training.distill import distill
+from rarefy.training.evaluate import evaluate
+from rarefy.training.options import TrainOptions
+from rarefy.training.train import train
 
 
 def seeded_net(make, seed=0):
@@ -408,7 +411,7 @@ def test_the_process_is_as_before_an_error() -> None:
 def test_a_new_process_keeps_its_environment_and_filters() -> None:
     code = (
         "import os, sys, warnings, torch\n"
-        "import rarefy.training as r\n"
+        "import rarefy as r\n"
         "assert not {'accelerate', 'rich', 'onnx'} & set(sys.modules)\n"
         "old = dict(os.environ), list(warnings.filters), torch.get_num_threads()\n"
         "data = [(torch.ones(2, 2), torch.tensor([0, 1]))]\n"
@@ -424,7 +427,7 @@ def test_a_new_process_keeps_its_environment_and_filters() -> None:
 
 def test_an_accelerator_of_the_callers_stays_as_it_was() -> None:
     code = (
-        "import torch, rarefy.training as r\n"
+        "import torch, rarefy as r\n"
         "from accelerate import Accelerator\n"
         "own = Accelerator(gradient_accumulation_steps=4, mixed_precision='bf16')\n"
         "net = torch.nn.Linear(2, 2)\n"

@@ -34,9 +34,9 @@ if TYPE_CHECKING:
     from rarefy.storage.format import inspect as inspect
     from rarefy.storage.format import load as load
     from rarefy.storage.format import save as save
-    from rarefy.training import distill as distill
-    from rarefy.training import evaluate as evaluate
-    from rarefy.training import train as train
+    from rarefy.training.distill import distill as distill
+    from rarefy.training.evaluate import evaluate as evaluate
+    from rarefy.training.train import train as train
     from rarefy.types import Budget as Budget
     from rarefy.types import Int8 as Int8
     from rarefy.types import Limit as Limit
@@ -53,8 +53,8 @@ _HOME = {
     "Stages": "rarefy.recipe.options",
     "Target": "rarefy.types",
     "compress": "rarefy.pipeline",
-    "distill": "rarefy.training",
-    "evaluate": "rarefy.training",
+    "distill": "rarefy.training.distill",
+    "evaluate": "rarefy.training.evaluate",
     "export": "rarefy.deployment.export",
     "hold": "rarefy.pruning.sparsity.masks",
     "inspect": "rarefy.storage.format",
@@ -67,7 +67,7 @@ _HOME = {
     "save": "rarefy.storage.format",
     "sensitivity": "rarefy.pruning.sensitivity",
     "trace": "rarefy.graph.trace",
-    "train": "rarefy.training",
+    "train": "rarefy.training.train",
 }
 _MODULES = {
     "criteria": "rarefy.pruning.scoring.criteria",

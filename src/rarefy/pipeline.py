@@ -43,7 +43,9 @@ from rarefy.reporting.files import write
 from rarefy.run_folder import PruningFacts, RunFolder, StageFacts
 from rarefy.search import reachable_budget
 from rarefy.storage.format import load, save
-from rarefy.training import distill, evaluate, train
+from rarefy.training.distill import distill
+from rarefy.training.evaluate import evaluate
+from rarefy.training.train import train
 from rarefy.types import Batch, Check, Data, Inputs, Measurement, Report, Stage, Target, Width
 
 CALIBRATION = 512

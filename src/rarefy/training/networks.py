@@ -1,0 +1,80 @@
+"""What training asks of a network, and copies of it."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from rarefy.batches import map_tensors
+from rarefy.errors import InputError, TrainingError
+from rarefy.graph.program import GraphModel
+
+
+def tensors_of(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    return itertools.chain(model.named_parameters(), model.named_buffers())
+
+
+def device_of(model: nn.Module) -> torch.device:
+    return next((t.device for _, t in tensors_of(model)), torch.device("cpu"))
+
+
+def moved(value: Any, device: torch.device) -> Any:
+    return map_tensors(lambda t: t.to(device, non_blocking=True), value)
+
+
+def own_copy(model: nn.Module, where: str) -> nn.Module:
+    try:
+        with torch.inference_mode(False):
+            return copy.deepcopy(model)
+    except (RuntimeError, TypeError) as error:
+        raise InputError(
+            where,
+            f"the network cannot be copied: {error}",
+            "Keep no computed tensors, locks or open files as its attributes",
+        ) from error
+
+
+def require_trainable(model: nn.Module, where: str) -> None:
+    if not any(p.requires_grad for p in model.parameters()):
+        raise InputError(
+            f"{where}(model)",
+            "no parameter is trainable",
+            "Give a network with parameters, and set requires_grad on those to learn",
+        )
+    devices = {tensor.device for _, tensor in tensors_of(model)}
+    if len(devices) > 1 or torch.device("meta") in devices:
+        raise InputError(
+            f"{where}(model)",
+            f"its tensors are on {sorted(map(str, devices))}",
+            "Move it to one real device first",
+        )
+    require_finite(model, f"{where}(model)", InputError, "Check the checkpoint it was loaded from")
+
+
+def require_finite(
+    model: nn.Module, where: str, error: type[InputError | TrainingError], remedy: str
+) -> None:
+    """Parameters are finite and buffers hold no NaN (an attention mask may hold ``-inf``)."""
+    for name, parameter in model.named_parameters():
+        if not parameter.isfinite().all():
+            raise error(where, f"parameter {name!r} holds NaN or infinity", remedy)
+    for name, buffer in model.named_buffers():
+        if buffer.is_floating_point() and buffer.isnan().any():
+            raise error(where, f"buffer {name!r} holds NaN", remedy)
+
+
+def has_batch_norm(model: nn.Module) -> bool:
+    return any(
+        isinstance(module, _BatchNorm)
+        or (
+            isinstance(module, GraphModel)
+            and any(node.op == "aten.batch_norm.default" for node in module.graph.calls)
+        )
+        for module in model.modules()
+    )

@@ -1,0 +1,131 @@
+"""How to train: options as frozen values, and the optimizers and schedules that they name."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from rarefy.errors import InputError
+from rarefy.schedules import Constant, Cosine, Linear, Schedule, Warmup
+
+SCHEDULES: Mapping[str, Callable[[int], Schedule]] = {
+    "cosine": lambda steps: Cosine(1.0, steps),
+    "linear": lambda steps: Linear(1.0, 0.0, steps),
+    "constant": lambda steps: Constant(1.0),
+}
+"""Name to the schedule of the factor on the learning rate, over so many steps."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """An optimizer: its learning rates where none is given, and how to build it.
+
+    Attributes:
+        lr: to train a network.
+        gentle: to distil, where the student often knows much already: it was cut from its teacher.
+    """
+
+    lr: float
+    gentle: float
+    build: Callable[[list[dict[str, Any]], float, float], torch.optim.Optimizer]
+
+
+OPTIMIZERS: Mapping[str, Recipe] = {
+    "sgd": Recipe(0.1, 0.02, lambda groups, lr, m: torch.optim.SGD(groups, lr=lr, momentum=m)),
+    "adamw": Recipe(
+        0.001, 0.001, lambda groups, lr, m: torch.optim.AdamW(groups, lr=lr, betas=(m, 0.999))
+    ),
+}
+"""Name to optimizer."""
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """How to train; the same for :func:`train` and :func:`distill`.
+
+    Args:
+        epochs: how often the data are read, at least 1.
+        lr: the highest learning rate; None for the optimizer's own: 0.1 for SGD
+            (0.02 to distil), 0.001 for AdamW.
+        optimizer: ``"sgd"`` or ``"adamw"``.
+        momentum: of SGD, and the first beta of AdamW, in [0, 1).
+        weight_decay: on parameters of two and more dimensions; biases, BatchNorm and other scales
+            and vectors are not decayed. At least 0.
+        schedule: ``"cosine"``, ``"linear"`` (both fall to 0) or ``"constant"``.
+        warmup: share of the training over which the learning rate rises to ``lr``, in [0, 1).
+        clip_norm: the largest norm of all gradients together; None for no limit.
+
+    The learning rate changes at every step where the data say how many batches they have
+    (``len(data)``), and at every epoch where they do not.
+
+    Raises:
+        InputError: a value is out of range.
+
+    Example:
+        >>> TrainOptions(epochs=30, lr=0.05).optimizer
+        'sgd'
+    """
+
+    epochs: int = 10
+    lr: float | None = None
+    optimizer: str = "sgd"
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    schedule: str = "cosine"
+    warmup: float = 0.1
+    clip_norm: float | None = None
+
+    def __post_init__(self) -> None:
+        for name, (valid, rule) in _RULES.items():
+            value = getattr(self, name)
+            if not valid(value):
+                raise InputError(f"{name}={value!r}", f"{name} must be {rule}", f"Give {rule}")
+
+
+def _positive(value: float | None) -> bool:
+    return value is None or (isinstance(value, int | float) and 0 < value < math.inf)
+
+
+_RULES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
+    "epochs": (lambda v: isinstance(v, int) and v >= 1, "a whole number, at least 1"),
+    "lr": (_positive, "a number above 0, or None"),
+    "optimizer": (lambda v: v in OPTIMIZERS, f"one of {', '.join(OPTIMIZERS)}"),
+    "momentum": (lambda v: 0 <= v < 1, "at least 0 and below 1"),
+    "weight_decay": (lambda v: 0 <= v < math.inf, "a number, at least 0"),
+    "schedule": (lambda v: v in SCHEDULES, f"one of {', '.join(SCHEDULES)}"),
+    "warmup": (lambda v: 0 <= v < 1, "a share of the training, at least 0 and below 1"),
+    "clip_norm": (_positive, "a number above 0, or None"),
+}
+
+
+def schedule_of(options: TrainOptions, steps: int) -> Schedule:
+    warmup = int(options.warmup * steps)
+    return Warmup(SCHEDULES[options.schedule](steps - warmup), warmup)
+
+
+def optimizer_of(model: nn.Module, options: TrainOptions) -> torch.optim.Optimizer:
+    learned = [p for p in model.parameters() if p.requires_grad]
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p in learned if p.ndim > 1], "weight_decay": options.weight_decay},
+        {"params": [p for p in learned if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    recipe = OPTIMIZERS[options.optimizer]
+    lr = recipe.lr if options.lr is None else options.lr
+    return recipe.build([g for g in groups if g["params"]], lr, options.momentum)
+
+
+def with_changes(
+    where: str, options: TrainOptions | None, changes: Mapping[str, Any]
+) -> TrainOptions:
+    known = [field.name for field in fields(TrainOptions)]
+    unknown = sorted(changes.keys() - set(known))
+    if unknown:
+        raise InputError(
+            f"{where}({', '.join(unknown)}=...)", "no such option", f"Use {', '.join(known)}"
+        )
+    return replace(options or TrainOptions(), **changes)
