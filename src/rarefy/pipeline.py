@@ -13,7 +13,7 @@ import numpy as np
 from rich.console import Console
 from torch import Tensor, nn
 
-from rarefy.batches import batch_size, batches, seeded, take
+from rarefy.batches import Leading, seeded, take
 from rarefy.copies import fingerprint
 from rarefy.deployment.export import export
 from rarefy.deployment.measure import settled, speedup
@@ -462,12 +462,4 @@ def _identity(model: nn.Module, stages: Stages, target: Target | None, seed: int
 
 def _limited(data: Data, examples: int, *, labelled: bool = False) -> list[Batch]:
     """Batches of at most so many examples, unlabelled unless labels are asked for."""
-    found: list[Batch] = []
-    missing = examples
-    for inputs, targets in batches(data, "compress(train)"):
-        part = take(inputs, missing)
-        found.append((part, take(targets, missing) if labelled and targets is not None else None))
-        missing -= batch_size(part)
-        if missing <= 0:
-            break
-    return found
+    return list(Leading(data, examples, "compress(train)", labelled))

@@ -9,6 +9,7 @@ from typing import Any, TypedDict, cast
 
 from torch import nn
 
+from rarefy.batches import Leading
 from rarefy.copies import copied
 from rarefy.errors import BudgetError, InputError
 from rarefy.graph.capture import check_runs
@@ -21,7 +22,7 @@ from rarefy.pruning.scoring.compensated import Compensated, Response
 from rarefy.pruning.scoring.criteria import Criterion
 from rarefy.pruning.scoring.curves import Sensitivity
 from rarefy.pruning.scoring.gather import LossFunction
-from rarefy.pruning.scoring.judging import judged
+from rarefy.pruning.scoring.judging import Rule, judged
 from rarefy.pruning.selection.accounts import account
 from rarefy.pruning.selection.costs import Costs
 from rarefy.pruning.selection.limits import concerning
@@ -38,9 +39,10 @@ Timing = Callable[[Network], Costs]
 class PruneOptions(TypedDict, total=False):
     """Options of :func:`prune` that every kind of budget leaves to the user."""
 
-    criterion: str | Criterion | Compensated | ElementCriterion
+    criterion: str | Criterion | Compensated | ElementCriterion | None
     structure: str | Pattern | Sequence[str]
     data: Data | None
+    samples: int | None
     loss: LossFunction | None
     heal: bool
     exclude: Sequence[str]
@@ -53,9 +55,10 @@ def prune(
     example_inputs: Inputs,
     budget: Budget | None = None,
     *,
-    criterion: str | Criterion | Compensated | ElementCriterion = "magnitude",
+    criterion: str | Criterion | Compensated | ElementCriterion | None = None,
     structure: str | Pattern | Sequence[str] = "channel",
     data: Data | None = None,
+    samples: int | None = 1024,
     loss: LossFunction | None = None,
     heal: bool = True,
     exclude: Sequence[str] = (),
@@ -75,6 +78,7 @@ def prune(
         criterion: how important a unit or weight is.
         structure: what is removed.
         data: batches to score and to repair with.
+        samples: how many of their first examples; None for all.
         loss: (logits, targets) -> mean loss of a batch.
         heal: whether the smaller network is repaired where data are given.
         exclude: paths or patterns of what keeps its width.
@@ -91,6 +95,7 @@ def prune(
     check_arguments(model, budget, exclude, Budget if removed else Budget | None)
     check_finite(model)
     check_copies(model)
+    data = _leading(data, samples)
     if not removed:
         _check_sensitivity(structure, sensitivity)
         given: dict[str, Any] = {"criterion": criterion, "data": data, "loss": loss}
@@ -102,9 +107,7 @@ def prune(
     _check_fit(structure, removed, budget)
     network = trace(model, example_inputs)
     check_runs(model, example_inputs)
-    judge = partial(
-        judged, criterion=cast("str | Criterion | Compensated", criterion), data=data, loss=loss
-    )
+    judge = partial(judged, criterion=cast("Rule | None", criterion), data=data, loss=loss)
     response = judge(model, network)
     if sensitivity is not None:
         response = replace(response, losses=sensitivity.losses(network.groups))
@@ -127,6 +130,16 @@ def prune(
 
 REMOVED = ("channel", "depth")
 """Structures that are really removed, alone or together: units, residual blocks."""
+
+
+def _leading(data: Data | None, samples: int | None) -> Data | None:
+    if samples is not None and not (isinstance(samples, int) and samples >= 1):
+        raise InputError(
+            f"prune(samples={samples!r})",
+            "it is the number of examples that data give",
+            "Use a few hundred, or None for all of them",
+        )
+    return None if data is None else Leading(data, samples, "prune(data)")
 
 
 def removes(structure: object) -> frozenset[str]:
