@@ -104,7 +104,7 @@ def prune(
     assert budget is not None
     if "depth" in removed:
         _check_sensitivity(structure, sensitivity)
-    _check_fit(structure, removed, budget)
+    check_fit(structure, budget)
     network = trace(model, example_inputs)
     check_runs(model, example_inputs)
     judge = partial(judged, criterion=cast("Rule | None", criterion), data=data, loss=loss)
@@ -159,13 +159,14 @@ def _check_sensitivity(structure: object, sensitivity: object) -> None:
         )
 
 
-def _check_fit(structure: object, removed: frozenset[str], budget: Budget) -> None:
-    """Refuse budgets that do not fit what is to be removed.
+def check_fit(structure: object, budget: Budget) -> None:
+    """Refuse budgets that do not fit the units or blocks that are to be removed.
 
     Raises:
         BudgetError: a number of blocks where not only these go; one that units and blocks cannot
             share; latency; limits of layers where no units go.
     """
+    removed = removes(structure)
     where = f"prune(structure={structure!r}, budget=Budget({budget.kind}={budget.share:g}))"
     if budget.blocks is not None and removed != {"depth"}:
         raise BudgetError(
