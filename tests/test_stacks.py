@@ -1,5 +1,7 @@
 """Stacks of layers, which of them can go, and which are picked."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given
@@ -24,7 +26,7 @@ def test_layers_are_picked_at_equal_distances(count, data) -> None:
         assert picks[-1] == count - 1
         exact = torch.linspace(0, count - 1, keep, dtype=torch.float64)
         assert (torch.tensor(picks) - exact).abs().max() <= 0.5 + 1e-9
-        steps = [b - a for a, b in zip(picks, picks[1:], strict=False)]
+        steps = [b - a for a, b in pairwise(picks)]
         assert max(steps) - min(steps) <= 1
 
 

@@ -14,11 +14,12 @@ from residual_networks import Residual, inputs
 
 torch.set_num_threads(1)
 X = inputs()
+KINDS = ("PreNorm",) * 5 + ("Basic",) * 2
 
 
 @pytest.fixture(scope="module")
 def teacher() -> Residual:
-    return Residual(("PreNorm",) * 5 + ("Basic",) * 2)
+    return Residual(KINDS)
 
 
 class Encoder(nn.Module):
@@ -141,9 +142,7 @@ def test_budgets_are_shares_of_the_teacher(teacher, name) -> None:
 def test_a_student_trains_and_its_file_is_loaded(teacher, tmp_path) -> None:
     small = rf.student(teacher, X, width=0.5, depth=0.5)
     assert not small.training
-    again = rf.load(
-        rf.save(small, tmp_path / "a.safetensors"), Residual(("PreNorm",) * 5 + ("Basic",) * 2)
-    )
+    again = rf.load(rf.save(small, tmp_path / "a.safetensors"), Residual(KINDS))
     assert torch.equal(output(again, X), output(small, X))
     trained = copy.deepcopy(small).train()
     assert trained.derived == small.derived

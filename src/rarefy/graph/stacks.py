@@ -199,9 +199,9 @@ def evenly(count: int, keep: int) -> tuple[int, ...]:
         (0, 2, 4, 7, 9, 11)
     """
     steps = keep - 1
-    return (
-        tuple((2 * i * (count - 1) + steps) // (2 * steps) for i in range(keep)) if steps else (0,)
-    )
+    if not steps:
+        return (0,)
+    return tuple((2 * i * (count - 1) + steps) // (2 * steps) for i in range(keep))
 
 
 def spread(count: int, keep: int, fixed: Sequence[int] = ()) -> tuple[int, ...]:
