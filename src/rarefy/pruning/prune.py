@@ -122,7 +122,7 @@ def prune(
         small = short.model
         if width:
             small = _narrowed(model, example_inputs, network, budget, short, judge, options)
-        small = _recorded(model, network, short, small)
+        small = recorded(model, network, short, small)
     else:
         small = narrow(model, example_inputs, network, budget, response, costs=timed, **options)
     return small if data is None or not heal else repair(model, small, data)
@@ -242,7 +242,7 @@ def _left(network: Network, model: nn.Module, budget: Budget) -> float:
     return found.before
 
 
-def _recorded(model: nn.Module, network: Network, short: Shortened, small: nn.Module) -> nn.Module:
+def recorded(model: nn.Module, network: Network, short: Shortened, small: nn.Module) -> nn.Module:
     """The result with the record of what went from ``model``, blocks and units."""
     held: Any = small.pruned if small is not short.model else None
     small = copied(model).eval() if small is model else small  # nothing went
