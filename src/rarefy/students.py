@@ -197,7 +197,8 @@ def student(
     _check(teacher, shares, layers, exclude)
     check_finite(teacher)
     check_copies(teacher)
-    short, stacks = Shortened(teacher), ()
+    short = Shortened(teacher)
+    stacks: tuple[Layers, ...] = ()
     known = paths(teacher)
     for name in exclude:
         matching(name, known, f"student(exclude=[{name!r}])")
