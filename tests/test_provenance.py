@@ -7,9 +7,11 @@ import torch
 from torch import Tensor, nn
 
 from rarefy.graph.capture import capture
+from rarefy.pruning.prune import prune
 from rarefy.pruning.structure.expressions import Apply, Attribute, Equation, Extent, Number, leaves
 from rarefy.pruning.structure.provenance import equations
 from rarefy.pruning.structure.sized import Sized
+from rarefy.types import Budget
 
 
 class Attention(nn.Module):
@@ -218,3 +220,45 @@ def test_modules_called_several_times_are_paired_in_order() -> None:
     model = Twice()
     found = attributes(stated(model, torch.randn(4, 6)))
     assert len({r.node for r in found["parts"] if isinstance(r, Extent)}) == 2
+
+
+class Grouped(nn.Module):
+    """Query heads share keys and values; where there is a mask, these are repeated by an attribute,
+    and while the network is exported, there always is one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.size, self.shared = 4, 3
+        self.q, self.k, self.v = nn.Linear(6, 24), nn.Linear(6, 8), nn.Linear(6, 8)
+        self.out = nn.Linear(24, 6)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        shape = (*x.shape[:-1], -1, self.size)
+        q, k, v = (p(x).view(shape).transpose(1, 2) for p in (self.q, self.k, self.v))
+        shared = mask is None and not torch.compiler.is_exporting()
+        if not shared:
+            k, v = (self.repeated(part) for part in (k, v))
+        found = nn.functional.scaled_dot_product_attention(q, k, v, mask, enable_gqa=shared)
+        return self.out(found.transpose(1, 2).reshape(*x.shape[:-1], -1))
+
+    def repeated(self, x: Tensor) -> Tensor:
+        batch, heads, length, size = x.shape
+        x = x[:, :, None].expand(batch, heads, self.shared, length, size)
+        return x.reshape(batch, heads * self.shared, length, size)
+
+
+def test_a_forward_is_read_as_it_is_called_and_as_it_is_exported() -> None:
+    flags = torch.compiler.is_compiling(), torch.compiler.is_exporting()
+    assert {"size", "shared"} <= attributes(stated(Grouped(), torch.randn(2, 5, 6))).keys()
+    assert (torch.compiler.is_compiling(), torch.compiler.is_exporting()) == flags
+
+
+@pytest.mark.parametrize("sparsity", [0.34, 0.5])
+def test_attributes_follow_that_only_another_way_through_the_forward_reads(sparsity) -> None:
+    torch.manual_seed(0)
+    model, x = Grouped().eval(), torch.randn(2, 5, 6)
+    small = prune(model, x, Budget(sparsity=sparsity, scope="local"))
+    assert small.pruned.kind == "module"
+    assert small.q.out_features < 24
+    everything = torch.ones(5, 5, dtype=torch.bool)
+    torch.testing.assert_close(small(x, everything), small(x))

@@ -1,6 +1,6 @@
 """Where the sizes in a forward come from: attributes, shapes of tensors, or plain numbers.
 
-The user's forward is run once on whole numbers that remember their origin: attributes of modules,
+The user's forward is run on whole numbers that remember their origin: attributes of modules,
 and the extents of tensors, and what is computed from these. Each size that a call states
 (``x.view(b, self.heads, -1)``) and each equality that the code tests becomes an
 :class:`Equation`. They say which attribute must follow when a dimension shrinks, found by its
@@ -33,14 +33,23 @@ from rarefy.types import Inputs
 def equations(model: nn.Module, graph: Graph, inputs: Inputs) -> tuple[Equation, ...]:
     """What the forward of ``model`` needs of the sizes of its tensors.
 
-    The network is run once in eval mode and left as it was. Where it does not run on numbers that
-    remember their origin, there are no equations.
+    The network is run twice in eval mode and left as it was: as it is called, and as it is
+    exported, for some forwards go another way then, and as well where they are given a mask. A way
+    that does not run on numbers that remember their origin has no equations.
 
     Args:
         model: the user's module.
         graph: its capture.
         inputs: what it is called with, of the batch size of the capture.
     """
+    found = _stated(model, graph, inputs)
+    with _exporting():
+        exported = _stated(model, graph, inputs)
+    return tuple(dict.fromkeys((*found, *exported)))
+
+
+def _stated(model: nn.Module, graph: Graph, inputs: Inputs) -> tuple[Equation, ...]:
+    """The equations of one run."""
     recorder = _Recorder(graph, model)
     with (
         evaluating(model),
@@ -54,6 +63,22 @@ def equations(model: nn.Module, graph: Graph, inputs: Inputs) -> tuple[Equation,
         return recorder.found()
     recorder.needed = None
     return ()
+
+
+@contextmanager
+def _exporting() -> Iterator[None]:
+    """Code that asks ``torch.compiler`` is told that it is being exported."""
+    flags = {name: getattr(torch.compiler, name, None) for name in _FLAGS}
+    try:
+        for name in flags:
+            setattr(torch.compiler, name, True)
+        yield
+    finally:
+        for name, value in flags.items():
+            setattr(torch.compiler, name, value)
+
+
+_FLAGS = ("_is_compiling_flag", "_is_exporting_flag")
 
 
 def _given(tensor: Tensor) -> Tensor:
@@ -265,7 +290,7 @@ def _opened(function: FunctionType) -> FunctionType:
 def _running() -> nn.Module | None:
     """The innermost module whose forward is being run."""
     frame: FrameType | None = sys._getframe(1)
-    while frame is not None and frame.f_code is not equations.__code__:
+    while frame is not None and frame.f_code is not _stated.__code__:
         if frame.f_code is _CALL:
             module = frame.f_locals["self"]
             assert isinstance(module, nn.Module)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import combinations
 from math import gcd
+from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -247,23 +248,25 @@ class _Cluster:
     def _units(self) -> Atoms:
         return np.concatenate([self.network.groups[g].units for g in self.groups])
 
-    def _left_whole(self) -> Iterator[frozenset[tuple[int, int]]]:
+    def _left_whole(self) -> Iterator[frozenset[_Kind]]:
         """Kinds of groups that stay whole, the fewest units first; in the end all of them."""
-        held: dict[tuple[int, int], int] = {}
+        held: dict[_Kind, int] = {}
         for g in self.groups:
             held[self._kind(g)] = held.get(self._kind(g), 0) + self._size(g)
         few = range(len(held) + 1) if len(held) <= MOST_KINDS else (0, 1, len(held))
         choices = [frozenset(c) for r in few for c in combinations(sorted(held), r)]
         return iter(sorted(choices, key=lambda c: sum(held[kind] for kind in c)))
 
-    def _kind(self, group: int) -> tuple[int, int]:
+    def _kind(self, group: int) -> _Kind:
         """Groups of one kind stay whole or shrink together: all heads, all positions in heads.
 
-        The number of units, and how far the entries of a unit are from each other.
+        The number of units, how far the entries of a unit are from each other, and how many tensors
+        it has a part in.
         """
-        indices = self.network.groups[group].members[0].indices
+        members = self.network.groups[group].members
+        indices = members[0].indices
         apart = int(indices[0, 1] - indices[0, 0]) if indices.shape[1] > 1 else 0
-        return self._size(group), apart
+        return self._size(group), apart, len(members)
 
     def _with(self, plan: Plan, counts: Mapping[int, int], scores: Scores, cause: Equation) -> Plan:
         """The plan with this many units of each group removed, those of the least scores."""
@@ -295,6 +298,8 @@ def _shares(sizes: Sequence[int], wanted: float) -> Iterator[float]:
     around = sorted(range(1, step), key=lambda n: (abs(n / step - wanted), n))
     yield from (n / step for n in around[:MOST_SHARES])
 
+
+_Kind: TypeAlias = tuple[int, int, int]
 
 MOST_SHARES = 16
 """How many shares are tried before groups are left whole."""
