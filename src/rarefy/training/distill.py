@@ -7,11 +7,11 @@ from typing import Any
 
 from torch import nn
 
-from rarefy.copies import fingerprint
+from rarefy.copies import fingerprint, own_copy
 from rarefy.distillation.losses import KD
 from rarefy.errors import InputError, TrainingError
 from rarefy.training.loop import AfterStep, Job, Penalty, fit
-from rarefy.training.networks import own_copy, require_finite
+from rarefy.training.networks import require_finite
 from rarefy.training.objective import LossFunction, Objective
 from rarefy.training.options import OPTIMIZERS, TrainOptions, with_changes
 from rarefy.types import Data
@@ -86,13 +86,11 @@ def distill(
         chosen = replace(chosen, lr=OPTIMIZERS[chosen.optimizer].gentle)
     job = Job("distill", chosen, val, seed, progress, after_step, regularizer)
     require_finite(teacher, "distill(teacher)", InputError, "Check the checkpoint")
-    objective = Objective(
-        "distill", loss or KD(), own_copy(teacher, "distill(teacher)"), label_weight
-    )
-    assert objective.teacher is not None
-    before = fingerprint(objective.teacher)
-    result = fit(student, data, objective, job)
-    if fingerprint(objective.teacher) != before:
+    own = own_copy(teacher, "distill(teacher)")
+    objective = Objective("distill", own_copy(student, "distill"), loss or KD(), own, label_weight)
+    before = fingerprint(own)
+    result = fit(objective, data, job)
+    if fingerprint(own) != before:
         raise TrainingError(
             "distill(teacher)",
             "the teacher's weights or buffers changed while it only answered",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 from collections.abc import Iterator
 from typing import Any
@@ -26,18 +25,6 @@ def device_of(model: nn.Module) -> torch.device:
 
 def moved(value: Any, device: torch.device) -> Any:
     return map_tensors(lambda t: t.to(device, non_blocking=True), value)
-
-
-def own_copy(model: nn.Module, where: str) -> nn.Module:
-    try:
-        with torch.inference_mode(False):
-            return copy.deepcopy(model)
-    except (RuntimeError, TypeError) as error:
-        raise InputError(
-            where,
-            f"the network cannot be copied: {error}",
-            "Keep no computed tensors, locks or open files as its attributes",
-        ) from error
 
 
 def require_trainable(model: nn.Module, where: str) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from rarefy.copies import own_copy
 from rarefy.distillation.losses import CrossEntropy
 from rarefy.training.loop import AfterStep, Job, Penalty, fit
 from rarefy.training.objective import LossFunction, Objective
@@ -76,4 +77,5 @@ def train(
         after_step,
         regularizer,
     )
-    return fit(model, data, Objective("train", loss or CrossEntropy()), job)
+    objective = Objective("train", own_copy(model, "train"), loss or CrossEntropy())
+    return fit(objective, data, job)
