@@ -16,7 +16,7 @@ STAGES = [
     {"errors"},
     {"types", "schedules", "files", "environment", "progress", "process", "drawing"},
     {"batches"},
-    {"copies"},
+    {"copies", "paths"},
     {"graph"},
     {"distillation"},
     {"pruning"},
@@ -43,7 +43,7 @@ GRAPH = (
     "convert capture resting count blocks stubs trace layer"
 ).split()
 PRUNING = (
-    "plan paths running scoring structure selection sparsity sums repair journal sensitivity "
+    "plan running scoring structure selection sparsity sums repair journal sensitivity "
     "checks narrow shorten prune gradual"
 ).split()
 
