@@ -2,28 +2,36 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import nn
 
-from rarefy.copies import fingerprint, own_copy
+from rarefy.batches import batches, evaluating, seeded, unchanged
+from rarefy.copies import own_copy
 from rarefy.distillation.losses import KD
-from rarefy.errors import InputError, TrainingError
+from rarefy.errors import DataError, InputError
+from rarefy.process import replayable
 from rarefy.training.loop import AfterStep, Job, Penalty, fit
-from rarefy.training.networks import require_finite
+from rarefy.training.networks import device_of, moved, require_trainable
 from rarefy.training.objective import LossFunction, Objective
 from rarefy.training.options import OPTIMIZERS, TrainOptions, with_changes
-from rarefy.types import Data
+from rarefy.training.teachers import Teacher, Tutor, as_teacher
+from rarefy.training.terms import heads_for, paired
+from rarefy.types import Data, Inputs
 
 
 def distill(
-    teacher: nn.Module,
+    teacher: nn.Module | Teacher,
     student: nn.Module,
     data: Data,
     *,
     loss: LossFunction | None = None,
     label_weight: float = 0.1,
+    label_loss: LossFunction | None = None,
     options: TrainOptions | None = None,
     val: Data | None = None,
     seed: int = 0,
@@ -37,18 +45,35 @@ def distill(
     The objective is ``(1 - label_weight) * loss(student, teacher) + label_weight * cross entropy``
     on labelled batches and ``loss(student, teacher)`` on unlabelled ones. Both networks see the
     same inputs, so that augmentation in ``data`` is safe. The teacher works in eval mode without
-    gradients. Where the inputs are a mapping with an ``attention_mask`` of the shape of a
-    sequence's logits ``(B, L, C)`` without the classes, padding counts for nothing.
+    gradients, and it is an error if its weights or buffers change meanwhile. The same call heals a
+    pruned network (with the original as the teacher; ``after_step=rf.hold(student)`` keeps zeros)
+    and trains a quantized one, whose gradients pass its rounding straight through.
 
-    Labels of sequences must stand at the position of their prediction: nothing is shifted.
+    The loss may have terms of features, which name modules: ``KD() + 10 * FitNet().at("layer2",
+    teacher="layer4")``. What such a term learns along, a projector between unequal shapes for
+    example, is trained by the student's optimizer and is gone from the result. The path ``"*"``
+    leaves the pairing to :func:`~rarefy.distillation.pairing.pairs`. Weights and temperatures may
+    be schedules over the steps.
+
+    Where the inputs are a mapping with an ``attention_mask`` (B, L), padding counts for nothing in
+    logits and features (B, L, C). Labels of sequences must stand at the position of their
+    prediction: nothing is shifted. Dense outputs (B, C, H, W) take losses that name the classes,
+    ``KD(dim=1)``; image-to-image networks take ``loss=MSE(), label_loss=nn.functional.l1_loss``.
+
+    Before the first step the whole objective is computed on the first batch, which is read once
+    more for that, so that what does not fit is known at once.
 
     Args:
-        teacher: the network to learn from; it is not changed.
+        teacher: the network to learn from, which is not changed; or ``rf.Ensemble([...])``, several;
+            ``rf.Earlier()``, the student itself as it was; ``rf.Peer(network)``, one that learns
+            along.
         student: the network to train; it is not changed.
         data: batches, labelled or not, see :mod:`rarefy.batches`; read once per epoch.
         loss: ``loss(student_logits, teacher_logits)`` to a scalar, with ``mask=`` where there is
             one; None for ``KD(temperature=4)``.
-        label_weight: share of the cross entropy on the true labels, 0 to 1.
+        label_weight: share of the loss on the true labels, 0 to 1.
+        label_loss: ``loss(student_logits, labels)`` to a scalar, for labels of any kind; None for
+            :class:`~rarefy.losses.CrossEntropy`.
         options: how to train; None for the defaults of :class:`TrainOptions`.
         val: labelled batches; the accuracy of teacher and student on them is shown before the
             first step, that of the student after every epoch.
@@ -62,8 +87,8 @@ def distill(
         The trained student, in eval mode.
 
     Raises:
-        InputError: the student has nothing to train, a network holds NaN, the two have other
-            numbers of classes, or an option is out of range.
+        InputError: the student has nothing to train, a network holds NaN or answers with NaN, the
+            two have other numbers of classes, a path is no module's, or an option is out of range.
         DataError: the data are empty, or cannot be read a second time.
         TrainingError: the loss or a weight is no longer finite, or the teacher changed.
 
@@ -71,29 +96,95 @@ def distill(
         >>> student = distill(nn.Linear(4, 2), nn.Linear(4, 2), [torch.zeros(8, 4)],
         ...                   epochs=1, progress=False)
     """
+    _require_sensible(loss, label_weight)
+    chosen = with_changes("distill", options, changes)
+    if chosen.lr is None:
+        chosen = replace(chosen, lr=OPTIMIZERS[chosen.optimizer].gentle)
+    require_trainable(student, "distill")
+    own = own_copy(student, "distill")
+    tutor = as_teacher(teacher, "distill(teacher)").start(own, "distill(teacher)")
+    with seeded(seed), replayable(data):
+        first, data = _first(data, chosen.epochs)
+        objective = _objective(own, tutor, first, loss or KD(), label_weight, label_loss)
+    follow = _following(tutor, after_step)
+    job = Job("distill", chosen, val, seed, progress, follow, regularizer)
+    result = fit(objective, data, job)
+    tutor.finish("distill(teacher)")
+    return result
+
+
+def _require_sensible(loss: Any, label_weight: float) -> None:
     if not 0 <= label_weight <= 1:
         raise InputError(
             f"distill(label_weight={label_weight!r})", "it is a share, 0 to 1", "Write 0.1"
         )
-    if getattr(loss, "against", "teacher") != "teacher":
+    if getattr(loss, "against", "teacher") == "labels":
         raise InputError(
             f"distill(loss={loss!r})",
             "it compares with labels, not with a teacher",
             "Give KD() or MSE(); label_weight is the share of the labels",
         )
-    chosen = with_changes("distill", options, changes)
-    if chosen.lr is None:
-        chosen = replace(chosen, lr=OPTIMIZERS[chosen.optimizer].gentle)
-    job = Job("distill", chosen, val, seed, progress, after_step, regularizer)
-    require_finite(teacher, "distill(teacher)", InputError, "Check the checkpoint")
-    own = own_copy(teacher, "distill(teacher)")
-    objective = Objective("distill", own_copy(student, "distill"), loss or KD(), own, label_weight)
-    before = fingerprint(own)
-    result = fit(objective, data, job)
-    if fingerprint(own) != before:
-        raise TrainingError(
-            "distill(teacher)",
-            "the teacher's weights or buffers changed while it only answered",
-            "Take out of its forward what writes to them, such as statistics kept in eval mode",
+
+
+def _first(data: Data, epochs: int) -> tuple[tuple[Inputs, Any], Data]:
+    """The first batch, and the data that still begin with it.
+
+    Raises:
+        DataError: there is none, or the data can be read only once and are needed more often.
+    """
+    where = "distill(data)"
+    if not isinstance(data, Iterator):
+        return next(batches(data, where)), data
+    if epochs > 1:
+        raise DataError(
+            where,
+            f"it is an iterator, which can be read only once, and {epochs} epochs read it as often",
+            "Give a DataLoader, a list or another iterable that begins anew",
         )
-    return result
+    first = next(batches(data, where))
+    return first, itertools.chain([first], data)
+
+
+def _objective(
+    student: nn.Module,
+    tutor: Tutor,
+    first: tuple[Inputs, Any],
+    loss: LossFunction,
+    label_weight: float,
+    label_loss: LossFunction | None,
+) -> Objective:
+    """The objective, tried on the first batch."""
+    device = device_of(student)
+    tutor = tutor.to(device)
+    inputs, labels = moved(first[0], device), first[1]
+    _require_numbers(tutor, inputs)
+    loss, found = paired(loss, student, tutor.network, inputs)
+    objective = Objective("distill", student, loss, tutor, label_weight, label_loss)
+    objective.heads = heads_for(loss, student, tutor.network, inputs)
+    objective.notes = tuple(f"features: {pair}" for pair in found)
+    with evaluating(objective), unchanged(student):
+        objective(inputs, labels)
+    return objective
+
+
+def _require_numbers(tutor: Tutor, inputs: Inputs) -> None:
+    with evaluating(tutor):
+        answers = tutor(inputs)
+    if answers.isnan().any():
+        raise InputError(
+            "distill(teacher)",
+            f"{int(answers.isnan().sum())} of the {answers.numel()} numbers that the {tutor.name} "
+            "gives for the first batch are NaN",
+            "Check the teacher, its precision and the inputs",
+        )
+
+
+def _following(tutor: Tutor, after_step: AfterStep | None) -> AfterStep:
+    """After every step, first what the user wants done, then the teacher that follows."""
+
+    def both(network: nn.Module) -> None:
+        if after_step is not None:
+            after_step(network)
+        tutor.after_step(network)
+
+    return both

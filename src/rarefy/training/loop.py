@@ -100,6 +100,8 @@ class _Loop:
 
     def run(self) -> None:
         """All epochs; the model is trained in place."""
+        for text in self.objective.notes:
+            self.display.note(text)
         if self.val is not None:
             before = {**self.objective.teachers, "before": self.model}
             found = {name: evaluate(network, self.val) for name, network in before.items()}
