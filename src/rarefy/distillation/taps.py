@@ -175,9 +175,7 @@ def exits(graph: Graph) -> Mapping[str, Node]:
 
 
 @contextmanager
-def _watched(
-    network: GraphModel, paths: Iterable[str], found: Taps, where: str
-) -> Iterator[None]:
+def _watched(network: GraphModel, paths: Iterable[str], found: Taps, where: str) -> Iterator[None]:
     """Note values of nodes; the network's way to run a step is its own again afterwards."""
     leaving = exits(network.graph)
     wanted: dict[str, list[str]] = {}

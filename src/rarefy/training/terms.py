@@ -113,9 +113,7 @@ def _placed(weight: Any, term: Loss, found: tuple[Pair, ...]) -> Iterator[tuple[
         yield weight, term
         return
     if term.loss.several:
-        yield weight, term.loss.at(
-            tuple(p.student for p in found), tuple(p.teacher for p in found)
-        )
+        yield weight, term.loss.at(tuple(p.student for p in found), tuple(p.teacher for p in found))
         return
     for pair in found:
         share = term.loss.at(pair.student, pair.teacher) * (1 / len(found))
