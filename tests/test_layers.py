@@ -43,8 +43,8 @@ GRAPH = (
     "convert capture resting count blocks stubs trace layer"
 ).split()
 LOSSES = (
-    "base layouts labels responses generation outputs projectors features relations contrastive "
-    "dense transformers speech"
+    "arithmetic base layouts labels responses generation outputs speech projectors features "
+    "relations contrastive dense transformers"
 ).split()
 PRUNING = (
     "plan running scoring structure selection sparsity sums repair journal sensitivity "

@@ -21,23 +21,55 @@ Conventions that all of them share:
 """
 
 from rarefy.distillation.losses.base import At, FeatureLoss, Loss, Weighted
-from rarefy.distillation.losses.features import FitNet
+from rarefy.distillation.losses.contrastive import CRD
+from rarefy.distillation.losses.dense import CWD, MGD, ReviewKD
+from rarefy.distillation.losses.features import AT, VID, Cosine, FitNet
+from rarefy.distillation.losses.generation import JSD, ReverseKL
 from rarefy.distillation.losses.labels import CrossEntropy
 from rarefy.distillation.losses.layouts import IGNORE, class_dim, label_dim
-from rarefy.distillation.losses.relations import SP
-from rarefy.distillation.losses.responses import KD, MSE
+from rarefy.distillation.losses.outputs import L1, L2, Binary, Huber, Regression
+from rarefy.distillation.losses.relations import PKT, RKD, SP
+from rarefy.distillation.losses.responses import DIST, DKD, KD, MSE, NKD, Standardized
+from rarefy.distillation.losses.speech import CTC, CTCPosteriors, greedy_labels
+from rarefy.distillation.losses.transformers import AttentionMaps, MiniLM, layer_map
 
 __all__ = [
+    "AT",
+    "CRD",
+    "CTC",
+    "CWD",
+    "DIST",
+    "DKD",
     "IGNORE",
+    "JSD",
     "KD",
+    "L1",
+    "L2",
+    "MGD",
     "MSE",
+    "NKD",
+    "PKT",
+    "RKD",
     "SP",
+    "VID",
     "At",
+    "AttentionMaps",
+    "Binary",
+    "CTCPosteriors",
+    "Cosine",
     "CrossEntropy",
     "FeatureLoss",
     "FitNet",
+    "Huber",
     "Loss",
+    "MiniLM",
+    "Regression",
+    "ReverseKL",
+    "ReviewKD",
+    "Standardized",
     "Weighted",
     "class_dim",
+    "greedy_labels",
     "label_dim",
+    "layer_map",
 ]

@@ -138,6 +138,7 @@ class Rule:
 POSITIVE = Rule(lambda v: 0 < v < math.inf, "a number above 0", 4.0)
 NOT_NEGATIVE = Rule(lambda v: 0 <= v < math.inf, "a number, at least 0", 1.0)
 INNER_SHARE = Rule(lambda v: 0 < v < 1, "a share above 0 and below 1", 0.5)
+POSITIVE_SHARE = Rule(lambda v: 0 < v <= 1, "a share above 0, at most 1", 0.9)
 SHARE_BELOW_ONE = Rule(lambda v: 0 <= v < 1, "a share, at least 0 and below 1", 0.1)
 
 

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from rarefy.distillation.losses.arithmetic import precise
 from rarefy.errors import DataError, InputError
 
 IGNORE = -100
@@ -61,6 +62,16 @@ def pair(
 ) -> tuple[Tensor, Tensor]:
     """Rows of both, ``(N, C)`` each; those of the teacher receive no gradients."""
     found = class_dim(where, student, dim)
+    require_same_logits(where, student, teacher, found)
+    return rows(where, student, found, mask), rows(where, teacher.detach(), found, mask)
+
+
+def require_same_logits(where: str, student: Tensor, teacher: Tensor, found: int) -> None:
+    """Refuse logits of different shapes, saying whether it is the classes, in dimension ``found``.
+
+    Raises:
+        InputError: they differ.
+    """
     if student.shape != teacher.shape:
         classes = student.ndim == teacher.ndim and student.shape[found] != teacher.shape[found]
         raise InputError(
@@ -69,7 +80,6 @@ def pair(
             + (f": {student.shape[found]} and {teacher.shape[found]} classes" if classes else ""),
             "Give student and teacher the same classes, in the same order, and the same inputs",
         )
-    return rows(where, student, found, mask), rows(where, teacher.detach(), found, mask)
 
 
 def rows(where: str, logits: Tensor, dim: int, mask: Tensor | None) -> Tensor:
@@ -96,9 +106,20 @@ def require_mask(where: str, tensor: Tensor, dim: int, mask: Tensor) -> None:
         )
 
 
-def precise(tensor: Tensor) -> Tensor:
-    """The tensor in float32, or in float64 where it is."""
-    return tensor if tensor.dtype == torch.float64 else tensor.float()
+def require_labels(where: str, logits: Tensor, dim: int | None, labels: Tensor) -> None:
+    """Refuse labels that are not one class index for each example or position.
+
+    Raises:
+        DataError: they are of another shape or type.
+    """
+    wanted = without(logits, class_dim(where, logits, dim))
+    if tuple(labels.shape) != wanted or labels.is_floating_point():
+        raise DataError(
+            where,
+            f"labels of shape {tuple(labels.shape)}, {labels.dtype}, are no classes of logits of "
+            f"shape {tuple(logits.shape)}",
+            f"Give class indices of shape {wanted}, or no labels",
+        )
 
 
 def indices(

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+from typing import TypeAlias, TypeVar
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rarefy.distillation.losses.layouts import precise, require_mask, rows, without
+from rarefy.distillation.losses.arithmetic import precise
+from rarefy.distillation.losses.layouts import require_mask, rows, without
 from rarefy.errors import InputError
+
+Size: TypeAlias = tuple[int, int]
+"""Height and width."""
+
+Module = TypeVar("Module", bound=nn.Module)
 
 
 def channel_dim(where: str, feature: Tensor, dim: int | None = None) -> int:
@@ -47,6 +55,22 @@ def feature_rows(
     found = channel_dim(where, student, dim)
     require_same_shape(where, student, teacher)
     return rows(where, student, found, mask), rows(where, teacher.detach(), found, mask)
+
+
+def require_same_batch(where: str, student: Tensor, teacher: Tensor) -> None:
+    """Refuse features of different batches.
+
+    Raises:
+        InputError: they are of other numbers of examples.
+    """
+    for feature in (student, teacher):
+        channel_dim(where, feature)
+    if len(student) != len(teacher):
+        raise InputError(
+            where,
+            f"the batches hold {len(student)} and {len(teacher)} examples",
+            "Give the features of student and teacher on the same inputs",
+        )
 
 
 def require_same_shape(where: str, student: Tensor, teacher: Tensor) -> None:
@@ -90,6 +114,19 @@ def projector(
     source, target = channel_dim(where, student, dim), channel_dim(where, teacher, dim)
     if student.shape[1:] == teacher.shape[1:]:
         return None
+    size = bridged(where, student, teacher, dim)
+    channels, wanted, maps = student.shape[source], teacher.shape[target], student.ndim == 4
+    layers = nn.Identity() if channels == wanted else pointwise(channels, wanted, maps)
+    return on(student, Projector(layers, source, size, maps=maps))
+
+
+def bridged(where: str, student: Tensor, teacher: Tensor, dim: int | None) -> Size | None:
+    """Height and width to bring the student's maps to; None where positions agree.
+
+    Raises:
+        InputError: the numbers of dimensions or of positions of a sequence differ.
+    """
+    source, target = channel_dim(where, student, dim), channel_dim(where, teacher, dim)
     places = [without(f, c)[1:] for f, c in ((student, source), (teacher, target))]
     if student.ndim != teacher.ndim or (student.ndim < 4 and places[0] != places[1]):
         raise InputError(
@@ -97,39 +134,28 @@ def projector(
             f"no projector leads from {tuple(student.shape)} to {tuple(teacher.shape)}",
             "Compare features of as many dimensions, and sequences of the same length",
         )
-    made = Projector(
-        student.shape[source],
-        teacher.shape[target],
-        source,
-        None if places[0] == places[1] else (places[1][0], places[1][1]),
-        maps=student.ndim == 4,
-    )
-    return made.to(device=student.device, dtype=precise(student.detach()[:0]).dtype)
+    return None if places[0] == places[1] else (places[1][0], places[1][1])
+
+
+def on(feature: Tensor, module: Module) -> Module:
+    """A module on the device of a feature, in float32, or in float64 where the feature is."""
+    return module.to(device=feature.device, dtype=precise(feature.detach()[:0]).dtype)
 
 
 class Projector(nn.Module):
     """The student's feature in the shape of the teacher's, which is passed on as it is.
 
     Args:
-        channels: of the student.
-        target: channels of the teacher.
+        layers: the map of the channels, of maps ``(B, C, H, W)`` or with the channels last.
         dim: the dimension of the channels.
         size: height and width of the teacher's maps; None where they are the student's.
         maps: whether features are maps, of four dimensions.
     """
 
-    def __init__(
-        self, channels: int, target: int, dim: int, size: tuple[int, int] | None, *, maps: bool
-    ) -> None:
+    def __init__(self, layers: nn.Module, dim: int, size: Size | None, *, maps: bool) -> None:
         super().__init__()
         self.dim, self.size, self.place = dim, size, 1 if maps else -1
-        self.map: nn.Module = (
-            nn.Identity()
-            if channels == target
-            else nn.Conv2d(channels, target, 1)
-            if maps
-            else nn.Linear(channels, target)
-        )
+        self.layers = layers
 
     def forward(self, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
         return self.project(student), teacher.detach()
@@ -137,14 +163,19 @@ class Projector(nn.Module):
     def project(self, student: Tensor) -> Tensor:
         """The student's feature alone."""
         moved = student.movedim(self.dim, self.place)
-        weight = next(self.map.parameters(), moved)
-        moved = self.map(moved.to(weight.dtype))
+        weight = next(self.layers.parameters(), moved)
+        moved = self.layers(moved.to(weight.dtype))
         if self.size is not None:
             moved = resized(moved, self.size)
         return moved.movedim(self.place, self.dim)
 
 
-def resized(maps: Tensor, size: tuple[int, int]) -> Tensor:
+def pointwise(channels: int, target: int, maps: bool) -> nn.Module:
+    """A linear map of the channels at every position: a 1x1 convolution of maps, else a layer."""
+    return nn.Conv2d(channels, target, 1) if maps else nn.Linear(channels, target)
+
+
+def resized(maps: Tensor, size: Size) -> Tensor:
     """Maps ``(B, C, H, W)`` in another size: averaged where smaller, else bilinear."""
     height, width = maps.shape[2:]
     if (height, width) == size:
