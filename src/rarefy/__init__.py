@@ -15,6 +15,15 @@ if TYPE_CHECKING:
     from rarefy.deployment.export import export as export
     from rarefy.deployment.measure import measure as measure
     from rarefy.distillation import losses as losses
+    from rarefy.distillation.soft_labels.read import SoftLabels as SoftLabels
+    from rarefy.distillation.soft_labels.records import Dense as Dense
+    from rarefy.distillation.soft_labels.records import Outputs as Outputs
+    from rarefy.distillation.soft_labels.records import Sampled as Sampled
+    from rarefy.distillation.soft_labels.records import TopK as TopK
+    from rarefy.distillation.soft_labels.views import CutMix as CutMix
+    from rarefy.distillation.soft_labels.views import Mixup as Mixup
+    from rarefy.distillation.soft_labels.views import Replay as Replay
+    from rarefy.distillation.soft_labels.write import write_soft_labels as write_soft_labels
     from rarefy.graph.trace import trace as trace
     from rarefy.measured import prune as prune
     from rarefy.pipeline import compress as compress
@@ -44,14 +53,22 @@ if TYPE_CHECKING:
 
 _HOME = {
     "Budget": "rarefy.types",
+    "CutMix": "rarefy.distillation.soft_labels.views",
+    "Dense": "rarefy.distillation.soft_labels.records",
     "GradualPruning": "rarefy.pruning.gradual",
     "GradualUnits": "rarefy.pruning.gradual",
     "Int8": "rarefy.types",
     "Limit": "rarefy.types",
+    "Mixup": "rarefy.distillation.soft_labels.views",
     "Movement": "rarefy.pruning.scoring.movement",
+    "Outputs": "rarefy.distillation.soft_labels.records",
+    "Replay": "rarefy.distillation.soft_labels.views",
+    "Sampled": "rarefy.distillation.soft_labels.records",
     "Sensitivity": "rarefy.pruning.scoring.curves",
+    "SoftLabels": "rarefy.distillation.soft_labels.read",
     "Stages": "rarefy.recipe.options",
     "Target": "rarefy.types",
+    "TopK": "rarefy.distillation.soft_labels.records",
     "compress": "rarefy.pipeline",
     "distill": "rarefy.training.distill",
     "evaluate": "rarefy.training.evaluate",
@@ -68,6 +85,7 @@ _HOME = {
     "sensitivity": "rarefy.pruning.sensitivity",
     "trace": "rarefy.graph.trace",
     "train": "rarefy.training.train",
+    "write_soft_labels": "rarefy.distillation.soft_labels.write",
 }
 _MODULES = {
     "criteria": "rarefy.pruning.scoring.criteria",
