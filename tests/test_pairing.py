@@ -1,6 +1,7 @@
 """Pairing of features: evenly by layer, by size of maps, and pure."""
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -111,7 +112,7 @@ def test_even_pairs_rise_and_end_together(n, m) -> None:
     found = [(int(p.student), int(p.teacher)) for p in _evenly(*sides)]
     assert len(found) == min(n, m)
     assert found[-1] == (n - 1, m - 1)
-    for before, after in zip(found, found[1:], strict=False):
+    for before, after in itertools.pairwise(found):
         assert before[0] < after[0]
         assert before[1] < after[1]
     if m % n == 0:  # TinyBERT's uniform map: layer i of the student and layer i m / n

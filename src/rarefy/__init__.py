@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from rarefy.deployment.export import export as export
     from rarefy.deployment.measure import measure as measure
     from rarefy.distillation import losses as losses
+    from rarefy.distillation.pairing import pairs as pairs
     from rarefy.distillation.soft_labels.read import SoftLabels as SoftLabels
     from rarefy.distillation.soft_labels.records import Dense as Dense
     from rarefy.distillation.soft_labels.records import Outputs as Outputs
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from rarefy.distillation.soft_labels.views import Mixup as Mixup
     from rarefy.distillation.soft_labels.views import Replay as Replay
     from rarefy.distillation.soft_labels.write import write_soft_labels as write_soft_labels
+    from rarefy.distillation.taps import taps as taps
     from rarefy.graph.trace import trace as trace
     from rarefy.measured import prune as prune
     from rarefy.pipeline import compress as compress
@@ -45,6 +47,9 @@ if TYPE_CHECKING:
     from rarefy.storage.format import save as save
     from rarefy.training.distill import distill as distill
     from rarefy.training.evaluate import evaluate as evaluate
+    from rarefy.training.teachers import Earlier as Earlier
+    from rarefy.training.teachers import Ensemble as Ensemble
+    from rarefy.training.teachers import Peer as Peer
     from rarefy.training.train import train as train
     from rarefy.types import Budget as Budget
     from rarefy.types import Int8 as Int8
@@ -55,6 +60,8 @@ _HOME = {
     "Budget": "rarefy.types",
     "CutMix": "rarefy.distillation.soft_labels.views",
     "Dense": "rarefy.distillation.soft_labels.records",
+    "Earlier": "rarefy.training.teachers",
+    "Ensemble": "rarefy.training.teachers",
     "GradualPruning": "rarefy.pruning.gradual",
     "GradualUnits": "rarefy.pruning.gradual",
     "Int8": "rarefy.types",
@@ -62,6 +69,7 @@ _HOME = {
     "Mixup": "rarefy.distillation.soft_labels.views",
     "Movement": "rarefy.pruning.scoring.movement",
     "Outputs": "rarefy.distillation.soft_labels.records",
+    "Peer": "rarefy.training.teachers",
     "Replay": "rarefy.distillation.soft_labels.views",
     "Sampled": "rarefy.distillation.soft_labels.records",
     "Sensitivity": "rarefy.pruning.scoring.curves",
@@ -77,12 +85,14 @@ _HOME = {
     "inspect": "rarefy.storage.format",
     "load": "rarefy.storage.format",
     "measure": "rarefy.deployment.measure",
+    "pairs": "rarefy.distillation.pairing",
     "prune": "rarefy.measured",
     "quantize": "rarefy.quantization.quantize",
     "repair": "rarefy.pruning.repair",
     "rewind": "rarefy.pruning.sparsity.masks",
     "save": "rarefy.storage.format",
     "sensitivity": "rarefy.pruning.sensitivity",
+    "taps": "rarefy.distillation.taps",
     "trace": "rarefy.graph.trace",
     "train": "rarefy.training.train",
     "write_soft_labels": "rarefy.distillation.soft_labels.write",

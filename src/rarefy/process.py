@@ -68,6 +68,19 @@ def replayable(*data: Data | None) -> Iterator[None]:
             generator.set_state(state)
 
 
+def set_epoch(data: Data, epoch: int) -> None:
+    """Tell data which epoch begins, from 0, where they want to know it.
+
+    The convention of PyTorch's ``DistributedSampler``: a method ``set_epoch`` of the data, or of a
+    loader's samplers or data set.
+    """
+    parts = (data, *(getattr(data, n, None) for n in ("batch_sampler", "sampler", "dataset")))
+    for part in parts:
+        method = getattr(part, "set_epoch", None)
+        if callable(method):
+            method(epoch)
+
+
 class _Share:
     """Every n-th batch of an iterable, for one of n processes; all get equally many."""
 

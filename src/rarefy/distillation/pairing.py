@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from rarefy.batches import call, evaluating, seeded
+from rarefy.distillation.losses import layer_map
 from rarefy.distillation.taps import exits, unwrapped
 from rarefy.errors import InputError
 from rarefy.graph.program import GraphModel
@@ -56,11 +57,9 @@ def pairs(student: nn.Module, teacher: nn.Module, inputs: Inputs) -> tuple[Pair,
     """Pair the features of two networks by where they are.
 
     In transformers, and other stacks of equal layers that give sequences (B, L, C), the layers are
-    paired evenly: of ``n`` and ``m``, the ``ceil(i n / k)``-th with the ``ceil(i m / k)``-th for i
-    from 1 to ``k = min(n, m)``, so that the last go together (the uniform map of Jiao et al. 2020,
-    "TinyBERT", section 4.1). In convolutional networks the stages are: the last output (B, C, H, W)
-    before the height or width changes. Stages of equal size are paired; where none are equal,
-    stages go together evenly as layers do.
+    paired evenly, see :func:`~rarefy.losses.layer_map`; the last go together. In convolutional
+    networks the stages are: the last output (B, C, H, W) before the height or width changes. Stages
+    of equal size are paired; where none are equal, they go together evenly as layers do.
 
     Args:
         student: the network that learns; it is run once in eval mode and not changed.
@@ -73,8 +72,8 @@ def pairs(student: nn.Module, teacher: nn.Module, inputs: Inputs) -> tuple[Pair,
 
     Example:
         >>> import torch
-        >>> def net(width):
-        ...     return nn.Sequential(nn.Conv2d(3, width, 3), nn.MaxPool2d(2), nn.Conv2d(width, 8, 3))
+        >>> def net(c):
+        ...     return nn.Sequential(nn.Conv2d(3, c, 3), nn.MaxPool2d(2), nn.Conv2d(c, 8, 3))
         >>> for pair in pairs(net(4), net(16), torch.zeros(1, 3, 16, 16)):
         ...     print(pair)
         0 (1, 4, 14, 14) <- 0 (1, 16, 14, 14)
@@ -161,8 +160,9 @@ def stages(found: Sequence[Output]) -> list[Output]:
 
 def _evenly(ours: Sequence[Output], theirs: Sequence[Output]) -> Iterator[Pair]:
     count = min(len(ours), len(theirs))
-    for i in range(1, count + 1):
-        yield _pair(*(o[-(-i * len(o) // count) - 1] for o in (ours, theirs)))
+    places = layer_map(count, len(ours)), layer_map(count, len(theirs))
+    for own, its in zip(*places, strict=True):
+        yield _pair(ours[own], theirs[its])
 
 
 def _by_size(ours: Sequence[Output], theirs: Sequence[Output]) -> Iterator[Pair]:

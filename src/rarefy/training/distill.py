@@ -12,19 +12,21 @@ from torch import nn
 from rarefy.batches import batches, evaluating, seeded, unchanged
 from rarefy.copies import own_copy
 from rarefy.distillation.losses import KD
+from rarefy.distillation.soft_labels.read import SoftLabels
 from rarefy.errors import DataError, InputError
-from rarefy.process import replayable
+from rarefy.process import replayable, set_epoch
 from rarefy.training.loop import AfterStep, Job, Penalty, fit
 from rarefy.training.networks import device_of, moved, require_trainable
 from rarefy.training.objective import LossFunction, Objective
 from rarefy.training.options import OPTIMIZERS, TrainOptions, with_changes
+from rarefy.training.stored import Joined
 from rarefy.training.teachers import Teacher, Tutor, as_teacher
-from rarefy.training.terms import heads_for, paired
+from rarefy.training.terms import bindings, heads_for, paired
 from rarefy.types import Data, Inputs
 
 
 def distill(
-    teacher: nn.Module | Teacher,
+    teacher: nn.Module | Teacher | SoftLabels,
     student: nn.Module,
     data: Data,
     *,
@@ -63,9 +65,9 @@ def distill(
     more for that, so that what does not fit is known at once.
 
     Args:
-        teacher: the network to learn from, which is not changed; or ``rf.Ensemble([...])``, several;
-            ``rf.Earlier()``, the student itself as it was; ``rf.Peer(network)``, one that learns
-            along.
+        teacher: the network to learn from, which is not changed; or ``rf.Ensemble([...])`` for
+            several, ``rf.Earlier()`` for the student itself as it was, ``rf.Peer(network)`` for one
+            that learns along, ``rf.SoftLabels(path)`` for stored answers, where no teacher runs.
         student: the network to train; it is not changed.
         data: batches, labelled or not, see :mod:`rarefy.batches`; read once per epoch.
         loss: ``loss(student_logits, teacher_logits)`` to a scalar, with ``mask=`` where there is
@@ -101,14 +103,15 @@ def distill(
         chosen = replace(chosen, lr=OPTIMIZERS[chosen.optimizer].gentle)
     require_trainable(student, "distill")
     own = own_copy(student, "distill")
-    tutor = as_teacher(teacher, "distill(teacher)").start(own, "distill(teacher)")
     with seeded(seed), replayable(data):
-        first, data = _first(data, chosen.epochs)
+        tutor, taught = _begin(teacher, own, data)
+        first, taught = _first(taught, chosen.epochs)
         objective = _objective(own, tutor, first, loss or KD(), label_weight, label_loss)
-    follow = _following(tutor, after_step)
-    job = Job("distill", chosen, val, seed, progress, follow, regularizer)
-    result = fit(objective, data, job)
-    tutor.finish("distill(teacher)")
+        follow = _following(tutor, after_step)
+        job = Job("distill", chosen, val, seed, progress, follow, regularizer)
+        result = fit(objective, taught, job)
+    if tutor is not None:
+        tutor.finish("distill(teacher)")
     return result
 
 
@@ -125,6 +128,14 @@ def _require_sensible(loss: Any, label_weight: float) -> None:
         )
 
 
+def _begin(teacher: Any, student: nn.Module, data: Data) -> tuple[Tutor | None, Data]:
+    """The teacher at work, or none and the data with what it said of them."""
+    if isinstance(teacher, SoftLabels):
+        return None, Joined(teacher, data)
+    where = "distill(teacher)"
+    return as_teacher(teacher, where).start(student, where), data
+
+
 def _first(data: Data, epochs: int) -> tuple[tuple[Inputs, Any], Data]:
     """The first batch, and the data that still begin with it.
 
@@ -133,7 +144,9 @@ def _first(data: Data, epochs: int) -> tuple[tuple[Inputs, Any], Data]:
     """
     where = "distill(data)"
     if not isinstance(data, Iterator):
-        return next(batches(data, where)), data
+        first = next(batches(data, where))
+        set_epoch(data, 0)
+        return first, data
     if epochs > 1:
         raise DataError(
             where,
@@ -146,7 +159,7 @@ def _first(data: Data, epochs: int) -> tuple[tuple[Inputs, Any], Data]:
 
 def _objective(
     student: nn.Module,
-    tutor: Tutor,
+    tutor: Tutor | None,
     first: tuple[Inputs, Any],
     loss: LossFunction,
     label_weight: float,
@@ -154,13 +167,22 @@ def _objective(
 ) -> Objective:
     """The objective, tried on the first batch."""
     device = device_of(student)
-    tutor = tutor.to(device)
     inputs, labels = moved(first[0], device), first[1]
-    _require_numbers(tutor, inputs)
-    loss, found = paired(loss, student, tutor.network, inputs)
+    notes, heads = tuple[str, ...](), nn.ModuleDict()
+    if tutor is not None:
+        tutor = tutor.to(device)
+        _require_numbers(tutor, inputs)
+        loss, found = paired(loss, student, tutor.network, inputs)
+        notes = tuple(f"features: {pair}" for pair in found)
+        heads = heads_for(loss, student, tutor.network, inputs)
+    elif bindings(loss):
+        raise InputError(
+            "distill(loss)",
+            "it compares features, and a store holds outputs alone",
+            "Give the teacher itself, or a loss of outputs",
+        )
     objective = Objective("distill", student, loss, tutor, label_weight, label_loss)
-    objective.heads = heads_for(loss, student, tutor.network, inputs)
-    objective.notes = tuple(f"features: {pair}" for pair in found)
+    objective.heads, objective.notes = heads, notes
     with evaluating(objective), unchanged(student):
         objective(inputs, labels)
     return objective
@@ -178,8 +200,10 @@ def _require_numbers(tutor: Tutor, inputs: Inputs) -> None:
         )
 
 
-def _following(tutor: Tutor, after_step: AfterStep | None) -> AfterStep:
+def _following(tutor: Tutor | None, after_step: AfterStep | None) -> AfterStep | None:
     """After every step, first what the user wants done, then the teacher that follows."""
+    if tutor is None or not tutor.follows:
+        return after_step
 
     def both(network: nn.Module) -> None:
         if after_step is not None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from torch import Tensor, nn
@@ -14,25 +13,13 @@ from rarefy.batches import call, logits, map_tensors
 from rarefy.distillation.losses import CrossEntropy, Loss
 from rarefy.distillation.taps import Taps, taps
 from rarefy.metrics import tensor_of_labels
+from rarefy.training.stored import Answered
 from rarefy.training.teachers import Aside, Tutor
 from rarefy.training.terms import Batch, bindings, of_features, of_outputs, paths_of
 from rarefy.types import Inputs
 
 LossFunction: TypeAlias = Callable[..., Tensor]
 """``loss(logits, reference)`` to a scalar, such as those of :mod:`rarefy.distillation.losses`."""
-
-
-@dataclass(frozen=True)
-class Answered:
-    """In the place of a batch's labels: these, and what the teacher said of its inputs.
-
-    Attributes:
-        labels: of the batch; None where there are none.
-        answers: the teacher's logits, or log-probabilities.
-    """
-
-    labels: Any
-    answers: Tensor
 
 
 class Objective(nn.Module):

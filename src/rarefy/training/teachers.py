@@ -45,10 +45,12 @@ class Tutor(nn.Module, ABC):
     Attributes:
         name: what lines and records call it.
         learns: whether it is trained along; all others are in eval mode and get no gradients.
+        follows: whether it wants to know of every step.
     """
 
     name: ClassVar[str] = "teacher"
     learns: ClassVar[bool] = False
+    follows: ClassVar[bool] = False
 
     @property
     @abstractmethod
@@ -64,11 +66,9 @@ class Tutor(nn.Module, ABC):
         """Training mode for those who learn; eval mode always for the others."""
         return super().train(mode and self.learns)
 
-    @abstractmethod
     def after_step(self, student: nn.Module) -> None:
         """Follow the student after an optimizer step."""
 
-    @abstractmethod
     def finish(self, where: str) -> None:
         """The end of the training.
 
@@ -120,9 +120,6 @@ class Frozen(Tutor):
     def network(self) -> nn.Module:
         """The network that answers."""
         return self.aside.module
-
-    def after_step(self, student: nn.Module) -> None:
-        """It stays."""
 
     def finish(self, where: str) -> None:
         """Compare the fingerprints.
@@ -325,6 +322,8 @@ class Average(Tutor):
         decay: of the average.
     """
 
+    follows = True
+
     def __init__(self, network: nn.Module, decay: float) -> None:
         super().__init__()
         self.average, self.decay = network.eval().requires_grad_(False), decay
@@ -349,9 +348,6 @@ class Average(Tutor):
             else:
                 own.copy_(its)
         torch._foreach_lerp_(*moves, share)
-
-    def finish(self, where: str) -> None:
-        """It may change."""
 
 
 @dataclass(frozen=True)
@@ -393,9 +389,6 @@ class Learning(Tutor):
     def network(self) -> nn.Module:
         """The peer."""
         return self.peer
-
-    def after_step(self, student: nn.Module) -> None:
-        """The optimizer has moved it."""
 
     def finish(self, where: str) -> None:
         """It is in eval mode, without gradients."""

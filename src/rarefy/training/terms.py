@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from rarefy.batches import call, evaluating, seeded, unchanged
-from rarefy.distillation.losses import At, Loss, Weighted
+from rarefy.distillation.losses import At, AttentionMaps, Loss, Weighted
 from rarefy.distillation.pairing import Pair, pairs
 from rarefy.distillation.taps import Taps, taps
 from rarefy.types import Inputs
@@ -76,7 +76,7 @@ def of_features(
         features = _feature(ours, term.student), _feature(theirs, term.teacher)
         name = str(number)
         args = heads[name](*features) if name in heads else features
-        values.append(weight * term(*args, mask=_fitting(padding, features[0])))
+        values.append(weight * term(*args, mask=_fitting(padding, features[0], term)))
     return torch.stack(values).sum()
 
 
@@ -84,24 +84,26 @@ def _feature(found: Taps, path: str | tuple[str, ...]) -> Any:
     return found[path] if isinstance(path, str) else [found[p] for p in path]
 
 
-def _fitting(padding: Tensor | None, feature: Any) -> Tensor | None:
-    """The padding, where a feature is of the sequence that it is of."""
+def _fitting(padding: Tensor | None, feature: Any, term: At) -> Tensor | None:
+    """The padding, where a feature is of the sequence that it is of: (B, L, C), or attention."""
     first = feature if isinstance(feature, Tensor) else feature[0]
-    fits = padding is not None and first.ndim == 3 and first.shape[:2] == padding.shape
-    return padding if fits else None
+    attention = isinstance(term.loss, AttentionMaps)
+    length = first.shape[-1] if attention else first.shape[1]
+    fits = padding is not None and (attention or first.ndim == 3)
+    return padding if fits and padding.shape == (len(first), length) else None
 
 
 # --- before the first step -----------------------------------------------------------------------
 
 
 def paired(
-    loss: Any, student: nn.Module, teacher: nn.Module | None, inputs: Inputs
+    loss: Any, student: nn.Module, teacher: nn.Module, inputs: Inputs
 ) -> tuple[Any, tuple[Pair, ...]]:
     """The loss with every term at ``"*"`` in the places that :func:`pairs` finds, and these.
 
     A term of one feature becomes the mean of such terms, one for each pair.
     """
-    if teacher is None or not any(ANY in paths_of(place.student) for place in bindings(loss)):
+    if not any(ANY in paths_of(place.student) for place in bindings(loss)):
         return loss, ()
     found = pairs(student, teacher, inputs)
     parts = [part for weight, term in loss.terms for part in _placed(weight, term, found)]
