@@ -166,8 +166,8 @@ def _evenly(ours: Sequence[Output], theirs: Sequence[Output]) -> Iterator[Pair]:
 
 
 def _by_size(ours: Sequence[Output], theirs: Sequence[Output]) -> Iterator[Pair]:
-    sizes = [[output.shape[2:] for output in side] for side in (ours, theirs)]
-    blocks = SequenceMatcher(None, *sizes, autojunk=False).get_matching_blocks()
+    own, its = ([output.shape[2:] for output in side] for side in (ours, theirs))
+    blocks = SequenceMatcher(None, own, its, autojunk=False).get_matching_blocks()
     equal = [(ours[b.a + i], theirs[b.b + i]) for b in blocks for i in range(b.size)]
     if not equal:
         yield from _evenly(ours, theirs)

@@ -99,8 +99,9 @@ class Aside(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> Aside:
         """Moves go through this method of PyTorch, whatever their names."""
-        self.module._apply(fn, recurse)
-        return super()._apply(fn, recurse)
+        self.module._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
 
 
 class Frozen(Tutor):

@@ -67,7 +67,7 @@ def _of_outputs(loss: Any, batch: Batch) -> Tensor:
 
 
 def of_features(
-    loss: Loss, heads: nn.ModuleDict, ours: Taps, theirs: Taps, padding: Tensor | None
+    loss: Any, heads: nn.ModuleDict, ours: Taps, theirs: Taps, padding: Tensor | None
 ) -> Tensor:
     """The terms of features, with the heads that belong to them by their number."""
     places = ((w, term) for w, term in loss.terms if isinstance(term, At))
@@ -75,8 +75,9 @@ def of_features(
     for number, (weight, term) in enumerate(places):
         features = _feature(ours, term.student), _feature(theirs, term.teacher)
         name = str(number)
-        args = heads[name](*features) if name in heads else features
-        values.append(weight * term(*args, mask=_fitting(padding, features[0], term)))
+        own, its = heads[name](*features) if name in heads else features
+        value = term(own, its, _fitting(padding, features[0], term))
+        values.append(weight * value)
     return torch.stack(values).sum()
 
 
@@ -89,8 +90,9 @@ def _fitting(padding: Tensor | None, feature: Any, term: At) -> Tensor | None:
     first = feature if isinstance(feature, Tensor) else feature[0]
     attention = isinstance(term.loss, AttentionMaps)
     length = first.shape[-1] if attention else first.shape[1]
-    fits = padding is not None and (attention or first.ndim == 3)
-    return padding if fits and padding.shape == (len(first), length) else None
+    if padding is None or not (attention or first.ndim == 3):
+        return None
+    return padding if tuple(padding.shape) == (len(first), length) else None
 
 
 # --- before the first step -----------------------------------------------------------------------
