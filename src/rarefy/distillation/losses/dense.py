@@ -258,9 +258,10 @@ class _Review(nn.Module):
     def __init__(self, stages: list[tuple[Tensor, Tensor]], width: int) -> None:
         super().__init__()
         self.sizes = [(t.shape[2], t.shape[3]) for _, t in stages]
+        last = len(stages) - 1
         self.fusions = nn.ModuleList(
-            _Fusion(s.shape[1], width, t.shape[1], fused=(s, t) is not stages[-1])
-            for s, t in stages
+            _Fusion(s.shape[1], width, t.shape[1], fused=i < last)
+            for i, (s, t) in enumerate(stages)
         )
 
     def forward(
