@@ -2,10 +2,11 @@
 
 import doctest
 import importlib
+import inspect
 import math
 import pickle
 import pkgutil
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from typing import ClassVar
 
 import pytest
@@ -169,3 +170,44 @@ def test_labels_go_to_the_terms_that_need_them() -> None:
     assert loss.needs_labels
     assert not (KD() + MSE()).needs_labels
     assert loss(student, teacher, None, torch.arange(4)).item() == 6
+
+
+LOSSES = sorted(
+    (v for v in vars(losses).values() if isinstance(v, type) and issubclass(v, Loss)),
+    key=lambda v: v.__name__,
+)
+VALUES = [v for v in LOSSES if v not in (Loss, losses.FeatureLoss, losses.Regression)]
+
+
+@pytest.mark.parametrize("kind", LOSSES, ids=lambda v: v.__name__)
+def test_every_loss_is_documented_with_an_example(kind) -> None:
+    assert kind.__name__ in losses.__all__
+    text = inspect.getdoc(kind)
+    if kind in VALUES:
+        assert "Example:" in text
+        assert is_dataclass(kind)
+        assert kind.__dataclass_params__.frozen
+
+
+@pytest.mark.parametrize("kind", [v for v in VALUES if v not in (Weighted, At)])
+def test_every_number_of_a_loss_may_be_a_schedule(kind) -> None:
+    names = [f.name for f in fields(kind) if f.type == "Number"]
+    loss = kind(**dict.fromkeys(names, Linear(0.25, 0.75, 10)))
+    found = loss.at_step(5)
+    assert all(getattr(found, name) == 0.5 for name in names)
+    assert (found is loss) == (not names)
+    assert pickle.loads(pickle.dumps(loss)) == loss
+    for name in names:
+        with pytest.raises(InputError, match=name):
+            loss.number(name)
+        with pytest.raises(InputError, match=name):
+            kind(**{name: math.nan})
+        with pytest.raises(InputError, match=name):
+            kind(**{name: "0.5"})
+
+
+def test_terms_add_up() -> None:
+    assert sum([KD(), MSE()]) == KD() + MSE()
+    assert sum([SP().at("a")]) == SP().at("a")
+    with pytest.raises(TypeError):
+        1 + KD()

@@ -7,6 +7,17 @@ add and scale, by numbers or by schedules::
 
     0.9 * KD(temperature=4) + Linear(100, 0, 5000) * SP().at("layer3")
 
+* Classes: :class:`KD`, :class:`DKD`, :class:`NKD`, :class:`DIST`, :class:`MSE`, and
+  :class:`Standardized` around any of them. :class:`DKD` and :class:`NKD` take ``labels=``, too.
+* Next tokens: :class:`ReverseKL`, :class:`JSD`.
+* Yes or no for each: :class:`Binary`. Real numbers: :class:`L1`, :class:`L2`, :class:`Huber`.
+* Frames of speech: :class:`KD`, :class:`CTCPosteriors`.
+* Labels, true ones or the teacher's: :class:`CrossEntropy`, :class:`CTC` (:func:`greedy_labels`).
+* Features: :class:`FitNet`, :class:`Cosine`, :class:`AT`, :class:`VID`; of relations between
+  examples :class:`SP`, :class:`RKD`, :class:`PKT`, :class:`CRD`; of dense prediction
+  :class:`CWD`, :class:`MGD`, :class:`ReviewKD`; of transformers :class:`AttentionMaps`,
+  :class:`MiniLM` (:func:`layer_map`).
+
 Conventions that all of them share:
 
 * Logits are ``(B, C)``, or ``(B, L, C)`` for sequences: the classes are the **last** dimension.
@@ -17,7 +28,9 @@ Conventions that all of them share:
   False count for nothing, whatever they hold. Where nothing counts, the loss is 0.
 * Half-precision tensors are converted to float32 first, also under autocast; float64 stays
   float64.
-* The teacher's side receives no gradients.
+* The teacher's side receives no gradients; of :class:`CRD` its embedding is learned by the head.
+* Features of student and teacher that differ in shape go through the loss's ``head``, a module
+  that is trained along and dropped afterwards.
 """
 
 from rarefy.distillation.losses.base import At, FeatureLoss, Loss, Weighted

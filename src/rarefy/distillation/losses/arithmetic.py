@@ -28,7 +28,7 @@ def divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
 
 def unit(vectors: Tensor, dim: int = -1) -> Tensor:
     """Vectors divided by their length; 0, with finite gradients, where that is 0."""
-    length = vectors.norm(dim=dim, keepdim=True)
+    length: Tensor = torch.linalg.vector_norm(vectors, dim=dim, keepdim=True)
     return vectors / length.masked_fill(length == 0, 1.0)
 
 
@@ -40,7 +40,7 @@ def centered(values: Tensor, dim: int = -1) -> Tensor:
     largest = values.detach().abs().amax(dim, keepdim=True)
     scaled = values / largest.masked_fill(largest == 0, 1.0)  # squares must not underflow
     moved = scaled - scaled.mean(dim, keepdim=True)
-    length = moved.norm(dim=dim, keepdim=True)
+    length: Tensor = torch.linalg.vector_norm(moved, dim=dim, keepdim=True)
     rounding = 8 * torch.finfo(values.dtype).eps * math.sqrt(values.shape[dim])
     constant = length.detach() <= rounding
     return (moved / length.masked_fill(constant, 1.0)).masked_fill(constant, 0.0)

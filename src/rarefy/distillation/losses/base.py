@@ -84,6 +84,10 @@ class Loss(ABC):
             return NotImplemented
         return Weighted((*self.terms, *other.terms))
 
+    def __radd__(self, other: Literal[0]) -> Self:
+        """``0 + loss`` is the loss, so that ``sum`` adds up terms."""
+        return self if isinstance(other, int) and other == 0 else NotImplemented
+
     def __mul__(self, factor: Number) -> Weighted:
         if isinstance(factor, Loss) or not (isinstance(factor, int | float) or callable(factor)):
             return NotImplemented
@@ -253,6 +257,9 @@ class FeatureLoss(Loss):
 
         head = loss.head(student, teacher)                          # from the features of one batch
         value = loss(*(head(student, teacher) if head else (student, teacher)), mask)
+
+    ``mask``, ``(B, L)``, says which positions of sequences ``(B, L, C)`` count; other features go
+    without, or with one of their shape less the channels.
 
     Attributes:
         several: whether a feature is a sequence of tensors, the outputs of several modules.

@@ -92,7 +92,7 @@ class _Embeddings(nn.Module):
 
     def forward(self, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
         embedded = [
-            layer(feature.movedim(place, -1).to(layer.weight.dtype)).movedim(-1, place)
+            layer(feature.movedim(place, -1).to(next(layer.parameters()).dtype)).movedim(-1, place)
             for layer, feature, place in zip(
                 self.layers, (student, teacher.detach()), self.places, strict=True
             )

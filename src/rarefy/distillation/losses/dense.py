@@ -29,7 +29,7 @@ from rarefy.errors import InputError
 class CWD(FeatureLoss):
     """Channel-wise distillation: where every channel is active, as a distribution over positions.
 
-    Shu et al. 2021, "Channel-wise Knowledge Distillation for Dense Prediction", equation 4::
+    Shu et al. 2021, "Channel-wise Knowledge Distillation for Dense Prediction"::
 
         T^2 * mean over examples and channels of sum over positions of p * (log p - log q)
 
@@ -97,7 +97,7 @@ def _over_positions(features: Tensor, mask: Tensor | None) -> Tensor:
 class MGD(FeatureLoss):
     """Masked generative distillation: from a part of its maps the student makes the teacher's.
 
-    Yang et al. 2022, "Masked Generative Distillation", equations 2 to 4::
+    Yang et al. 2022, "Masked Generative Distillation"::
 
         mean over positions and channels of (teacher - G(M * r(student)))^2
 
@@ -247,8 +247,8 @@ def _hierarchical(found: Tensor, wanted: Tensor) -> Tensor:
     for size in (4, 2, 1):
         if size < found.shape[2]:
             weight, small = weight / 2, (size, size)
-            pooled = [F.adaptive_avg_pool2d(x, small) for x in (found, wanted)]
-            total, weights = total + weight * F.mse_loss(*pooled), weights + weight
+            ours, theirs = (F.adaptive_avg_pool2d(x, small) for x in (found, wanted))
+            total, weights = total + weight * F.mse_loss(ours, theirs), weights + weight
     return total / weights
 
 
@@ -258,9 +258,10 @@ class _Review(nn.Module):
     def __init__(self, stages: list[tuple[Tensor, Tensor]], width: int) -> None:
         super().__init__()
         self.sizes = [(t.shape[2], t.shape[3]) for _, t in stages]
+        last = len(stages) - 1
         self.fusions = nn.ModuleList(
-            _Fusion(s.shape[1], width, t.shape[1], fused=(s, t) is not stages[-1])
-            for s, t in stages
+            _Fusion(s.shape[1], width, t.shape[1], fused=i < last)
+            for i, (s, t) in enumerate(stages)
         )
 
     def forward(

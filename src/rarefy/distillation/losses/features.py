@@ -65,7 +65,7 @@ class FitNet(FeatureLoss):
 class Cosine(FeatureLoss):
     """Directions of hidden states, whatever their length: 1 less the cosine at every position.
 
-    Sanh et al. 2019, "DistilBERT, a distilled version of BERT", section 3::
+    Sanh et al. 2019, "DistilBERT, a distilled version of BERT"::
 
         mean over positions of 1 - cosine(r(student), teacher)
 
@@ -101,8 +101,8 @@ class AT(FeatureLoss):
 
         mean over examples of |Q_s / |Q_s| - Q_t / |Q_t||^2;  Q = sum over channels of |A|^power
 
-    summed over positions, at most 2. Their code averages over the positions besides, and weighs
-    with 500: on maps of 8x8 that is 500/64 here. Channels need not agree. Of two sizes of maps the
+    summed over positions, at most 2. Their code averages over the positions besides: a weight of
+    1000 there is 1000/64 here on maps of 8x8. Channels need not agree. Of two sizes of maps the
     attention of the larger is averaged down to the smaller.
 
     Features are ``(B, L, C)`` with a mask ``(B, L)``, or ``(B, C, H, W)``.
@@ -154,7 +154,7 @@ class AT(FeatureLoss):
 class VID(FeatureLoss):
     """Variational information distillation: what the student's feature tells of the teacher's.
 
-    Ahn et al. 2019, "Variational Information Distillation for Knowledge Transfer", equation 6::
+    Ahn et al. 2019, "Variational Information Distillation for Knowledge Transfer"::
 
         mean over positions and channels of ((teacher - m)^2 / v + log v) / 2
 
@@ -166,7 +166,7 @@ class VID(FeatureLoss):
     Features are ``(B, C)``, ``(B, L, C)`` with a mask ``(B, L)``, or ``(B, C, H, W)``.
 
     Args:
-        variance: from which ``v`` starts, above 0; 5 in the authors' code.
+        variance: from which ``v`` starts, above 0.
         dim: dimension of the channels; None for 1 of maps, else the last.
 
     Raises:
@@ -220,7 +220,7 @@ class _Gaussian(nn.Module):
     """(student, teacher) to ((mean, variance), teacher)."""
 
     least = 1e-5
-    """The variance stays above this, as in the authors' code."""
+    """The variance stays above this."""
 
     def __init__(self, mean: Projector, channels: int, variance: float) -> None:
         super().__init__()

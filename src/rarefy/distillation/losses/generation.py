@@ -19,7 +19,7 @@ from rarefy.distillation.losses.layouts import pair
 class ReverseKL(Loss):
     """The divergence seen from the student: it may leave out what the teacher can do, not add.
 
-    Gu et al. 2024, "MiniLLM: Knowledge Distillation of Large Language Models", equation 1, for
+    Gu et al. 2024, "MiniLLM: Knowledge Distillation of Large Language Models", for
     every token of given texts instead of sampled ones::
 
         T^2 * mean over examples and positions of sum over classes of q * (log q - log p)
@@ -59,7 +59,7 @@ class JSD(Loss):
     """The generalized Jensen-Shannon divergence: from that of :class:`KD` to :class:`ReverseKL`.
 
     Agarwal et al. 2024, "On-Policy Distillation of Language Models: Learning from Self-Generated
-    Mistakes" (GKD), equation 1::
+    Mistakes" (GKD)::
 
         T^2 * mean over examples and positions of (beta * KL(p || m) + (1 - beta) * KL(q || m))
         m = beta * p + (1 - beta) * q

@@ -19,7 +19,7 @@ from rarefy.errors import InputError
 class Binary(Loss):
     """Soft labels of independent yes-or-no outputs: binary and multi-label classification.
 
-    Yang et al. 2023, "Multi-Label Knowledge Distillation", equation 3, with a temperature::
+    Yang et al. 2023, "Multi-Label Knowledge Distillation", its logit part, with a temperature::
 
         T^2 * mean over examples of sum over classes of
             p * (log p - log q) + (1 - p) * (log(1 - p) - log(1 - q))

@@ -18,7 +18,7 @@ from rarefy.distillation.losses.projectors import channel_dim, counted, require_
 class SP(FeatureLoss):
     """Similarity preserving: which examples of a batch resemble each other.
 
-    Tung and Mori 2019, "Similarity-Preserving Knowledge Distillation", equations 2 to 4::
+    Tung and Mori 2019, "Similarity-Preserving Knowledge Distillation", section 3::
 
         G = rows of Q Q^T, each divided by its length;  Q = features, one flat row per example
         loss = sum of (G_student - G_teacher)^2 / B^2
@@ -50,8 +50,8 @@ def _similarities(rows: Tensor) -> Tensor:
 class RKD(FeatureLoss):
     """Relational knowledge distillation: distances and angles between the examples of a batch.
 
-    Park et al. 2019, "Relational Knowledge Distillation", equations 5 to 9, with ``l`` the Huber
-    loss at 1::
+    Park et al. 2019, "Relational Knowledge Distillation", section 3, with ``l`` the Huber loss
+    at 1::
 
         distance * mean over pairs of l(d_student, d_teacher)
             + angle * mean over triples of l(a_student, a_teacher)
@@ -96,7 +96,7 @@ def _geometry(points: Tensor) -> tuple[Tensor, Tensor]:
     """Distances of all pairs of different points over their mean, and cosines of all triples."""
     sides = points[:, None] - points[None, :]
     different = ~torch.eye(len(points), dtype=torch.bool, device=points.device)
-    lengths = sides.norm(dim=-1)[different]
+    lengths = torch.linalg.vector_norm(sides, dim=-1)[different]
     mean = lengths.sum() / max(lengths.numel(), 1)
     with exact(points):
         directions = unit(sides)  # from corner j, the second, to i
@@ -110,7 +110,7 @@ class PKT(FeatureLoss):
     """Probabilistic knowledge transfer: how likely an example is to choose another as neighbor.
 
     Passalis and Tefas 2018, "Learning Deep Representations with Probabilistic Knowledge Transfer",
-    equations 3 to 8 with the cosine kernel::
+    with the cosine kernel::
 
         mean over examples i of sum over j != i of p_ij * (log p_ij - log q_ij)
         p_ij = K(t_i, t_j) / sum over k != i of K(t_i, t_k);  K(a, b) = (cosine(a, b) + 1) / 2

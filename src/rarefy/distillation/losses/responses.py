@@ -89,12 +89,13 @@ class MSE(Loss):
 class Standardized(Loss):
     """Another loss, of logits that are standardized first: their scale is left to the student.
 
-    Sun et al. 2024, "Logit Standardization in Knowledge Distillation", algorithm 1::
+    Sun et al. 2024, "Logit Standardization in Knowledge Distillation"::
 
         loss(Z(student), Z(teacher));  Z(x) = (x - mean(x)) / std(x) over the classes
 
     with the standard deviation of the paper's equation, whose sum is divided by the number of
-    classes. Logits that are all equal become 0, without a gradient.
+    classes; the authors' code divides by one less. Logits that are all equal become 0, without a
+    gradient.
 
     Args:
         loss: of logits ``(N, C)`` against the teacher's, with no dimension of its own named.
@@ -210,8 +211,8 @@ class NKD(Loss):
     """Normalized knowledge distillation: the other classes, normalized, and the true one.
 
     Yang et al. 2023, "From Knowledge Distillation to Self-Knowledge Distillation: A Unified
-    Approach with Normalized Loss and Customized Soft Labels", equation 7, without its cross entropy
-    with the labels, which is the ``label_weight`` of ``distill``::
+    Approach with Normalized Loss and Customized Soft Labels", without its cross entropy with the
+    labels, which is the ``label_weight`` of ``distill``::
 
         mean over examples of (-p_target * log q_target
                                - gamma * T^2 * sum over other classes of P * log Q)
@@ -308,7 +309,7 @@ def _targeted(
 class DIST(Loss):
     """Relations of classes, within an example and across the batch, instead of exact values.
 
-    Huang et al. 2022, "Knowledge Distillation from A Stronger Teacher", equations 6 to 10::
+    Huang et al. 2022, "Knowledge Distillation from A Stronger Teacher"::
 
         T^2 * (beta * inter + gamma * intra)
         inter = mean over examples of 1 - pearson(q, p), over the classes of one example

@@ -34,12 +34,13 @@ class CTCPosteriors(Loss):
 
         T^2 * mean over frames of sum over classes of p * (log p - log q)
 
-    Networks trained by CTC put their spikes where they like, and most frames are blank. So frames
-    to which the teacher gives a blank with a probability above ``blank_below`` can be left out
-    (Takashima et al. 2019, "Investigation of Sequence-Level Knowledge Distillation Methods for CTC
-    Acoustic Models"), and with ``delay`` every utterance is compared at the shift, of at most so
-    many frames to either side, at which it fits best, after its blanks are left out. The shift per
-    utterance is ours; frames that a shift moves out of the utterance count for nothing.
+    Networks trained by CTC put their spikes where they like, and most frames are blank, so that
+    frames need not agree (Takashima et al. 2018, "An Investigation of a Knowledge Distillation
+    Method for CTC Acoustic Models"). Two remedies of ours: frames to which the teacher gives a
+    blank with a probability above ``blank_below`` can be left out, and with ``delay`` every
+    utterance is compared at the shift, of at most so many frames to either side, at which its mean
+    is least. Frames that a shift moves out of the utterance count for nothing, and a shift that
+    leaves fewer than half of those that count without it is not considered.
 
     Logits are ``(B, L, C)`` with a mask ``(B, L)``; those of ``nn.CTCLoss``, ``(L, B, C)``, are
     transposed first.
@@ -116,13 +117,13 @@ def _best_shift(
 class CTC(Loss):
     """Connectionist temporal classification: label sequences whose places in time are not known.
 
-    Graves et al. 2006, "Connectionist Temporal Classification", equation 8::
+    Graves et al. 2006, "Connectionist Temporal Classification"::
 
         mean over utterances of -log p(labels | logits) / number of labels
 
     as ``nn.CTCLoss`` averages. With the label sequences that the teacher decoded
     (:func:`greedy_labels`, or a beam search of one's own) this is sequence-level distillation (Kim
-    and Rush 2016, "Sequence-Level Knowledge Distillation"; Takashima et al. 2018 for CTC). An
+    and Rush 2016, "Sequence-Level Knowledge Distillation"; Takashima et al. 2019 for CTC). An
     utterance too short for its labels counts as 0, for no output could say them.
 
     Logits are ``(B, L, C)``, with a mask ``(B, L)`` whose padding comes last; labels are class

@@ -90,8 +90,7 @@ def _token_pairs(where: str, mask: Tensor, attention: Tensor) -> Tensor:
 class MiniLM(FeatureLoss):
     """Relations within one layer's self-attention, between its queries, keys and values.
 
-    Wang et al. 2021, "MiniLMv2: Multi-Head Self-Attention Relation Distillation", equations 6
-    to 8::
+    Wang et al. 2021, "MiniLMv2: Multi-Head Self-Attention Relation Distillation"::
 
         sum over relations ab of mean over heads and tokens of KL(R_teacher || R_student)
         R = softmax(A B^T / sqrt(d)) over the tokens of B
@@ -172,8 +171,9 @@ class MiniLM(FeatureLoss):
                 f"{width} channels cannot be split into {self.heads} relation heads",
                 "Give a number of heads that divides the widths of student and teacher",
             )
+        heads = (self.heads, width // self.heads)
         return {
-            name: counted("MiniLM", x, mask).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            name: counted("MiniLM", x, mask).reshape(*x.shape[:2], *heads).transpose(1, 2)
             for name, x in zip("qkv", features, strict=True)
         }
 
@@ -194,7 +194,7 @@ def layer_map(students: int, teachers: int) -> tuple[int, ...]:
     """For every layer of the student the layer of the teacher that it learns from, counted from 0.
 
     The student's layers stand for equal shares of the teacher's, each for the last of its share, so
-    that the last learns from the last (Jiao et al. 2020, the uniform strategy of section 4.5).
+    that the last learns from the last (Jiao et al. 2020, "TinyBERT", the uniform strategy).
 
     Args:
         students: number of layers of the student, at least 1.
@@ -207,7 +207,9 @@ def layer_map(students: int, teachers: int) -> tuple[int, ...]:
         >>> layer_map(students=4, teachers=12)
         (2, 5, 8, 11)
         >>> pairs = enumerate(layer_map(students=2, teachers=6))
-        >>> terms = [FitNet().at(f"layers.{s}", f"layers.{t}") for s, t in pairs]
+        >>> loss = KD() + sum(FitNet().at(f"layers.{s}", f"layers.{t}") for s, t in pairs)
+        >>> [term.teacher for _, term in loss.terms[1:]]
+        ['layers.2', 'layers.5']
     """
     if not 1 <= students <= teachers:
         raise InputError(
