@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -10,7 +11,9 @@ from torch import nn
 from rarefy.copies import fingerprint, own_copy
 from rarefy.distillation.losses import KD
 from rarefy.errors import InputError, TrainingError
-from rarefy.training.loop import AfterStep, Job, Penalty, fit
+from rarefy.metrics import Metric, Top1
+from rarefy.training.job import AfterStep, Job, Penalty, Trackers
+from rarefy.training.loop import fit
 from rarefy.training.networks import require_finite
 from rarefy.training.objective import LossFunction, Objective
 from rarefy.training.options import OPTIMIZERS, TrainOptions, with_changes
@@ -30,6 +33,11 @@ def distill(
     progress: bool = True,
     after_step: AfterStep | None = None,
     regularizer: Penalty | None = None,
+    metric: Metric | None = None,
+    checkpoint: str | Path | None = None,
+    every: int | None = None,
+    resume: bool = False,
+    trackers: Trackers = None,
     **changes: Any,
 ) -> nn.Module:
     """Train a copy of the student to give the teacher's answers (Hinton et al. 2015).
@@ -50,12 +58,17 @@ def distill(
             one; None for ``KD(temperature=4)``.
         label_weight: share of the cross entropy on the true labels, 0 to 1.
         options: how to train; None for the defaults of :class:`TrainOptions`.
-        val: labelled batches; the accuracy of teacher and student on them is shown before the
+        val: labelled batches; the metric of teacher and student on them is shown before the
             first step, that of the student after every epoch.
         seed: as for :func:`train`, as are the arguments that follow.
         progress: show progress.
         after_step: called with the student after every optimizer step.
         regularizer: ``penalty(student, step)``, added to the objective.
+        metric: as for :func:`train`, as are the arguments that follow.
+        checkpoint: a folder for checkpoints.
+        every: optimizer steps between two of them.
+        resume: go on from the newest.
+        trackers: where the history goes.
         **changes: single fields of ``options``.
 
     Returns:
@@ -84,7 +97,20 @@ def distill(
     chosen = with_changes("distill", options, changes)
     if chosen.lr is None:
         chosen = replace(chosen, lr=OPTIMIZERS[chosen.optimizer].gentle)
-    job = Job("distill", chosen, val, seed, progress, after_step, regularizer)
+    job = Job(
+        "distill",
+        chosen,
+        val,
+        metric or Top1(),
+        seed,
+        progress,
+        after_step,
+        regularizer,
+        None if checkpoint is None else Path(checkpoint),
+        every,
+        resume,
+        trackers,
+    )
     require_finite(teacher, "distill(teacher)", InputError, "Check the checkpoint")
     own = own_copy(teacher, "distill(teacher)")
     objective = Objective("distill", own_copy(student, "distill"), loss or KD(), own, label_weight)
