@@ -62,11 +62,11 @@ def fit(objective: Objective, data: Data, job: Job) -> nn.Module:
             log_with=tracking.listed(job.trackers) or None,
             project_dir=tracking.FOLDER,
         ) as accelerator,
-        # Processes draw other numbers, but for the order of the data.
-        seeded(job.seed + 1_000_003 * accelerator.process_index),
+        tracking.runs(job, accelerator),
     ):
         loop = _Loop(objective, data, job, accelerator)
-        with loop.display:
+        # Anew, for imports may have drawn numbers. Processes draw others than each other.
+        with seeded(job.seed + 1_000_003 * accelerator.process_index), loop.display:
             loop.run()
             record = loop.finish()
     for parameter in network.parameters():
@@ -161,17 +161,13 @@ class _Loop:
 
     def run(self) -> None:
         """All epochs; the network is trained in place."""
-        tracking.start(self.job, asdict(self.options), self.accelerator)
-        try:
-            if not self.resumed():
-                self.look()
-            alone = self.checkpoints is not None and self.accelerator.num_processes == 1
-            with deferred_interrupt(alone) as self.interrupt:
-                while self.at.epoch < self.options.epochs and not self.at.stopped:
-                    self.epoch()
-                    self.pause()
-        finally:
-            tracking.finish(self.job, self.accelerator)
+        if not self.resumed():
+            self.look()
+        alone = self.checkpoints is not None and self.accelerator.num_processes == 1
+        with deferred_interrupt(alone) as self.interrupt:
+            while self.at.epoch < self.options.epochs and not self.at.stopped:
+                self.epoch()
+                self.pause()
 
     def measure(self, network: nn.Module, data: Data) -> float:
         """The metric on data."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from rarefy.errors import InputError, MissingExtraError
@@ -56,17 +58,19 @@ def require_trackers(trackers: Trackers, where: str) -> None:
             )
 
 
-def start(job: Job, facts: Mapping[str, Any], accelerator: Accelerator) -> None:
-    """Begin a run of each tracker, with what is known of it."""
-    if job.trackers is not None:
-        with quiet_setup():
-            plain = {k: v for k, v in facts.items() if isinstance(v, bool | int | float | str)}
-            accelerator.init_trackers("rarefy", config=plain)
-
-
-def finish(job: Job, accelerator: Accelerator) -> None:
-    """End the runs of the trackers that were named; objects are the caller's."""
-    own = [tracker for tracker in listed(job.trackers) if not isinstance(tracker, str)]
-    for tracker in accelerator.trackers:
-        if all(tracker is not other for other in own):
-            tracker.finish()
+@contextmanager
+def runs(job: Job, accelerator: Accelerator) -> Iterator[None]:
+    """A run of each tracker; of those that are objects of the caller's, only the caller ends it."""
+    if job.trackers is None:
+        yield
+        return
+    facts = {k: v for k, v in asdict(job.options).items() if v is not None} | {"seed": job.seed}
+    with quiet_setup():
+        accelerator.init_trackers("rarefy", config=facts)
+    theirs = [id(tracker) for tracker in listed(job.trackers)]
+    try:
+        yield
+    finally:
+        for tracker in accelerator.trackers:
+            if id(tracker) not in theirs:
+                tracker.finish()
