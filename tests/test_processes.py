@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-WORKER = '''
+WORKER = """
 import json, sys
 import torch
 from torch import nn
@@ -61,7 +61,7 @@ result = distill(net(7, 2), net(5, 1), data, loss=KD() + FitNet().at("1"), epoch
 found["trained"] = [p.flatten().tolist() for p in result.parameters()]
 with open(f"{out}/{rank}.json", "w") as file:
     json.dump(found, file)
-'''
+"""
 
 
 @pytest.fixture(scope="module")

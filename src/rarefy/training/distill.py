@@ -5,20 +5,24 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from rarefy.batches import batches, evaluating, seeded, unchanged
+from rarefy.batches import batches, device_of, evaluating, moved, seeded, unchanged
 from rarefy.copies import own_copy
 from rarefy.distillation.losses import KD
 from rarefy.distillation.soft_labels.read import SoftLabels
-from rarefy.errors import DataError, InputError
+from rarefy.errors import InputError
+from rarefy.metrics import Metric, Top1
 from rarefy.process import replayable, set_epoch
-from rarefy.training.loop import AfterStep, Job, Penalty, fit
-from rarefy.training.networks import device_of, moved, require_trainable
+from rarefy.training.job import AfterStep, Job, Penalty, Trackers
+from rarefy.training.loop import fit, require_usable
+from rarefy.training.networks import require_trainable
 from rarefy.training.objective import LossFunction, Objective
 from rarefy.training.options import OPTIMIZERS, TrainOptions, with_changes
+from rarefy.training.record import Trained
 from rarefy.training.stored import Joined
 from rarefy.training.teachers import Teacher, Tutor, as_teacher
 from rarefy.training.terms import bindings, heads_for, paired
@@ -39,6 +43,11 @@ def distill(
     progress: bool = True,
     after_step: AfterStep | None = None,
     regularizer: Penalty | None = None,
+    metric: Metric | None = None,
+    checkpoint: str | Path | None = None,
+    every: int | None = None,
+    resume: bool = False,
+    trackers: Trackers = None,
     **changes: Any,
 ) -> nn.Module:
     """Train a copy of the student to give the teacher's answers (Hinton et al. 2015).
@@ -76,16 +85,22 @@ def distill(
         label_loss: ``loss(student_logits, labels)`` to a scalar, for labels of any kind; None for
             :class:`~rarefy.losses.CrossEntropy`.
         options: how to train; None for the defaults of :class:`TrainOptions`.
-        val: labelled batches; the accuracy of teacher and student on them is shown before the
+        val: labelled batches; the metric of teacher and student on them is shown before the
             first step, that of the student after every epoch.
         seed: as for :func:`train`, as are the arguments that follow.
         progress: show progress.
         after_step: called with the student after every optimizer step.
         regularizer: ``penalty(student, step)``, added to the objective.
+        metric: as for :func:`train`, as are the arguments that follow.
+        checkpoint: a folder for checkpoints.
+        every: optimizer steps between two of them.
+        resume: go on from the newest.
+        trackers: where the history goes.
         **changes: single fields of ``options``.
 
     Returns:
-        The trained student, in eval mode.
+        The trained student, in eval mode; its ``trained`` says what was done, as for
+        :func:`train`, and holds the peer where there is one.
 
     Raises:
         InputError: the student has nothing to train, a network holds NaN or answers with NaN, the
@@ -102,17 +117,27 @@ def distill(
     if chosen.lr is None:
         chosen = replace(chosen, lr=OPTIMIZERS[chosen.optimizer].gentle)
     require_trainable(student, "distill")
+    job = Job(
+        "distill",
+        chosen,
+        val,
+        metric or Top1(),
+        seed,
+        progress,
+        after_step,
+        regularizer,
+        None if checkpoint is None else Path(checkpoint),
+        every,
+        resume,
+        trackers,
+    )
+    require_usable(data, job)
     own = own_copy(student, "distill")
     with seeded(seed), replayable(data):
         tutor, taught = _begin(teacher, own, data)
-        first, taught = _first(taught, chosen.epochs)
+        first, taught = _first(taught)
         objective = _objective(own, tutor, first, loss or KD(), label_weight, label_loss)
-        follow = _following(tutor, after_step)
-        job = Job("distill", chosen, val, seed, progress, follow, regularizer)
-        result = fit(objective, taught, job)
-    if tutor is not None:
-        tutor.finish("distill(teacher)")
-    return result
+    return _ended(fit(objective, taught, job), tutor)
 
 
 def _require_sensible(loss: Any, label_weight: float) -> None:
@@ -128,6 +153,17 @@ def _require_sensible(loss: Any, label_weight: float) -> None:
         )
 
 
+def _ended(student: nn.Module, tutor: Tutor | None) -> nn.Module:
+    """The student, whose record holds a network that was trained along."""
+    if tutor is not None:
+        tutor.finish("distill(teacher)")
+    if tutor is not None and tutor.learns:
+        record: Trained = student.trained  # type: ignore[assignment]
+        peer = tutor.network.to(device_of(student))
+        student.trained = replace(record, peer=peer)  # type: ignore[assignment]
+    return student
+
+
 def _begin(teacher: Any, student: nn.Module, data: Data) -> tuple[Tutor | None, Data]:
     """The teacher at work, or none and the data with what it said of them."""
     if isinstance(teacher, SoftLabels):
@@ -136,25 +172,13 @@ def _begin(teacher: Any, student: nn.Module, data: Data) -> tuple[Tutor | None, 
     return as_teacher(teacher, where).start(student, where), data
 
 
-def _first(data: Data, epochs: int) -> tuple[tuple[Inputs, Any], Data]:
-    """The first batch, and the data that still begin with it.
-
-    Raises:
-        DataError: there is none, or the data can be read only once and are needed more often.
-    """
-    where = "distill(data)"
-    if not isinstance(data, Iterator):
-        first = next(batches(data, where))
-        set_epoch(data, 0)
-        return first, data
-    if epochs > 1:
-        raise DataError(
-            where,
-            f"it is an iterator, which can be read only once, and {epochs} epochs read it as often",
-            "Give a DataLoader, a list or another iterable that begins anew",
-        )
-    first = next(batches(data, where))
-    return first, itertools.chain([first], data)
+def _first(data: Data) -> tuple[tuple[Inputs, Any], Data]:
+    """The first batch, and the data that still begin with it."""
+    first = next(batches(data, "distill(data)"))
+    if isinstance(data, Iterator):
+        return first, itertools.chain([first], data)
+    set_epoch(data, 0)
+    return first, data
 
 
 def _objective(
@@ -198,16 +222,3 @@ def _require_numbers(tutor: Tutor, inputs: Inputs) -> None:
             "gives for the first batch are NaN",
             "Check the teacher, its precision and the inputs",
         )
-
-
-def _following(tutor: Tutor | None, after_step: AfterStep | None) -> AfterStep | None:
-    """After every step, first what the user wants done, then the teacher that follows."""
-    if tutor is None or not tutor.follows:
-        return after_step
-
-    def both(network: nn.Module) -> None:
-        if after_step is not None:
-            after_step(network)
-        tutor.after_step(network)
-
-    return both

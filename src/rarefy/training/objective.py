@@ -115,6 +115,11 @@ class Objective(nn.Module):
             labels = tensor_of_labels(self.where, labels)
         return map_tensors(lambda t: t.to(student.device, non_blocking=True), labels)
 
+    def after_step(self) -> None:
+        """What follows the network does so, after a step of the optimizer."""
+        if self.tutor is not None:
+            self.tutor.after_step(self.network)
+
     @property
     def teachers(self) -> Mapping[str, nn.Module]:
         """Name to network of those that it learns from."""

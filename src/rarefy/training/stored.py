@@ -10,6 +10,7 @@ from torch import Tensor
 
 from rarefy.batches import split_batch
 from rarefy.distillation.soft_labels.read import SoftLabels
+from rarefy.process import set_epoch
 from rarefy.types import Data, Inputs
 
 
@@ -26,6 +27,11 @@ class Answered:
     answers: Tensor
 
 
+def labels_of(labels: Any) -> Any:
+    """The labels of a batch, whether answers come with them or not."""
+    return labels.labels if isinstance(labels, Answered) else labels
+
+
 class Joined:
     """Data with a store's answers to every batch; epoch ``e`` has the view ``e % views``.
 
@@ -33,16 +39,21 @@ class Joined:
         store: the answers.
         data: those that it was written from, in any order that their loader gives.
 
+    Attributes:
+        origin: these data.
+
     Raises:
         DataError: the data are others.
     """
 
     def __init__(self, store: SoftLabels, data: Data) -> None:
         self.store, self.found, self.epoch = store, store.identified(data), 0
+        self.origin = data
 
     def set_epoch(self, epoch: int) -> None:
         """The epoch that is read next; without this, it is the one after the last."""
         self.epoch = epoch
+        set_epoch(self.origin, epoch)
 
     def __len__(self) -> int:
         return len(self.found)

@@ -45,12 +45,12 @@ class Tutor(nn.Module, ABC):
     Attributes:
         name: what lines and records call it.
         learns: whether it is trained along; all others are in eval mode and get no gradients.
-        follows: whether it wants to know of every step.
+        changes: whether it does during the training: it learns along, or follows the student.
     """
 
     name: ClassVar[str] = "teacher"
     learns: ClassVar[bool] = False
-    follows: ClassVar[bool] = False
+    changes: ClassVar[bool] = False
 
     @property
     @abstractmethod
@@ -323,7 +323,7 @@ class Average(Tutor):
         decay: of the average.
     """
 
-    follows = True
+    changes = True
 
     def __init__(self, network: nn.Module, decay: float) -> None:
         super().__init__()
@@ -380,7 +380,7 @@ class Learning(Tutor):
         network: of our own, which is trained.
     """
 
-    name, learns = "peer", True
+    name, learns, changes = "peer", True, True
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
