@@ -23,6 +23,7 @@ from rarefy.distillation.losses import (
     ReviewKD,
 )
 from rarefy.distillation.soft_labels.read import SoftLabels
+from rarefy.distillation.soft_labels.views import Replay
 from rarefy.distillation.soft_labels.write import write_soft_labels
 from rarefy.errors import DataError, InputError
 from rarefy.schedules import Linear
@@ -347,9 +348,71 @@ def test_stored_answers_are_those_of_the_teacher(tmp_path) -> None:
     live = distill(conv(8, 1), conv(4, 2), data, **{**ONE, "epochs": 2})
     for a, b in zip(stored.parameters(), live.parameters(), strict=True):
         assert torch.allclose(a, b, atol=1e-3)
+    valued = distill(SoftLabels(tmp_path / "store"), conv(4, 2), data, val=data, **ONE)
+    assert valued.trained.student.train is not None
+    others = DataLoader(TensorDataset(x.flip(0), y), 6)
+    with pytest.raises(DataError, match="not those that it was written from"):
+        distill(SoftLabels(tmp_path / "store"), conv(4, 2), others, **ONE)
     loss = KD() + SP().at("2")
     with pytest.raises(InputError, match="a store holds outputs alone"):
         distill(SoftLabels(tmp_path / "store"), conv(4, 2), data, loss=loss, **ONE)
+
+
+def test_every_epoch_has_its_view(tmp_path) -> None:
+    def crop(image):
+        return image.roll(int(torch.randint(0, 8, ())), -1)
+
+    x, y = images(1)[0]
+    data = DataLoader(Replay(TensorDataset(x, y), crop, seed=1), 3, shuffle=True)
+    write_soft_labels(conv(8, 1), data, tmp_path / "store", views=2, progress=False)
+    store, views = SoftLabels(tmp_path / "store"), []
+    answers = store.answers
+
+    def watched(ids, view, inputs):
+        views.append(view)
+        return answers(ids, view, inputs=inputs)
+
+    store.answers = watched
+    distill(store, conv(4, 2), data, **{**ONE, "epochs": 3})
+    assert views[1:] == [0, 0, 1, 1, 0, 0]  # the first looked at the first batch
+
+
+class Kill:
+    """Ends the training after a step, once."""
+
+    def __init__(self, after: int) -> None:
+        self.left = after
+
+    def __call__(self, model) -> None:
+        self.left -= 1
+        if not self.left:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("kind", ["features", "average", "peer", "store"])
+def test_a_killed_distillation_goes_on_as_if_nothing_had_been(kind, tmp_path) -> None:
+    x, y = (torch.cat(parts) for parts in zip(*images(2, 6), strict=True))
+    data = DataLoader(TensorDataset(x, y), 4, shuffle=True, generator=torch.Generator())
+    store = tmp_path / "store"
+    if kind == "store":
+        write_soft_labels(conv(8, 1), data, store, progress=False)
+    teacher, loss = {
+        "features": lambda: (conv(8, 1), KD() + FitNet().at("2")),
+        "average": lambda: (Earlier(0.9), MSE()),
+        "peer": lambda: (Peer(conv(8, 1)), KD()),
+        "store": lambda: (SoftLabels(store), KD()),
+    }[kind]()
+    options = {**ONE, "epochs": 3, "loss": loss, "every": 2}
+    whole = distill(teacher, conv(4, 2), data, after_step=Kill(99), checkpoint=tmp_path / "a",
+                    **options)  # fmt: skip
+    options["checkpoint"] = tmp_path / "b"
+    with pytest.raises(KeyboardInterrupt):
+        distill(teacher, conv(4, 2), data, after_step=Kill(5), **options)
+    again = distill(teacher, conv(4, 2), data, after_step=Kill(99), resume=True, **options)
+    assert again.trained.resumed == 4
+    assert fingerprint(again) == fingerprint(whole)
+    if kind == "peer":
+        assert fingerprint(again.trained.peer) == fingerprint(whole.trained.peer)
 
 
 # --- students ------------------------------------------------------------------------------------

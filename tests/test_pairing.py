@@ -95,7 +95,7 @@ def test_stages_of_equal_size_are_paired_where_the_numbers_differ() -> None:
 def test_stages_of_other_sizes_go_together_by_position() -> None:
     student = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3))
     teacher = nn.Sequential(nn.Conv2d(3, 4, 4), nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 2, 2))
-    assert named(pairs(student, teacher, torch.randn(1, 3, 9, 9))) == [("0", "1"), ("1", "2")]
+    assert named(pairs(student, teacher, torch.randn(1, 3, 9, 9))) == [("0", "0"), ("1", "2")]
 
 
 def test_layers_of_transformers_go_together_evenly() -> None:

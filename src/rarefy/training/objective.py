@@ -65,7 +65,7 @@ class Objective(nn.Module):
 
     def forward(self, inputs: Inputs, labels: Any, step: int = 0) -> Tensor:
         """The loss of a batch at a step of the optimizer, a scalar."""
-        loss, label_loss = (at_step(each, step) for each in (self.loss, self.label_loss))
+        loss = at_step(self.loss, step)
         if self.tutor is None and not isinstance(labels, Answered):
             student = logits(call(self.network, inputs))
             value: Tensor = loss(student, self._labels(loss, labels, student))
@@ -74,6 +74,7 @@ class Objective(nn.Module):
         value = of_outputs(loss, batch)
         if ours is not None and theirs is not None:
             value = value + of_features(loss, self.heads, ours, theirs, batch.padding)
+        label_loss = at_step(self.label_loss, step)
         total = self._mixed(value, label_loss, batch)
         if self.tutor is not None and self.tutor.learns:
             batch = batch.swapped()
