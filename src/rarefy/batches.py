@@ -8,6 +8,7 @@ of one, or a mapping. A mapping with the key ``"labels"`` is labelled. Inputs ar
 from __future__ import annotations
 
 import copy
+import itertools
 import random
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -123,6 +124,17 @@ def tensors(inputs: Any) -> list[Tensor]:
 
     map_tensors(note, inputs)
     return found
+
+
+def moved(inputs: Any, device: torch.device) -> Any:
+    """Inputs of any of the three forms with their tensors on a device."""
+    return map_tensors(lambda t: t.to(device, non_blocking=True), inputs)
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where the first parameter or buffer of a network is; the CPU where it has none."""
+    held = itertools.chain(model.parameters(), model.buffers())
+    return next((tensor.device for tensor in held), torch.device("cpu"))
 
 
 def batch_size(inputs: Inputs) -> int:

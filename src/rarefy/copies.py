@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from rarefy.batches import tensors
+from rarefy.errors import InputError
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -34,6 +35,23 @@ def copied(model: Model, instead: Mapping[int, Any] | None = None) -> Model:
         False
     """
     return copy.deepcopy(model, computed(model) | dict(instead or {}))
+
+
+def own_copy(model: Model, where: str) -> Model:
+    """A deep copy of a network, or an error that names the call.
+
+    Raises:
+        InputError: it cannot be copied.
+    """
+    try:
+        with torch.inference_mode(False):
+            return copy.deepcopy(model)
+    except (RuntimeError, TypeError) as error:
+        raise InputError(
+            where,
+            f"the network cannot be copied: {error}",
+            "Keep no computed tensors, locks or open files as its attributes",
+        ) from error
 
 
 def converted(model: Model, dtype: torch.dtype) -> Model:

@@ -1,24 +1,31 @@
 """What training shares with its process: devices, other processes, generators, the environment.
 
 Everything here leaves the process as it was: Accelerate's state, environment variables, warning
-filters and the generators of data loaders are put back.
+filters, numbers of threads, signal handlers and the generators of data loaders are put back.
 """
 
 from __future__ import annotations
 
-import operator
 import os
+import random
+import signal
+import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from rarefy.types import Data
 
 if TYPE_CHECKING:
+    from types import FrameType
+
     from accelerate import Accelerator
 
 
@@ -36,18 +43,33 @@ def quiet_setup() -> Iterator[None]:
 
 
 @contextmanager
-def own_accelerator() -> Iterator[Accelerator]:
-    """An Accelerator of our own; the process-wide state of others is put back afterwards."""
+def own_accelerator(precision: str | None = None, **options: Any) -> Iterator[Accelerator]:
+    """An Accelerator of our own; the process-wide state of others is put back afterwards.
+
+    Args:
+        precision: mixed precision, whatever an Accelerator of the caller's has; None for that.
+        **options: more of Accelerate's own.
+    """
     with quiet_setup():
         from accelerate import Accelerator
         from accelerate.state import AcceleratorState, GradientState, PartialState
+        from accelerate.utils import GradientAccumulationPlugin
 
     states = [cls._shared_state for cls in (PartialState, AcceleratorState, GradientState)]
-    kept = [dict(state) for state in states]
+    kept, threads = [dict(state) for state in states], torch.get_num_threads()
     GradientState._shared_state.clear()  # a gradient accumulation of the caller's is not ours
+    if precision is not None and AcceleratorState._shared_state:
+        AcceleratorState._shared_state["_mixed_precision"] = precision
     try:
         with quiet_setup():
-            accelerator = Accelerator()
+            accelerator = Accelerator(
+                mixed_precision=precision,
+                # Without this, processes on CPUs would not find each other.
+                cpu="LOCAL_RANK" in os.environ and not torch.accelerator.is_available(),
+                gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+                **options,
+            )
+        torch.set_num_threads(threads)
         yield accelerator
     finally:
         for state, values in zip(states, kept, strict=True):
@@ -55,12 +77,18 @@ def own_accelerator() -> Iterator[Accelerator]:
             state.update(values)
 
 
+def generators(*data: Data | None) -> Sequence[torch.Generator]:
+    """The generators that data loaders have of their own, also those that others read from."""
+    origins = [getattr(d, "origin", d) for d in data]
+    loaders = [d for d in origins if isinstance(d, DataLoader)]
+    found = [g for d in loaders for g in (d.generator, getattr(d.sampler, "generator", None))]
+    return [g for g in found if isinstance(g, torch.Generator)]
+
+
 @contextmanager
 def replayable(*data: Data | None) -> Iterator[None]:
     """The generators of data loaders have the same state afterwards, so that runs repeat."""
-    loaders = [d for d in data if isinstance(d, DataLoader)]
-    found = [g for d in loaders for g in (d.generator, getattr(d.sampler, "generator", None))]
-    states = [(g, g.get_state()) for g in found if isinstance(g, torch.Generator)]
+    states = [(g, g.get_state()) for g in generators(*data)]
     try:
         yield
     finally:
@@ -68,25 +96,89 @@ def replayable(*data: Data | None) -> Iterator[None]:
             generator.set_state(state)
 
 
-class _Share:
-    """Every n-th batch of an iterable, for one of n processes; all get equally many."""
+def set_epoch(data: Data, epoch: int) -> None:
+    """Tell data which epoch begins, from 0, where they want to know it.
 
-    def __init__(self, data: Data, index: int, count: int) -> None:
-        self.data, self.index, self.count = data, index, count
+    The convention of PyTorch's ``DistributedSampler``: a method ``set_epoch`` of the data, or of a
+    loader's samplers or data set.
+    """
+    parts = (data, *(getattr(data, n, None) for n in ("batch_sampler", "sampler", "dataset")))
+    for part in parts:
+        method = getattr(part, "set_epoch", None)
+        if callable(method):
+            method(epoch)
 
-    def __length_hint__(self) -> int:
-        return operator.length_hint(self.data, 0) // self.count
 
-    def __iter__(self) -> Iterator[Any]:
-        rounds = zip(*[iter(self.data)] * self.count, strict=False)
-        return (batches[self.index] for batches in rounds)
+def random_states(own: Sequence[torch.Generator]) -> dict[str, Any]:
+    """The states of all global generators, and of some others, as tensors and numbers."""
+    version, python, gauss = random.getstate()
+    name, keys, *rest = np.random.get_state()  # noqa: NPY002
+    return {
+        "python": [version, torch.tensor(python), gauss],
+        "numpy": [name, torch.from_numpy(np.asarray(keys).astype(np.int64)), *rest],
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "own": [generator.get_state() for generator in own],
+    }
 
 
-def local_share(data: Data, accelerator: Accelerator) -> Data:
-    """This process's part of the data; all of it where there is one process."""
+def set_random_states(states: Mapping[str, Any], own: Sequence[torch.Generator]) -> None:
+    """Put generators into the states that :func:`random_states` found."""
+    version, python, gauss = states["python"]
+    random.setstate((version, tuple(python.tolist()), gauss))
+    name, keys, *rest = states["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))  # noqa: NPY002
+    torch.set_rng_state(states["torch"])
+    if states["cuda"]:
+        torch.cuda.set_rng_state_all(states["cuda"])
+    for generator, state in zip(own, states["own"], strict=True):
+        generator.set_state(state)
+
+
+def on_all(value: Any, accelerator: Accelerator) -> list[Any]:
+    """A plain value of every process, in their order."""
     if accelerator.num_processes == 1:
-        return data
-    if isinstance(data, DataLoader):
-        prepared: Data = accelerator.prepare_data_loader(data, device_placement=False)
-        return prepared
-    return _Share(data, accelerator.process_index, accelerator.num_processes)
+        return [value]
+    from accelerate.utils import gather_object
+
+    found: list[Any] = gather_object([value])
+    return found
+
+
+def shared_mean(values: Tensor, accelerator: Accelerator) -> Tensor:
+    """The mean over all processes."""
+    if accelerator.num_processes == 1:
+        return values
+    found: Tensor = accelerator.reduce(values, "mean")
+    return found
+
+
+@dataclass
+class Interrupt:
+    """Whether the user asked to stop."""
+
+    asked: bool = False
+
+
+@contextmanager
+def deferred_interrupt(active: bool) -> Iterator[Interrupt]:
+    """The first Ctrl-C is only noted, so that a step can be completed; the second one acts.
+
+    Nothing is deferred where the caller handles the signal, or in another thread than the first.
+    """
+    noted, own = Interrupt(), signal.getsignal(signal.SIGINT)
+    main = threading.current_thread() is threading.main_thread()
+    if not active or not main or own is not signal.default_int_handler:
+        yield noted
+        return
+
+    def note(number: int, frame: FrameType | None) -> None:
+        if noted.asked:
+            raise KeyboardInterrupt
+        noted.asked = True
+
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield noted
+    finally:
+        signal.signal(signal.SIGINT, own)

@@ -27,13 +27,17 @@ class EpochDisplay:
         self.task = self.bar.add_task(title, total=epochs * max(length, 1))
         self.begin = self.shown_at = time.monotonic()
         self.noted: set[str] = set()
-        self.last = ""
+        self.last, self.first = "", 0
 
     def __enter__(self) -> None:
         self.bar.start()
 
     def __exit__(self, *error: object) -> None:
         self.bar.stop()
+
+    def go_on(self, epoch: int) -> None:
+        """Begin with another epoch than the first; those before took no time."""
+        self.first = epoch
 
     def step(self, epoch: int, index: int, loss: float) -> None:
         """Move the bar, at most ten times a second."""
@@ -44,16 +48,16 @@ class EpochDisplay:
             text = f"{self.title}  epoch {epoch + 1}/{self.epochs}  loss {loss:.4f}{self.last}"
             self.bar.update(self.task, completed=done, description=text)
 
-    def epoch(self, epoch: int, loss: float, accuracy: float | None) -> None:
-        """Show the end of an epoch."""
-        self.last = "" if accuracy is None else f"  val {accuracy:.2%}"
+    def epoch(self, epoch: int, loss: float, val: str | None) -> None:
+        """Show the end of an epoch, with the metric on other data where there is one."""
+        self.last = "" if val is None else f"  val {val}"
         text = f"{self.title}  epoch {epoch + 1}/{self.epochs}  loss {loss:.4f}{self.last}"
         if self.live:
             done = (epoch + 1) * max(self.length, 1)
             self.bar.update(self.task, completed=done, description=text)
         else:
             spent = time.monotonic() - self.begin
-            left = spent / (epoch + 1) * (self.epochs - epoch - 1)
+            left = spent / (epoch + 1 - self.first) * (self.epochs - epoch - 1)
             self._print(f"{text}  {spent:.0f} s, {left:.0f} s left")
 
     def note(self, text: str) -> None:
@@ -96,6 +100,6 @@ class Bar:
     def __exit__(self, *error: object) -> None:
         self.bar.stop()
 
-    def step(self) -> None:
-        """One more is done."""
-        self.bar.advance(self.task)
+    def step(self, by: int = 1) -> None:
+        """One more is done, or so many."""
+        self.bar.advance(self.task, by)

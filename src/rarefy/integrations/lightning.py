@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from rarefy.errors import MissingExtraError
-from rarefy.training.loop import AfterStep as Function
+from rarefy.training.job import AfterStep as Function
 
 try:
     from lightning.pytorch import Callback, LightningModule, Trainer

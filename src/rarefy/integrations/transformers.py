@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from rarefy.errors import MissingExtraError
-from rarefy.training.loop import AfterStep as Function
+from rarefy.training.job import AfterStep as Function
 
 try:
     from transformers import (

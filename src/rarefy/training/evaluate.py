@@ -2,34 +2,88 @@
 
 from __future__ import annotations
 
+import math
+from typing import TYPE_CHECKING
+
+import torch
 from torch import nn
 
-from rarefy.batches import call, evaluating, seeded
-from rarefy.metrics import top1
+from rarefy.batches import evaluating, seeded
+from rarefy.errors import InputError, RarefyError, first_line
+from rarefy.metrics import Metric, Ratio, Top1, predictor, title
 from rarefy.process import replayable
-from rarefy.training.networks import device_of, moved
 from rarefy.types import Data
 
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
-def evaluate(model: nn.Module, data: Data) -> float:
-    """Top-1 accuracy: the share of labels that have the highest logit, 0 to 1.
+
+def evaluate(model: nn.Module, data: Data, *, metric: Metric | None = None) -> float:
+    """How good a network is on data: by default its top-1 accuracy, 0 to 1.
 
     The network is evaluated where it is, in eval mode without gradients; its training flags and
-    the global random states are as before afterwards. For logits of several positions,
-    ``(B, L, C)`` or ``(B, C, H, W)``, every position labelled other than -100 counts.
+    the global random states are as before afterwards.
 
     Args:
         model: the network.
-        data: labelled batches, see :mod:`rarefy.batches`.
+        data: batches, see :mod:`rarefy.batches`; labelled for all metrics of rarefy's.
+        metric: ``metric(model, data)`` to a number: one of :mod:`rarefy.metrics`, such as
+            ``PSNR()`` or ``Perplexity()``, or any function; None for
+            :class:`~rarefy.metrics.Top1`.
 
     Raises:
-        DataError: the data are empty or not labelled, or labels do not fit the logits.
-        InputError: the logits hold NaN.
+        DataError: the data are empty or not labelled, or labels do not fit the outputs.
+        InputError: the outputs hold NaN, or the metric fails or is no number.
 
     Example:
         >>> evaluate(nn.Identity(), [(torch.eye(4), torch.tensor([0, 1, 2, 0]))])
         0.75
     """
-    device = device_of(model)
+    return measured(model, data, metric or Top1(), "evaluate")
+
+
+def measured(
+    model: nn.Module,
+    data: Data,
+    metric: Metric,
+    where: str,
+    accelerator: Accelerator | None = None,
+) -> float:
+    """The metric; with an accelerator the same number on all its processes.
+
+    They share the batches where the metric is a :class:`~rarefy.metrics.Ratio`; any other is
+    computed on all of the data by each of them, and that of the first counts.
+    """
+    shared = accelerator is not None and accelerator.num_processes > 1
     with evaluating(model), seeded(0), replayable(data):
-        return top1(lambda x: call(model, moved(x, device)), data, where="evaluate")
+        try:
+            if shared and isinstance(metric, Ratio):
+                assert accelerator is not None
+                value = _joint(model, data, metric, accelerator)
+            else:
+                value = float(metric(model, data))
+        except RarefyError:
+            raise
+        except Exception as error:
+            raise InputError(
+                f"{where}(metric)",
+                f"{title(metric)} failed: {first_line(error)}",
+                "It is called as metric(model, data) and gives a number",
+            ) from error
+    if shared and not isinstance(metric, Ratio):
+        from accelerate.utils import broadcast_object_list
+
+        value = broadcast_object_list([value])[0]
+    if math.isnan(value):
+        raise InputError(
+            f"{where}(metric)", f"{title(metric)} is NaN", "Check the metric, the data, the network"
+        )
+    return value
+
+
+def _joint(model: nn.Module, data: Data, metric: Ratio, accelerator: Accelerator) -> float:
+    part, parts = accelerator.process_index, accelerator.num_processes
+    own = metric.totals(predictor(model), data, "evaluate", part, parts)
+    sums = torch.tensor(own, dtype=torch.float64, device=accelerator.device)
+    total, count = accelerator.reduce(sums, "sum").tolist()
+    return metric.final("evaluate", total, count)

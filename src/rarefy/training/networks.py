@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from rarefy.batches import map_tensors
 from rarefy.errors import InputError, TrainingError
 from rarefy.graph.program import GraphModel
 
@@ -20,24 +17,11 @@ def tensors_of(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     return itertools.chain(model.named_parameters(), model.named_buffers())
 
 
-def device_of(model: nn.Module) -> torch.device:
-    return next((t.device for _, t in tensors_of(model)), torch.device("cpu"))
-
-
-def moved(value: Any, device: torch.device) -> Any:
-    return map_tensors(lambda t: t.to(device, non_blocking=True), value)
-
-
-def own_copy(model: nn.Module, where: str) -> nn.Module:
-    try:
-        with torch.inference_mode(False):
-            return copy.deepcopy(model)
-    except (RuntimeError, TypeError) as error:
-        raise InputError(
-            where,
-            f"the network cannot be copied: {error}",
-            "Keep no computed tensors, locks or open files as its attributes",
-        ) from error
+@torch.no_grad()
+def fill(model: nn.Module, values: Mapping[str, Tensor]) -> None:
+    """Copy values into parameters and buffers of the same names."""
+    for name, tensor in tensors_of(model):
+        tensor.copy_(values[name])
 
 
 def require_trainable(model: nn.Module, where: str) -> None:

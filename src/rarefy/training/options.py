@@ -21,6 +21,13 @@ SCHEDULES: Mapping[str, Callable[[int], Schedule]] = {
 """Name to the schedule of the factor on the learning rate, over so many steps."""
 
 
+PRECISIONS = ("no", "bf16", "fp16")
+"""Mixed precisions."""
+
+KEEP = ("last", "best")
+"""Which epoch's weights are returned."""
+
+
 @dataclass(frozen=True)
 class Recipe:
     """An optimizer: its learning rates where none is given, and how to build it.
@@ -59,6 +66,20 @@ class TrainOptions:
         schedule: ``"cosine"``, ``"linear"`` (both fall to 0) or ``"constant"``.
         warmup: share of the training over which the learning rate rises to ``lr``, in [0, 1).
         clip_norm: the largest norm of all gradients together; None for no limit.
+        precision: ``"no"``, ``"bf16"`` or ``"fp16"`` (not on a CPU): mixed precision by autocast,
+            the weights stay in float32; None for what Accelerate is configured for.
+        accumulate: batches of one optimizer step, at least 1. The last step of an epoch takes what
+            is left. Each batch weighs as much as it holds: labelled positions where the labels are
+            whole numbers, else examples. So the step is that of one large batch for every loss
+            that is a mean over those, also where batches, or the shares of several processes,
+            differ in size; BatchNorm still sees one batch at a time.
+        ema: decay of a moving average of the weights, see
+            :class:`~rarefy.training.average.Average`; the average is what ``val`` is evaluated
+            with, and what is returned. None for no average.
+        patience: epochs without a better metric on ``val`` after which training ends, at least 1;
+            None to train all epochs.
+        keep: ``"last"`` returns the weights after the last epoch, ``"best"`` those of the epoch
+            with the best metric on ``val``.
 
     The learning rate changes at every step where the data say how many batches they have
     (``len(data)``), and at every epoch where they do not.
@@ -79,6 +100,11 @@ class TrainOptions:
     schedule: str = "cosine"
     warmup: float = 0.1
     clip_norm: float | None = None
+    precision: str | None = None
+    accumulate: int = 1
+    ema: float | None = None
+    patience: int | None = None
+    keep: str = "last"
 
     def __post_init__(self) -> None:
         for name, (valid, rule) in _RULES.items():
@@ -87,12 +113,16 @@ class TrainOptions:
                 raise InputError(f"{name}={value!r}", f"{name} must be {rule}", f"Give {rule}")
 
 
+def _whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
 def _positive(value: float | None) -> bool:
     return value is None or (isinstance(value, int | float) and 0 < value < math.inf)
 
 
 _RULES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
-    "epochs": (lambda v: isinstance(v, int) and v >= 1, "a whole number, at least 1"),
+    "epochs": (_whole, "a whole number, at least 1"),
     "lr": (_positive, "a number above 0, or None"),
     "optimizer": (lambda v: v in OPTIMIZERS, f"one of {', '.join(OPTIMIZERS)}"),
     "momentum": (lambda v: 0 <= v < 1, "at least 0 and below 1"),
@@ -100,6 +130,11 @@ _RULES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "schedule": (lambda v: v in SCHEDULES, f"one of {', '.join(SCHEDULES)}"),
     "warmup": (lambda v: 0 <= v < 1, "a share of the training, at least 0 and below 1"),
     "clip_norm": (_positive, "a number above 0, or None"),
+    "precision": (lambda v: v in (None, *PRECISIONS), f"one of {', '.join(PRECISIONS)}, or None"),
+    "accumulate": (_whole, "a whole number, at least 1"),
+    "ema": (lambda v: v is None or 0 < v < 1, "above 0 and below 1, or None"),
+    "patience": (lambda v: v is None or _whole(v), "a whole number, at least 1, or None"),
+    "keep": (lambda v: v in KEEP, f"one of {', '.join(KEEP)}"),
 }
 
 

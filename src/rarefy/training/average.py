@@ -1,0 +1,53 @@
+"""A moving average of weights while they are trained."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from rarefy.training.networks import tensors_of
+
+
+class Average:
+    """The exponential moving average of a network (Polyak and Juditsky 1992).
+
+    After step ``t`` (from 1) the average moves by ``1 - d`` of the way to the weights, with
+    ``d = min(decay, (1 + t) / (10 + t))``, so that the first weights are soon forgotten (as in
+    TensorFlow's ``ExponentialMovingAverage``; the rise is not in the paper). Buffers of floating
+    point, such as the statistics of BatchNorm, are averaged with the weights that they belong to;
+    other buffers are copied.
+
+    Args:
+        model: the network whose weights are averaged.
+        decay: in (0, 1), 0.999 for example.
+        zeros: whether weights that are exactly zero in the network are zero in the average, so
+            that what was pruned stays so.
+    """
+
+    def __init__(self, model: nn.Module, decay: float, *, zeros: bool) -> None:
+        self.source, self.decay, self.zeros = model, decay, zeros
+        self.model = copy.deepcopy(model).requires_grad_(False)
+        moving = {n for n, p in model.named_parameters() if p.requires_grad}
+        self.learned = [n for n, _ in model.named_parameters() if n in moving]
+        floats = [n for n, b in model.named_buffers() if b.is_floating_point()]
+        self.names = [*self.learned, *floats]
+        self.others = [n for n, _ in model.named_buffers() if n not in floats]
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """Move towards the network after its so-many-th step, from 1."""
+        ours, theirs = dict(tensors_of(self.model)), dict(tensors_of(self.source))
+        share = 1 - min(self.decay, (1 + step) / (10 + step))
+        averages = [ours[n] for n in self.names]
+        torch._foreach_lerp_(averages, [theirs[n] for n in self.names], share)
+        for name in self.others:
+            ours[name].copy_(theirs[name])
+        for name in self.learned if self.zeros else ():
+            ours[name].masked_fill_(theirs[name] == 0, 0.0)
+
+    def state_dict(self) -> Mapping[str, Tensor]:
+        """All averaged tensors by name."""
+        return dict(tensors_of(self.model))

@@ -1,0 +1,230 @@
+"""One step of the optimizer, and the losses of an epoch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from rarefy.batches import batch_size, moved
+from rarefy.distillation.losses import IGNORE
+from rarefy.errors import InputError, TrainingError
+from rarefy.process import quiet_setup, shared_mean
+from rarefy.training.average import Average
+from rarefy.training.job import Job
+from rarefy.training.networks import fill, has_batch_norm, tensors_of
+from rarefy.training.objective import Objective
+from rarefy.training.options import optimizer_of, schedule_of
+from rarefy.training.stored import labels_of
+from rarefy.types import Inputs
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+Example: TypeAlias = tuple[Inputs, Tensor | None]
+"""A batch, as :func:`rarefy.batches.batches` gives it."""
+
+DIVERGED = "Lower lr, set clip_norm=1.0 or a longer warmup, and check the inputs for NaN"
+
+PENDING = 32
+"""Losses on a device that are fetched at once."""
+
+
+class Meter:
+    """The mean loss of an epoch. A loss that is not finite ends the training.
+
+    On a CPU every loss is looked at before the weights change. On other devices looking makes the
+    CPU wait for the device, so it is done every ``PENDING`` steps, and before anything is shown,
+    saved or returned: then weights that a NaN has reached are dropped, with an error that names the
+    step; the caller's network and all checkpoints are from before it.
+    """
+
+    def __init__(self, where: str, accelerator: Accelerator) -> None:
+        self.where, self.accelerator = where, accelerator
+        self.every = 1 if accelerator.device.type == "cpu" else PENDING
+        self.alone = accelerator.num_processes == 1
+        self.pending: list[tuple[Tensor, int, int]] = []
+        self.total, self.count, self.last = 0.0, 0, math.nan
+
+    def add(self, loss: Tensor, epoch: int, step: int) -> None:
+        """Note the loss of a step."""
+        self.pending.append((loss, epoch, step))
+        if len(self.pending) >= self.every:
+            self.drain()
+
+    def drain(self) -> None:
+        """Look at all losses that were noted."""
+        if not self.pending:
+            return
+        noted, self.pending = self.pending, []
+        if len(noted) == 1 and self.alone:
+            values = [float(noted[0][0])]
+        else:
+            losses = torch.stack([loss.reshape(()) for loss, _, _ in noted])
+            values = shared_mean(losses, self.accelerator).tolist()
+        for value, (_, epoch, step) in zip(values, noted, strict=True):
+            if not math.isfinite(value):
+                where = f"{self.where}, epoch {epoch + 1}, step {step + 1}"
+                raise TrainingError(where, f"the loss is {value}", DIVERGED)
+            self.total, self.count, self.last = self.total + value, self.count + 1, value
+
+
+class Stepper:
+    """Takes the steps of a training.
+
+    Args:
+        objective: what is minimized; it is trained in place.
+        job: how.
+        length: batches of an epoch on this process, 0 where that is not known.
+        accelerator: where.
+    """
+
+    def __init__(
+        self, objective: Objective, job: Job, length: int, accelerator: Accelerator
+    ) -> None:
+        self.objective, self.job, self.accelerator = objective, job, accelerator
+        self.model, self.options = objective.network, job.options
+        self.updates, self.steps = math.ceil(length / job.options.accumulate), 0
+        self.schedule = schedule_of(self.options, max(self.updates, 1) * self.options.epochs)
+        with quiet_setup():
+            self.built = optimizer_of(objective.to(accelerator.device).train(), self.options)
+            self.wrapped, optimizer = accelerator.prepare(objective, self.built)
+        # Accelerate's wrapper costs 0.3 ms a step: only where it does something.
+        plain = accelerator.distributed_type == "NO" and accelerator.scaler is None
+        self.optimizer = self.built if plain else optimizer
+        self.peak = self.built.param_groups[0]["lr"]
+        self.needs_two = has_batch_norm(self.model)
+        self.left_out = False
+        self.meter = Meter(job.where, accelerator)
+        decay, zeros = self.options.ema, job.after_step is not None
+        self.average = None if decay is None else Average(self.model, decay, zeros=zeros)
+
+    @property
+    def subject(self) -> nn.Module:
+        """The network that is evaluated and returned: the average, where there is one."""
+        return self.model if self.average is None else self.average.model
+
+    @property
+    def lr(self) -> float:
+        """The learning rate of the last step."""
+        return float(self.built.param_groups[0]["lr"])
+
+    def step(self, group: Sequence[Example], epoch: int, index: int) -> None:
+        """One step on a few batches, the so-many-th of its epoch."""
+        weights = self.weights(group)
+        used = [(batch, w) for batch, w in zip(group, weights, strict=True) if w is not None]
+        self.left_out |= len(used) < len(group)
+        if not used:
+            return
+        self.schedule_lr(epoch, index)
+        self.optimizer.zero_grad(set_to_none=True)
+        self.meter.add(self.gradients(used, epoch, index), epoch, index)
+        if self.options.clip_norm is not None:
+            self.accelerator.clip_grad_norm_(self.wrapped.parameters(), self.options.clip_norm)
+        self.optimizer.step()
+        self.steps += 1
+        if self.job.after_step is not None:
+            with torch.no_grad():
+                self.job.after_step(self.model)
+        self.objective.after_step()
+        if self.average is not None:
+            self.average.update(self.steps)
+
+    def schedule_lr(self, epoch: int, index: int) -> None:
+        """Set the learning rate of a step."""
+        updates = self.updates
+        done = epoch * updates + min(index, updates - 1) if updates else epoch
+        for group in self.built.param_groups:
+            group["lr"] = self.peak * self.schedule(done)
+
+    def gradients(
+        self, used: Sequence[tuple[Example, float | None]], epoch: int, index: int
+    ) -> Tensor:
+        """The gradients of the weighted mean of the losses; returns it."""
+        found: Tensor | None = None
+        for number, ((inputs, labels), weight) in enumerate(used):
+            last = number == len(used) - 1
+            with nullcontext() if last else self.accelerator.no_sync(self.wrapped):
+                loss = self.wrapped(moved(inputs, self.accelerator.device), labels, step=self.steps)
+                if weight != 1.0:
+                    loss = loss * weight
+                if last and self.job.regularizer is not None:
+                    loss = loss + self.job.regularizer(self.model, self.steps)
+                if loss.numel() != 1 or not loss.requires_grad:
+                    raise InputError(
+                        f"{self.job.where}, epoch {epoch + 1}, step {index + 1}",
+                        f"the loss, of shape {tuple(loss.shape)}, is no scalar that depends on "
+                        "the parameters",
+                        "Return one number, and do not detach the logits in the network",
+                    )
+                self.accelerator.backward(loss)
+            found = loss.detach() if found is None else found + loss.detach()
+        assert found is not None
+        return found
+
+    def weights(self, group: Sequence[Example]) -> list[float | None]:
+        """The weight of each batch's loss, None for a batch that is left out.
+
+        The weights of all batches on all processes have a mean over processes of 1.
+        """
+        sizes = [batch_size(inputs) for inputs, _ in group] if self.needs_two else None
+        alone = self.accelerator.num_processes == 1
+        if alone and len(group) == 1:
+            return [None if sizes is not None and sizes[0] < 2 else 1.0]
+        counts = [[counted(*batch) for batch in group], sizes or [2] * len(group)]
+        everywhere = torch.tensor([counts], dtype=torch.float32)
+        if not alone:
+            everywhere = self.accelerator.gather(everywhere.to(self.accelerator.device))
+        used = everywhere[:, 1].amin(0) >= 2
+        total = float(everywhere[:, 0, used].sum())
+        share = self.accelerator.num_processes / max(total, 1.0)
+        own, mine = used.tolist(), counts[0]
+        return [count * share if keep else None for count, keep in zip(mine, own, strict=True)]
+
+
+def counted(inputs: Inputs, labels: Tensor | None) -> int:
+    """What a batch's loss is a mean over: its labelled positions, or its examples."""
+    labels = labels_of(labels)
+    if isinstance(labels, Tensor) and not labels.is_floating_point():
+        return int((labels != IGNORE).sum())
+    return batch_size(inputs)
+
+
+def state_of(stepper: Stepper) -> dict[str, Any]:
+    """What a checkpoint holds of the steps."""
+    scaler, average = stepper.accelerator.scaler, stepper.average
+    return {
+        "steps": stepper.steps,
+        "losses": [stepper.meter.total, stepper.meter.count],
+        "tensors": dict(tensors_of(stepper.objective)),
+        "optimizer": stepper.built.state_dict()["state"],
+        "scaler": None if scaler is None else scaler.state_dict(),
+        "average": None if average is None else average.state_dict(),
+        "hooks": [None if hook is None else hook.state_dict() for hook in _stateful(stepper)],
+    }
+
+
+def restore(stepper: Stepper, state: Mapping[str, Any]) -> None:
+    """Put the steps into the state that :func:`state_of` found."""
+    stepper.steps = state["steps"]
+    stepper.meter.total, stepper.meter.count = state["losses"]
+    fill(stepper.objective, state["tensors"])
+    groups = stepper.built.state_dict()["param_groups"]
+    stepper.built.load_state_dict({"state": state["optimizer"], "param_groups": groups})
+    if stepper.accelerator.scaler is not None:
+        stepper.accelerator.scaler.load_state_dict(state["scaler"])
+    if stepper.average is not None:
+        fill(stepper.average.model, state["average"])
+    for hook, held in zip(_stateful(stepper), state["hooks"], strict=True):
+        if hook is not None:
+            hook.load_state_dict(held)
+
+
+def _stateful(stepper: Stepper) -> list[Any]:
+    """The callbacks that have a state; None for each that has none."""
+    hooks = (stepper.job.after_step, stepper.job.regularizer)
+    return [hook if hasattr(hook, "load_state_dict") else None for hook in hooks]
