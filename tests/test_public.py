@@ -11,7 +11,7 @@ import rarefy
 PUBLIC = """
 Budget GradualPruning GradualUnits Int8 Limit Movement Sensitivity Stages Target compress criteria
 distill errors evaluate export hold inspect load losses measure patterns prune quantize regularize
-repair rewind save sensitivity trace train
+repair rewind save sensitivity student trace train
 """.split()
 
 CALLABLES = [n for n in PUBLIC if not isinstance(getattr(rarefy, n), types.ModuleType)]
