@@ -47,6 +47,9 @@ PRUNING = (
     "checks narrow shorten prune gradual"
 ).split()
 
+SOFT_LABELS = "seeds records shards manifest views source answers verify read write".split()
+ORDERS = {"graph": GRAPH, "pruning": PRUNING, "distillation.soft_labels": SOFT_LABELS}
+
 
 def imports(file: Path) -> set[str]:
     """Names of rarefy's modules that a file imports anywhere, also inside of functions."""
@@ -79,17 +82,17 @@ def test_a_stage_imports_only_stages_above_it(file) -> None:
         assert not beside
 
 
-@pytest.mark.parametrize("package", ["graph", "pruning"])
+@pytest.mark.parametrize("package", ORDERS)
 def test_files_of_a_stage_form_no_circle(package) -> None:
-    order = {"graph": GRAPH, "pruning": PRUNING}[package]
-    for file in (ROOT / package).rglob("*.py"):
-        own = file.relative_to(ROOT / package).parts[0].removesuffix(".py")
+    order, folder = ORDERS[package], ROOT.joinpath(*package.split("."))
+    for file in folder.rglob("*.py"):
+        own = file.relative_to(folder).parts[0].removesuffix(".py")
         if own == "__init__":
             continue
         for name in imports(file):
-            parts = name.split(".")
-            if parts[0] == package and parts[1] in order and parts[1] != own:
-                assert order.index(parts[1]) < order.index(own), (file.name, name)
+            other = name.removeprefix(f"{package}.").split(".")[0]
+            if name.startswith(f"{package}.") and other in order and other != own:
+                assert order.index(other) < order.index(own), (file.name, name)
 
 
 def test_no_files_import_each_other_in_a_circle() -> None:

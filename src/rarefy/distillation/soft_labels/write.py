@@ -23,7 +23,14 @@ from rarefy.distillation.soft_labels import manifest as manifests
 from rarefy.distillation.soft_labels.answers import answer, answering, require_usable
 from rarefy.distillation.soft_labels.manifest import DataFacts, Manifest, Teacher
 from rarefy.distillation.soft_labels.records import Array, Dense, Form, Layout, Outputs, form_for
-from rarefy.distillation.soft_labels.shards import Appending, Shard, appending, begun, shards_of
+from rarefy.distillation.soft_labels.shards import (
+    Appending,
+    Shard,
+    appending,
+    begun,
+    held_bytes,
+    shards_of,
+)
 from rarefy.distillation.soft_labels.source import Source, input_hashes, probed_hashes, source
 from rarefy.errors import InputError, OutputError, TrainingError
 from rarefy.process import own_accelerator, replayable
@@ -250,8 +257,7 @@ def _require_space(folder: Path, store: Manifest) -> None:
     there = next(
         place for place in (folder.absolute(), *folder.absolute().parents) if place.exists()
     )
-    held = sum(file.stat().st_size for file in folder.glob("shard-*.*"))
-    needed, free = store.bytes - held, shutil.disk_usage(there).free
+    needed, free = store.bytes - held_bytes(folder), shutil.disk_usage(there).free
     if needed > free:
         raise OutputError(
             str(folder),
