@@ -118,6 +118,8 @@ def test_outputs_of_any_fixed_shape(tmp_path: Path, outputs: str, options: dict[
         (teacher(), {"mass": 1.5}, "at most 1"),
         (teacher(), {"form": "dense"}, "Dense"),
         (teacher(), {"ranks": (2, 2)}, "rank"),
+        (teacher(), {"ranks": (0, 2), "overwrite": True}, "Remove the folder"),
+        (teacher(), {"seed": -1}, "seed"),
         (teacher(), {"form": TopK(50)}, "11 classes"),
         (nn.Flatten(0), {}, "batch"),
         (Positions("scores"), {"views": 2}, "Replay"),
