@@ -167,8 +167,9 @@ def student(
         A new network in eval mode, an instance of the teacher's class where its forward allows
         that: what stays keeps its path, and a layer that went is a
         :class:`~rarefy.graph.stubs.Stub` that hands on its input, so that the numbers of layers
-        that a ``config`` states stay true of the containers. Its attribute ``derived`` is a :class:`Derived` record, ``pruned`` the
-        :class:`~rarefy.pruning.narrow.Pruned` one. Parameters are trainable as the teacher's are;
+        that a ``config`` states stay true of the containers. Its attribute ``derived`` is a
+        :class:`Derived` record, ``pruned`` the :class:`~rarefy.pruning.narrow.Pruned` one.
+        Parameters are trainable as the teacher's are;
         all of them where the teacher is frozen as a whole.
 
     Raises:
@@ -195,7 +196,8 @@ def student(
     _check(teacher, shares, layers, exclude)
     check_finite(teacher)
     check_copies(teacher)
-    short, stacks = Shortened(teacher), ()
+    short = Shortened(teacher)
+    stacks: tuple[Layers, ...] = ()
     known = paths(teacher)
     for name in exclude:
         matching(name, known, f"student(exclude=[{name!r}])")
