@@ -140,6 +140,13 @@ def test_branches_that_the_forward_outside_adds_are_layers_too() -> None:
     ]  # fmt: skip
 
 
+def test_parts_of_one_branch_are_no_layers() -> None:
+    def body(model, x):
+        return x + in_turn(model, x)
+
+    assert stacks([lambda: nn.Linear(6, 6)] * 2, body) == ()
+
+
 def test_plain_layers_are_no_stack() -> None:
     assert stacks([lambda: nn.Linear(6, 6)] * 3, in_turn) == ()
 

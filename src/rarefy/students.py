@@ -99,8 +99,8 @@ class Derived:
         if self.kind == "graph":
             lines.append(f"not the teacher's class: {self.reason}")
         for stack in self.layers:
-            kept = ", ".join(map(str, stack.kept))
-            lines.append(f"{stack.path}: layers {kept} stay of {_total(stack)}")
+            kept, gone = (", ".join(map(str, n)) for n in (stack.kept, stack.gone))
+            lines.append(f"{stack.path}: layers {kept} stay" + (f", {gone} go" if gone else ""))
         wide = max([9, *(len(c.path) for c in self.copied)])
         lines += ["", f"{'parameter':<{wide}}  teacher -> student"]
         for c in self.copied:
@@ -109,10 +109,6 @@ class Derived:
         if self.gone:
             lines += ["", f"left out: {len(self.gone)} parameters", *(f"  {p}" for p in self.gone)]
         return "\n".join(lines)
-
-
-def _total(stack: Layers) -> int:
-    return len(stack.kept) + len(stack.gone)
 
 
 def _shape(shape: tuple[int, ...]) -> str:
@@ -169,8 +165,11 @@ def student(
 
     Returns:
         A new network in eval mode, an instance of the teacher's class where its forward allows
-        that. Its attribute ``derived`` is a :class:`Derived` record, ``pruned`` the
-        :class:`~rarefy.pruning.narrow.Pruned` one. Parameters are trainable as the teacher's are;
+        that: what stays keeps its path, and a layer that went is a
+        :class:`~rarefy.graph.stubs.Stub` that hands on its input, so that the numbers of layers
+        that a ``config`` states stay true of the containers. Its attribute ``derived`` is a
+        :class:`Derived` record, ``pruned`` the :class:`~rarefy.pruning.narrow.Pruned` one.
+        Parameters are trainable as the teacher's are;
         all of them where the teacher is frozen as a whole.
 
     Raises:
@@ -432,16 +431,19 @@ def _derived(
 ) -> Derived:
     """The record of a student."""
     record: Any = small.pruned
-    before = {path: tuple(tensor.shape) for path, tensor in teacher.named_parameters()}
-    after = {path: tuple(tensor.shape) for path, tensor in small.named_parameters()}
-    all_paths = {path for path, _ in small.named_parameters(remove_duplicate=False)}
+    whole = dict(teacher.named_parameters(remove_duplicate=False))
+    left = {path for path, _ in small.named_parameters(remove_duplicate=False)}
+    still = {id(tensor) for path, tensor in whole.items() if path in left}
     costs = count(teacher, example_inputs), count(small, example_inputs)
     return Derived(
         kind=record.kind,
         reason=record.reason,
         layers=stacks,
-        copied=tuple(Copied(path, before[path], shape) for path, shape in after.items()),
-        gone=tuple(path for path in before if path not in all_paths),
+        copied=tuple(
+            Copied(path, tuple(whole[path].shape), tuple(tensor.shape))
+            for path, tensor in small.named_parameters()
+        ),
+        gone=tuple(p for p, tensor in teacher.named_parameters() if id(tensor) not in still),
         params=(costs[0].params, costs[1].params),
         macs=(costs[0].macs, costs[1].macs),
         error=record.error,

@@ -9,7 +9,7 @@ students of DistilBERT (Sanh et al. 2019, https://arxiv.org/abs/1910.01108).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from math import prod
@@ -106,18 +106,28 @@ class _Finder:
                 entry, fault = self._entry(within[name], exits[name])
                 if entry is not None:
                     layers[name] = (self._layer(within[name], exits[name][0], entry),)
-                elif own := self._branches(within[name]):
+                elif own := self._branches(within[name], within.values()):
                     layers[name] = own
                 else:
                     stuck[name] = fault
             yield Stack(path, names, layers, stuck)
 
-    def _branches(self, path: str) -> tuple[Block, ...]:
-        """The blocks that all of a module's calls belong to; none where they do other things."""
-        own = {n.name for n in self.inside.get(path, ()) if isinstance(n.value, Spec | tuple)}
-        found = tuple(block for block in self.blocks if not own.isdisjoint(block.nodes))
+    def _branches(self, path: str, beside: Iterable[str]) -> tuple[Block, ...]:
+        """The blocks that all of a module's calls, and none of its neighbors', belong to."""
+        own = self._tensors(path)
+        others = frozenset[str]().union(*(self._tensors(p) for p in beside if p != path))
+        found = tuple(
+            block
+            for block in self.blocks
+            if not own.isdisjoint(block.nodes) and others.isdisjoint(block.nodes)
+        )
         covered = own.issubset(name for block in found for name in block.nodes)
         return found if covered else ()
+
+    def _tensors(self, path: str) -> frozenset[str]:
+        """The calls of a module that return tensors."""
+        calls = self.inside.get(path, ())
+        return frozenset(node.name for node in calls if isinstance(node.value, Spec | tuple))
 
     def _exits(self, path: str) -> list[Node]:
         """The nodes of a module whose tensors are read outside of it."""
