@@ -176,6 +176,8 @@ class _Loop:
     def look(self) -> None:
         """Evaluate all networks before the first step."""
         val = self.job.val
+        for text in getattr(self.objective, "notes", ()):
+            self.display.note(text)
         if val is not None:
             networks = {**self.objective.teachers, "before": self.stepper.model}
             self.at.before = {name: self.measure(net, val) for name, net in networks.items()}
@@ -236,8 +238,9 @@ class _Loop:
         if self.accelerator.num_processes > 1:
             from accelerate.utils import broadcast
 
-            for buffer in self.stepper.model.buffers():
-                buffer.copy_(broadcast(buffer))
+            for network in (self.stepper.model, self.stepper.subject):
+                for buffer in network.buffers():
+                    buffer.copy_(broadcast(buffer))
 
     def close(self, loss: float) -> None:
         """Evaluate, and note the end of an epoch."""
@@ -406,7 +409,7 @@ class _Loop:
         count = 0
         with seeded(self.job.seed), replayable(self.source):
             for batch in batches(self.source, f"{self.job.where}(data)"):
-                if batch[1] is None:
+                if not isinstance(batch[1], Tensor):
                     return []
                 found.append(batch)
                 count += batch_size(batch[0])
