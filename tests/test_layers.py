@@ -46,6 +46,10 @@ PRUNING = (
     "plan paths running scoring structure selection sparsity sums repair journal sensitivity "
     "checks narrow shorten prune gradual"
 ).split()
+TRAINING = (
+    "options networks record average objective job evaluate identity checkpoint shares tracking "
+    "steps loop train distill"
+).split()
 
 
 def imports(file: Path) -> set[str]:
@@ -79,9 +83,9 @@ def test_a_stage_imports_only_stages_above_it(file) -> None:
         assert not beside
 
 
-@pytest.mark.parametrize("package", ["graph", "pruning"])
+@pytest.mark.parametrize("package", ["graph", "pruning", "training"])
 def test_files_of_a_stage_form_no_circle(package) -> None:
-    order = {"graph": GRAPH, "pruning": PRUNING}[package]
+    order = {"graph": GRAPH, "pruning": PRUNING, "training": TRAINING}[package]
     for file in (ROOT / package).rglob("*.py"):
         own = file.relative_to(ROOT / package).parts[0].removesuffix(".py")
         if own == "__init__":

@@ -10,8 +10,8 @@ import rarefy
 
 PUBLIC = """
 Budget GradualPruning GradualUnits Int8 Limit Movement Sensitivity Stages Target compress criteria
-distill errors evaluate export hold inspect load losses measure patterns prune quantize regularize
-repair rewind save sensitivity trace train
+distill errors evaluate export hold inspect load losses measure metrics patterns prune quantize
+regularize repair rewind save sensitivity trace train
 """.split()
 
 CALLABLES = [n for n in PUBLIC if not isinstance(getattr(rarefy, n), types.ModuleType)]
