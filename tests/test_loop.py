@@ -257,6 +257,14 @@ def test_what_was_not_measured_is_not_in_the_record() -> None:
     assert record.student.val is not None
 
 
+def test_training_data_that_the_metric_is_not_for(capsys) -> None:
+    data = [(x, nn.functional.one_hot(y, 10).float()) for x, y in random_batches()]
+    found = train(mlp(), data, loss=nn.functional.cross_entropy, val=VAL, epochs=1)
+    assert found.trained.student.train is None
+    assert found.trained.student.val == evaluate(found, VAL)
+    assert "no metric on the training data" in capsys.readouterr().err
+
+
 def test_the_record_goes_along(tmp_path) -> None:
     found = train(conv(), random_batches(), val=VAL, **QUICK)
     record = found.trained

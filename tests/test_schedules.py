@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rarefy.errors import InputError
-from rarefy.schedules import Constant, Cosine, Cubic, Iterative, Linear, Warmup
+from rarefy.schedules import Constant, Cosine, Cubic, Iterative, Linear, Product, Warmup
 
 SHARES = st.floats(0, 1)
 STEPS = st.integers(1, 1000)
@@ -102,3 +102,12 @@ def test_schedules_are_values() -> None:
 def test_values_out_of_range(make) -> None:
     with pytest.raises(InputError, match=r"\(.*=.*\): .*\. Write"):
         make()
+
+
+def test_a_product_of_schedules_and_numbers() -> None:
+    found = Product((2.0, Linear(0, 1, 10), Cosine(3.0, 10)))
+    assert [found(step) for step in (0, 10, 5)] == pytest.approx([0, 0, 2 * 0.5 * 1.5])
+    with pytest.raises(InputError, match="no factor"):
+        Product(())
+    with pytest.raises(InputError, match="finite"):
+        Product((math.nan, Constant(1.0)))

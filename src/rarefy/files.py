@@ -13,7 +13,7 @@ LONGEST = 200
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path, *, replace: bool = True) -> Iterator[Path]:
     """A draft next to ``path`` that takes its place at the end, or vanishes on an error.
 
     A reader finds the old file or the new one, also after a loss of power. The file has the rights
@@ -21,11 +21,13 @@ def replacing(path: Path) -> Iterator[Path]:
 
     Args:
         path: the file to write; a link stays a link, and its target is replaced.
+        replace: False for a file that must be new: of several writers one wins.
 
     Yields:
         An empty file to write to, named ``.<name>.<random>.tmp``.
 
     Raises:
+        FileExistsError: without ``replace``, there is one.
         OSError: the file cannot be written; what was at ``path`` is unchanged.
     """
     target = path.resolve()
@@ -35,12 +37,30 @@ def replacing(path: Path) -> Iterator[Path]:
         mode = draft.stat().st_mode
         yield draft
         draft.chmod(mode)
-        _sync(draft)
-        os.replace(draft, target)  # noqa: PTH105 - the name of the system call it must be
-        _sync(target.parent)
+        settle(draft, target, replace=replace)
     finally:
         with suppress(OSError):
             draft.unlink(missing_ok=True)
+
+
+def settle(draft: Path, target: Path, *, replace: bool = True) -> None:
+    """Give a complete draft its name, with everything in it on the disk first.
+
+    Args:
+        draft: a file in the folder of ``target``.
+        target: its name; without ``replace`` one that is taken is an error.
+        replace: whether it takes the place of what has that name.
+
+    Raises:
+        FileExistsError: the name is taken.
+        OSError: the file cannot be moved.
+    """
+    _sync(draft)
+    if replace:
+        os.replace(draft, target)  # noqa: PTH105 - the name of the system call it must be
+    else:
+        os.link(draft, target)
+    _sync(target.parent)
 
 
 def _sync(path: Path) -> None:

@@ -78,8 +78,9 @@ def own_accelerator(precision: str | None = None, **options: Any) -> Iterator[Ac
 
 
 def generators(*data: Data | None) -> Sequence[torch.Generator]:
-    """The generators that data loaders have of their own."""
-    loaders = [d for d in data if isinstance(d, DataLoader)]
+    """The generators that data loaders have of their own, also those that others read from."""
+    origins = [getattr(d, "origin", d) for d in data]
+    loaders = [d for d in origins if isinstance(d, DataLoader)]
     found = [g for d in loaders for g in (d.generator, getattr(d.sampler, "generator", None))]
     return [g for g in found if isinstance(g, torch.Generator)]
 

@@ -100,6 +100,6 @@ class Bar:
     def __exit__(self, *error: object) -> None:
         self.bar.stop()
 
-    def step(self) -> None:
-        """One more is done."""
-        self.bar.advance(self.task)
+    def step(self, by: int = 1) -> None:
+        """One more is done, or so many."""
+        self.bar.advance(self.task, by)

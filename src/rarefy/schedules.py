@@ -253,3 +253,29 @@ class Iterative:
         done = min((step - self.begin) // self.every + 1, self.rounds)
         left: float = (1 - self.final) ** (done / self.rounds)
         return 1 - left
+
+
+@dataclass(frozen=True)
+class Product:
+    """The product of several schedules and numbers at every step.
+
+    Args:
+        factors: schedules or numbers, at least one.
+
+    Raises:
+        InputError: there is none, or a number is not finite.
+
+    Example:
+        >>> Product((0.5, Linear(1.0, 0.0, steps=10)))(5)
+        0.25
+    """
+
+    factors: tuple[float | Schedule, ...]
+
+    def __post_init__(self) -> None:
+        if not self.factors:
+            raise InputError("Product(())", "there is no factor", "Give at least one")
+        _finite(self, **{f"factors[{i}]": f for i, f in enumerate(self.factors) if not callable(f)})
+
+    def __call__(self, step: float) -> float:
+        return math.prod(f(step) if callable(f) else f for f in self.factors)

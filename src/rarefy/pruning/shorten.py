@@ -20,7 +20,7 @@ from torch import nn
 from rarefy.errors import BudgetError, InputError
 from rarefy.graph.blocks import Block
 from rarefy.graph.trace import Network
-from rarefy.pruning.paths import matching, paths, within
+from rarefy.paths import matching, paths, within
 from rarefy.pruning.plan import Plan
 from rarefy.pruning.scoring.compensated import Response
 from rarefy.pruning.scoring.influence import importances

@@ -2,31 +2,41 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from rarefy.copies import fingerprint, own_copy
+from rarefy.batches import batches, device_of, evaluating, moved, seeded, unchanged
+from rarefy.copies import own_copy
 from rarefy.distillation.losses import KD
-from rarefy.errors import InputError, TrainingError
+from rarefy.distillation.soft_labels.read import SoftLabels
+from rarefy.errors import InputError
 from rarefy.metrics import Metric, Top1
+from rarefy.process import replayable, set_epoch
 from rarefy.training.job import AfterStep, Job, Penalty, Trackers
-from rarefy.training.loop import fit
-from rarefy.training.networks import require_finite
+from rarefy.training.loop import fit, require_usable
+from rarefy.training.networks import require_trainable
 from rarefy.training.objective import LossFunction, Objective
 from rarefy.training.options import OPTIMIZERS, TrainOptions, with_changes
-from rarefy.types import Data
+from rarefy.training.record import Trained
+from rarefy.training.stored import Joined
+from rarefy.training.teachers import Teacher, Tutor, as_teacher
+from rarefy.training.terms import bindings, heads_for, paired
+from rarefy.types import Data, Inputs
 
 
 def distill(
-    teacher: nn.Module,
+    teacher: nn.Module | Teacher | SoftLabels,
     student: nn.Module,
     data: Data,
     *,
     loss: LossFunction | None = None,
     label_weight: float = 0.1,
+    label_loss: LossFunction | None = None,
     options: TrainOptions | None = None,
     val: Data | None = None,
     seed: int = 0,
@@ -45,18 +55,35 @@ def distill(
     The objective is ``(1 - label_weight) * loss(student, teacher) + label_weight * cross entropy``
     on labelled batches and ``loss(student, teacher)`` on unlabelled ones. Both networks see the
     same inputs, so that augmentation in ``data`` is safe. The teacher works in eval mode without
-    gradients. Where the inputs are a mapping with an ``attention_mask`` of the shape of a
-    sequence's logits ``(B, L, C)`` without the classes, padding counts for nothing.
+    gradients, and it is an error if its weights or buffers change meanwhile. The same call heals a
+    pruned network (with the original as the teacher; ``after_step=rf.hold(student)`` keeps zeros)
+    and trains a quantized one, whose gradients pass its rounding straight through.
 
-    Labels of sequences must stand at the position of their prediction: nothing is shifted.
+    The loss may have terms of features, which name modules: ``KD() + 10 * FitNet().at("layer2",
+    teacher="layer4")``. What such a term learns along, a projector between unequal shapes for
+    example, is trained by the student's optimizer and is gone from the result. The path ``"*"``
+    leaves the pairing to :func:`~rarefy.distillation.pairing.pairs`. Weights and temperatures may
+    be schedules over the steps.
+
+    Where the inputs are a mapping with an ``attention_mask`` (B, L), padding counts for nothing in
+    logits and features (B, L, C). Labels of sequences must stand at the position of their
+    prediction: nothing is shifted. Dense outputs (B, C, H, W) take losses that name the classes,
+    ``KD(dim=1)``; image-to-image networks take ``loss=MSE(), label_loss=nn.functional.l1_loss``.
+
+    Before the first step the whole objective is computed on the first batch, which is read once
+    more for that, so that what does not fit is known at once.
 
     Args:
-        teacher: the network to learn from; it is not changed.
+        teacher: the network to learn from, which is not changed; or ``rf.Ensemble([...])`` for
+            several, ``rf.Earlier()`` for the student itself as it was, ``rf.Peer(network)`` for one
+            that learns along, ``rf.SoftLabels(path)`` for stored answers, where no teacher runs.
         student: the network to train; it is not changed.
         data: batches, labelled or not, see :mod:`rarefy.batches`; read once per epoch.
         loss: ``loss(student_logits, teacher_logits)`` to a scalar, with ``mask=`` where there is
             one; None for ``KD(temperature=4)``.
-        label_weight: share of the cross entropy on the true labels, 0 to 1.
+        label_weight: share of the loss on the true labels, 0 to 1.
+        label_loss: ``loss(student_logits, labels)`` to a scalar, for labels of any kind; None for
+            :class:`~rarefy.losses.CrossEntropy`.
         options: how to train; None for the defaults of :class:`TrainOptions`.
         val: labelled batches; the metric of teacher and student on them is shown before the
             first step, that of the student after every epoch.
@@ -72,11 +99,12 @@ def distill(
         **changes: single fields of ``options``.
 
     Returns:
-        The trained student, in eval mode.
+        The trained student, in eval mode; its ``trained`` says what was done, as for
+        :func:`train`, and holds the peer where there is one.
 
     Raises:
-        InputError: the student has nothing to train, a network holds NaN, the two have other
-            numbers of classes, or an option is out of range.
+        InputError: the student has nothing to train, a network holds NaN or answers with NaN, the
+            two have other numbers of classes, a path is no module's, or an option is out of range.
         DataError: the data are empty, or cannot be read a second time.
         TrainingError: the loss or a weight is no longer finite, or the teacher changed.
 
@@ -84,19 +112,11 @@ def distill(
         >>> student = distill(nn.Linear(4, 2), nn.Linear(4, 2), [torch.zeros(8, 4)],
         ...                   epochs=1, progress=False)
     """
-    if not 0 <= label_weight <= 1:
-        raise InputError(
-            f"distill(label_weight={label_weight!r})", "it is a share, 0 to 1", "Write 0.1"
-        )
-    if getattr(loss, "against", "teacher") != "teacher":
-        raise InputError(
-            f"distill(loss={loss!r})",
-            "it compares with labels, not with a teacher",
-            "Give KD() or MSE(); label_weight is the share of the labels",
-        )
+    _require_sensible(loss, label_weight)
     chosen = with_changes("distill", options, changes)
     if chosen.lr is None:
         chosen = replace(chosen, lr=OPTIMIZERS[chosen.optimizer].gentle)
+    require_trainable(student, "distill")
     job = Job(
         "distill",
         chosen,
@@ -111,15 +131,94 @@ def distill(
         resume,
         trackers,
     )
-    require_finite(teacher, "distill(teacher)", InputError, "Check the checkpoint")
-    own = own_copy(teacher, "distill(teacher)")
-    objective = Objective("distill", own_copy(student, "distill"), loss or KD(), own, label_weight)
-    before = fingerprint(own)
-    result = fit(objective, data, job)
-    if fingerprint(own) != before:
-        raise TrainingError(
-            "distill(teacher)",
-            "the teacher's weights or buffers changed while it only answered",
-            "Take out of its forward what writes to them, such as statistics kept in eval mode",
+    require_usable(data, job)
+    own = own_copy(student, "distill")
+    with seeded(seed), replayable(data):
+        tutor, taught = _begin(teacher, own, data)
+        first, taught = _first(taught)
+        objective = _objective(own, tutor, first, loss or KD(), label_weight, label_loss)
+    return _ended(fit(objective, taught, job), tutor)
+
+
+def _require_sensible(loss: Any, label_weight: float) -> None:
+    if not 0 <= label_weight <= 1:
+        raise InputError(
+            f"distill(label_weight={label_weight!r})", "it is a share, 0 to 1", "Write 0.1"
         )
-    return result
+    if getattr(loss, "against", "teacher") == "labels":
+        raise InputError(
+            f"distill(loss={loss!r})",
+            "it compares with labels, not with a teacher",
+            "Give KD() or MSE(); label_weight is the share of the labels",
+        )
+
+
+def _ended(student: nn.Module, tutor: Tutor | None) -> nn.Module:
+    """The student, whose record holds a network that was trained along."""
+    if tutor is not None:
+        tutor.finish("distill(teacher)")
+    if tutor is not None and tutor.learns:
+        record: Trained = student.trained  # type: ignore[assignment]
+        peer = tutor.network.to(device_of(student))
+        student.trained = replace(record, peer=peer)  # type: ignore[assignment]
+    return student
+
+
+def _begin(teacher: Any, student: nn.Module, data: Data) -> tuple[Tutor | None, Data]:
+    """The teacher at work, or none and the data with what it said of them."""
+    if isinstance(teacher, SoftLabels):
+        return None, Joined(teacher, data)
+    where = "distill(teacher)"
+    return as_teacher(teacher, where).start(student, where), data
+
+
+def _first(data: Data) -> tuple[tuple[Inputs, Any], Data]:
+    """The first batch, and the data that still begin with it."""
+    first = next(batches(data, "distill(data)"))
+    if isinstance(data, Iterator):
+        return first, itertools.chain([first], data)
+    set_epoch(data, 0)
+    return first, data
+
+
+def _objective(
+    student: nn.Module,
+    tutor: Tutor | None,
+    first: tuple[Inputs, Any],
+    loss: LossFunction,
+    label_weight: float,
+    label_loss: LossFunction | None,
+) -> Objective:
+    """The objective, tried on the first batch."""
+    device = device_of(student)
+    inputs, labels = moved(first[0], device), first[1]
+    notes, heads = tuple[str, ...](), nn.ModuleDict()
+    if tutor is not None:
+        tutor = tutor.to(device)
+        _require_numbers(tutor, inputs)
+        loss, found = paired(loss, student, tutor.network, inputs)
+        notes = tuple(f"features: {pair}" for pair in found)
+        heads = heads_for(loss, student, tutor.network, inputs)
+    elif bindings(loss):
+        raise InputError(
+            "distill(loss)",
+            "it compares features, and a store holds outputs alone",
+            "Give the teacher itself, or a loss of outputs",
+        )
+    objective = Objective("distill", student, loss, tutor, label_weight, label_loss)
+    objective.heads, objective.notes = heads, notes
+    with evaluating(objective), unchanged(student):
+        objective(inputs, labels)
+    return objective
+
+
+def _require_numbers(tutor: Tutor, inputs: Inputs) -> None:
+    with evaluating(tutor):
+        answers = tutor(inputs)
+    if answers.isnan().any():
+        raise InputError(
+            "distill(teacher)",
+            f"{int(answers.isnan().sum())} of the {answers.numel()} numbers that the {tutor.name} "
+            "gives for the first batch are NaN",
+            "Check the teacher, its precision and the inputs",
+        )

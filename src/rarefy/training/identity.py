@@ -13,7 +13,8 @@ from torch import nn
 from rarefy.batches import tensors
 from rarefy.copies import fingerprint
 from rarefy.training.job import Job
-from rarefy.training.objective import Aside, Objective
+from rarefy.training.objective import Objective
+from rarefy.training.teachers import Aside
 
 
 def identity_of(objective: Objective, length: int, job: Job, processes: int) -> dict[str, str]:
@@ -27,6 +28,7 @@ def identity_of(objective: Objective, length: int, job: Job, processes: int) -> 
         **{name: fingerprint(network)[:16] for name, network in networks.items()},
         "loss": described(objective.loss),
         "label_weight": str(objective.label_weight),
+        "label_loss": described(objective.label_loss),
         "metric": described(job.metric),
         "after_step": described(job.after_step),
         "regularizer": described(job.regularizer),

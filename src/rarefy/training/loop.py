@@ -38,6 +38,7 @@ from rarefy.training.objective import Objective
 from rarefy.training.record import Epoch, Fit, Trained
 from rarefy.training.shares import local_share
 from rarefy.training.steps import DIVERGED, Example, Stepper, restore, state_of
+from rarefy.training.stored import labels_of
 from rarefy.types import Data
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ def fit(objective: Objective, data: Data, job: Job) -> nn.Module:
     """Train the network of an objective in place, and return it where it was, in eval mode."""
     network, device = objective.network, device_of(objective.network)
     require_trainable(network, job.where)
-    _require_usable(data, job)
+    require_usable(data, job)
     with (
         torch.inference_mode(False),
         torch.enable_grad(),
@@ -76,7 +77,7 @@ def fit(objective: Objective, data: Data, job: Job) -> nn.Module:
     return network.to(device).eval()
 
 
-def _require_usable(data: Data, job: Job) -> None:
+def require_usable(data: Data, job: Job) -> None:
     """Arguments fit together, before anything is trained."""
     options = job.options
     if options.patience is not None or options.keep == "best":
@@ -161,6 +162,8 @@ class _Loop:
 
     def run(self) -> None:
         """All epochs; the network is trained in place."""
+        for text in self.objective.notes:
+            self.display.note(text)
         if not self.resumed():
             self.look()
         alone = self.checkpoints is not None and self.accelerator.num_processes == 1
@@ -176,8 +179,6 @@ class _Loop:
     def look(self) -> None:
         """Evaluate all networks before the first step."""
         val = self.job.val
-        for text in getattr(self.objective, "notes", ()):
-            self.display.note(text)
         if val is not None:
             networks = {**self.objective.teachers, "before": self.stepper.model}
             self.at.before = {name: self.measure(net, val) for name, net in networks.items()}
@@ -396,12 +397,23 @@ class _Loop:
         sample = [] if isinstance(self.source, Iterator) else self.sample()
         networks = {"": self.stepper.model, **self.objective.teachers}
         vals = {"": score, **self.at.before}
+        if self.objective.tutor is not None and self.objective.tutor.changes:
+            assert self.job.val is not None
+            teachers = self.objective.teachers.items()
+            vals |= {name: self.measure(net, self.job.val) for name, net in teachers}
         found = {
-            name: Fit(self.measure(net, sample) if sample else None, vals[name])
-            for name, net in networks.items()
+            name: Fit(self.on_sample(net, sample), vals[name]) for name, net in networks.items()
         }
         count = sum(batch_size(inputs) for inputs, _ in sample)
         return found.pop(""), found, count
+
+    def on_sample(self, network: nn.Module, sample: list[Example]) -> float | None:
+        """The metric on training examples; None where it does not apply to them."""
+        try:
+            return self.measure(network, sample) if sample else None
+        except InputError as error:  # what was trained is not lost for that
+            self.display.once(f"no metric on the training data: {error.what}")
+            return None
 
     def sample(self) -> list[Example]:
         """The first training batches, where they are labelled."""
@@ -409,9 +421,10 @@ class _Loop:
         count = 0
         with seeded(self.job.seed), replayable(self.source):
             for batch in batches(self.source, f"{self.job.where}(data)"):
-                if not isinstance(batch[1], Tensor):
+                inputs, labels = batch[0], labels_of(batch[1])
+                if labels is None:
                     return []
-                found.append(batch)
+                found.append((inputs, labels))
                 count += batch_size(batch[0])
                 if count >= SAMPLE:
                     break

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeAlias
 
-import torch
 from torch import Tensor, nn
 
-from rarefy.batches import call, logits
-from rarefy.distillation.losses import CrossEntropy
+from rarefy.batches import call, logits, map_tensors
+from rarefy.distillation.losses import CrossEntropy, Loss
+from rarefy.distillation.taps import Taps, taps
 from rarefy.metrics import tensor_of_labels
+from rarefy.training.stored import Answered
+from rarefy.training.teachers import Aside, Tutor
+from rarefy.training.terms import Batch, bindings, of_features, of_outputs, paths_of
 from rarefy.types import Inputs
 
 LossFunction: TypeAlias = Callable[..., Tensor]
@@ -21,18 +25,24 @@ LossFunction: TypeAlias = Callable[..., Tensor]
 class Objective(nn.Module):
     """A batch to the loss. What Accelerate wraps and patches is this, never the user's network.
 
-    All that is trained is a submodule: the network, and the heads of losses, which are dropped
-    after training. The loss is computed in ``forward``, so that a wrapper which averages gradients
-    over processes sees every use of every parameter. What only answers, a teacher or a loss that is
-    a module, is no submodule: ``train()``, optimizers, wrappers and checkpoints do not see it. It
-    stays in eval mode without gradients, and moves along.
+    All that is trained is a submodule: the network, the heads of losses, which are dropped after
+    training, and a teacher that learns along. The loss is computed in ``forward``, so that a
+    wrapper which averages gradients over processes sees every use of every parameter. What only
+    answers, a frozen teacher or a loss that is a module, is no submodule but beside them, see
+    :class:`~rarefy.training.teachers.Aside`.
 
     Args:
         where: the call that errors name.
         network: what is trained, in place.
-        loss: ``loss(logits, labels)``, or ``loss(student_logits, teacher_logits)``.
-        teacher: a network of our own whose answers are learned; None to learn from labels.
-        label_weight: with a teacher, the share of the cross entropy.
+        loss: ``loss(logits, labels)``, or ``loss(student_logits, teacher_logits)``, perhaps with
+            terms of features.
+        tutor: a teacher at work; None to learn from labels, or from answers that come with them.
+        label_weight: the share of ``label_loss`` where a teacher answers.
+        label_loss: ``loss(logits, labels)``.
+
+    Attributes:
+        heads: what terms of features train along, by the number of the term.
+        notes: what to tell the user before the first step.
     """
 
     def __init__(
@@ -40,68 +50,94 @@ class Objective(nn.Module):
         where: str,
         network: nn.Module,
         loss: LossFunction,
-        teacher: nn.Module | None = None,
+        tutor: Tutor | None = None,
         label_weight: float = 0.0,
+        label_loss: LossFunction | None = None,
     ) -> None:
         super().__init__()
-        self.where, self.network, self.heads = where, network, nn.ModuleDict()
-        # A copy, for it is moved and the caller's stays where it is.
-        self.loss = Aside(copy.deepcopy(loss)) if isinstance(loss, nn.Module) else loss
-        self.teacher = None if teacher is None else Aside(teacher)
-        self.label_weight, self.label_loss = label_weight, CrossEntropy()
+        self.where, self.network, self.tutor = where, network, tutor
+        self.loss, self.label_weight = _own(loss), label_weight
+        self.label_loss = _own(label_loss or CrossEntropy())
+        self.heads, self.notes = nn.ModuleDict(), tuple[str, ...]()
+        places = bindings(loss)
+        self.ours = tuple(path for place in places for path in paths_of(place.student))
+        self.theirs = tuple(path for place in places for path in paths_of(place.teacher))
 
-    def forward(self, inputs: Inputs, labels: Tensor | None, step: int = 0) -> Tensor:
+    def forward(self, inputs: Inputs, labels: Any, step: int = 0) -> Tensor:
         """The loss of a batch at a step of the optimizer, a scalar."""
-        if self.teacher is None:
+        loss = at_step(self.loss, step)
+        if self.tutor is None and not isinstance(labels, Answered):
             student = logits(call(self.network, inputs))
-            return self.loss(student, self.labels(labels, student.device))
-        with torch.no_grad():
-            answers = logits(call(self.teacher, inputs))
-        student = logits(call(self.network, inputs))
-        options = _mask(inputs, student)
-        value = self.loss(student, answers, **options)
-        if labels is None or not self.label_weight:
+            value: Tensor = loss(student, self._labels(loss, labels, student))
             return value
-        hard = self.label_loss(student, self.labels(labels, student.device), **options)
+        batch, ours, theirs = self._run(inputs, labels)
+        value = of_outputs(loss, batch)
+        if ours is not None and theirs is not None:
+            value = value + of_features(loss, self.heads, ours, theirs, batch.padding)
+        label_loss = at_step(self.label_loss, step)
+        total = self._mixed(value, label_loss, batch)
+        if self.tutor is not None and self.tutor.learns:
+            batch = batch.swapped()
+            total = total + self._mixed(of_outputs(loss, batch), label_loss, batch)
+        return total
+
+    def _run(self, inputs: Inputs, labels: Any) -> tuple[Batch, Taps | None, Taps | None]:
+        """Both networks on a batch, and the features that the loss compares."""
+        stored = labels if isinstance(labels, Answered) else None
+        if stored is not None:
+            answers, labels, theirs = stored.answers, stored.labels, None
+        else:
+            assert self.tutor is not None
+            with self._tapped(self.tutor.network, self.theirs) as theirs:
+                answers = self.tutor(inputs)
+        with self._tapped(self.network, self.ours) as ours:
+            student = logits(call(self.network, inputs))
+        needed = getattr(self.loss, "needs_labels", False)
+        if needed or (labels is not None and self.label_weight):
+            labels = self._labels(self.label_loss, labels, student)
+        padding = inputs.get("attention_mask") if isinstance(inputs, Mapping) else None
+        padding = padding if isinstance(padding, Tensor) else None
+        answers = answers.to(student.device, non_blocking=True)
+        return Batch(student, answers, _mask(padding, student), labels, padding), ours, theirs
+
+    def _mixed(self, value: Tensor, label_loss: LossFunction, batch: Batch) -> Tensor:
+        """The loss against a teacher, and that against the labels where there are some."""
+        if batch.labels is None or not self.label_weight:
+            return value
+        hard = label_loss(batch.student, batch.labels, **batch.options)
         return (1 - self.label_weight) * value + self.label_weight * hard
+
+    def _tapped(self, network: nn.Module, paths: tuple[str, ...]) -> AbstractContextManager[Any]:
+        return taps(network, paths, where=f"{self.where}(loss)") if paths else nullcontext()
+
+    def _labels(self, loss: LossFunction, labels: Any, student: Tensor) -> Any:
+        """The labels on the device of the outputs, or an error where there are none."""
+        if isinstance(loss, Loss) or labels is None:
+            labels = tensor_of_labels(self.where, labels)
+        return map_tensors(lambda t: t.to(student.device, non_blocking=True), labels)
+
+    def after_step(self) -> None:
+        """What follows the network does so, after a step of the optimizer."""
+        if self.tutor is not None:
+            self.tutor.after_step(self.network)
 
     @property
     def teachers(self) -> Mapping[str, nn.Module]:
         """Name to network of those that it learns from."""
-        return {} if self.teacher is None else {"teacher": self.teacher.module}
-
-    def labels(self, labels: Tensor | None, device: torch.device) -> Tensor:
-        """The labels on a device, or an error where there are none."""
-        return tensor_of_labels(self.where, labels).to(device, non_blocking=True)
+        return {} if self.tutor is None else {self.tutor.name: self.tutor.network}
 
 
-class Aside(nn.Module):
-    """A module that is called and moved, and otherwise hidden from what holds it.
-
-    It is in eval mode and its parameters are not trained, though gradients pass through it.
-    """
-
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self._held = (module.eval().requires_grad_(False),)
-
-    @property
-    def module(self) -> nn.Module:
-        """What is held."""
-        return self._held[0]
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """What the module makes of it."""
-        return self.module(*args, **kwargs)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Aside:
-        """Moves go through this method of PyTorch, whatever their names."""
-        self.module._apply(fn, recurse)
-        return super()._apply(fn, recurse)
+def at_step(loss: LossFunction, step: int) -> LossFunction:
+    """A loss whose schedules are the numbers of a step."""
+    return loss.at_step(step) if isinstance(loss, Loss) else loss
 
 
-def _mask(inputs: Inputs, answers: Tensor) -> dict[str, Tensor]:
-    """``{"mask": ...}`` where the inputs say which positions of a sequence are padding."""
-    found = inputs.get("attention_mask") if isinstance(inputs, Mapping) else None
-    fits = isinstance(found, Tensor) and answers.ndim == 3 and found.shape == answers.shape[:2]
-    return {"mask": found} if fits and found is not None else {}
+def _own(loss: LossFunction) -> LossFunction:
+    """A copy of a loss that is a module, for it is moved and the caller's stays where it is."""
+    return Aside(copy.deepcopy(loss)) if isinstance(loss, nn.Module) else loss
+
+
+def _mask(padding: Tensor | None, answers: Tensor) -> dict[str, Tensor]:
+    """``{"mask": ...}`` where padding says which positions of the answers count."""
+    fits = padding is not None and answers.ndim == 3 and padding.shape == answers.shape[:2]
+    return {"mask": padding} if fits and padding is not None else {}

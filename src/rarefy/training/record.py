@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+from torch import nn
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,7 @@ class Trained:
         teachers: those of the teachers, by name.
         sampled: number of training examples that the train metrics were computed on.
         resumed: steps that were done when it was last resumed; None where it never was.
+        peer: the network that was trained along, where there is one.
     """
 
     metric: str
@@ -75,6 +78,7 @@ class Trained:
     teachers: Mapping[str, Fit]
     sampled: int
     resumed: int | None
+    peer: nn.Module | None = field(default=None, repr=False, compare=False)
 
     @property
     def last(self) -> int:

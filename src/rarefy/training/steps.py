@@ -19,6 +19,7 @@ from rarefy.training.job import Job
 from rarefy.training.networks import fill, has_batch_norm, tensors_of
 from rarefy.training.objective import Objective
 from rarefy.training.options import optimizer_of, schedule_of
+from rarefy.training.stored import labels_of
 from rarefy.types import Inputs
 
 if TYPE_CHECKING:
@@ -129,6 +130,7 @@ class Stepper:
         if self.job.after_step is not None:
             with torch.no_grad():
                 self.job.after_step(self.model)
+        self.objective.after_step()
         if self.average is not None:
             self.average.update(self.steps)
 
@@ -186,6 +188,7 @@ class Stepper:
 
 def counted(inputs: Inputs, labels: Tensor | None) -> int:
     """What a batch's loss is a mean over: its labelled positions, or its examples."""
+    labels = labels_of(labels)
     if isinstance(labels, Tensor) and not labels.is_floating_point():
         return int((labels != IGNORE).sum())
     return batch_size(inputs)

@@ -11,7 +11,7 @@ from torch import nn
 from rarefy.errors import InputError
 from rarefy.graph.groups import Group
 from rarefy.graph.trace import Network
-from rarefy.pruning.paths import matches, matching, paths, within
+from rarefy.paths import matches, matching, paths, within
 from rarefy.types import Budget, Limit
 
 

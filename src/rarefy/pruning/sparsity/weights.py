@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from rarefy.errors import InputError
 from rarefy.graph.program import Graph, Ref
-from rarefy.pruning.paths import matching, paths, within
+from rarefy.paths import matching, paths, within
 from rarefy.pruning.running.lockstep import OPERANDS, TRANSPOSED, operand
 from rarefy.pruning.sparsity.patterns import (
     NM,

@@ -45,13 +45,21 @@ def matching(pattern: str, among: Iterable[str], where: str) -> frozenset[str]:
     known = frozenset(among)
     found = matches(pattern, known)
     if not found:
-        near = difflib.get_close_matches(pattern, sorted(known), 3)
         raise InputError(
-            where,
-            f"no module or parameter has the path {pattern!r}",
-            f"Did you mean {' or '.join(near)}" if near else "See model.named_modules()",
+            where, f"no module or parameter has the path {pattern!r}", remedy(pattern, known)
         )
     return found
+
+
+def remedy(pattern: str, known: Iterable[str]) -> str:
+    """What may have been meant by a name that nothing has.
+
+    Example:
+        >>> remedy("layer1", {"layers.1", "head"})
+        'Did you mean layers.1'
+    """
+    near = difflib.get_close_matches(pattern, sorted(known), 3)
+    return f"Did you mean {' or '.join(near)}" if near else "See model.named_modules()"
 
 
 def within(path: str, modules: Iterable[str]) -> bool:
