@@ -51,6 +51,10 @@ PRUNING = (
     "plan running scoring structure selection sparsity sums repair journal sensitivity "
     "checks narrow shorten prune gradual"
 ).split()
+TRAINING = (
+    "options networks record average stored teachers terms objective job evaluate identity "
+    "checkpoint shares tracking steps loop train distill"
+).split()
 
 SOFT_LABELS = "seeds records shards manifest views source answers verify read write".split()
 ORDERS = {
@@ -58,6 +62,7 @@ ORDERS = {
     "pruning": PRUNING,
     "distillation.losses": LOSSES,
     "distillation.soft_labels": SOFT_LABELS,
+    "training": TRAINING,
 }
 
 
