@@ -43,8 +43,8 @@ GRAPH = (
     "convert capture resting count blocks stubs trace layer"
 ).split()
 PRUNING = (
-    "plan paths running scoring structure selection sparsity sums repair journal sensitivity "
-    "checks narrow shorten prune gradual"
+    "plan paths running scoring structure selection sparsity sums repairing repair journal "
+    "sensitivity checks narrow shorten prune gradual"
 ).split()
 
 
