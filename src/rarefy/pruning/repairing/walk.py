@@ -216,6 +216,9 @@ class _Layer:
         (held.T if self._transposed else held).copy_(solved.values.reshape(shape))
         if bias is not None:
             bias.copy_(solved.bias.flatten())
+        if self.quantizer is not None:
+            for _, two, _ in runs:
+                two.renew(self.quantizer)
         if weights.mean is Mean.NORM:
             self.walk.solved(self.pair, means.mean)
 

@@ -60,6 +60,13 @@ class Run:
             del self.values[name]
         self._dead = ()
 
+    def renew(self, node: Node) -> None:
+        """Compute what a call gives of tensors of the network alone once more: they changed."""
+        if node.name in self.values:
+            nodes, model = self._model.graph.by_name, self._model
+            values = {name: model.tensor(nodes[name].path) for name in node.inputs}
+            self.values[node.name] = self._value(node, values)
+
     def rest(self, changed: Mapping[str, Tensor], shifts: Mapping[str, Tensor]) -> list[Tensor]:
         """What the network would return with other tensors; the run itself stays where it is.
 
@@ -135,7 +142,9 @@ def weight_of(graph: Graph, node: Node) -> tuple[Node, Node | None]:
     """The tensor that a layer's weight is, and the fake quantizer that alone reads it, if any."""
     given = graph.by_name[operand(node, 1).name]
     if given.kind.startswith("fake_quantize") and len(graph.users[given.name]) == 1:
-        return graph.by_name[given.inputs[0]], given
+        sources = [graph.by_name[name] for name in given.inputs]
+        if all(source.op == "tensor" for source in sources):
+            return sources[0], given
     return given, None
 
 
