@@ -143,7 +143,7 @@ def _healed(original: nn.Module, pruned: nn.Module, inputs: Inputs, shown: Input
         {id(tensor) for path, tensor in own.items() if path in sparse},
         {id(tensor) for tensor in (*own.values(), *healed.buffers())},
     )
-    held_out = _held_out(size).split([batch_size(part) for part in divided])
+    held_out = torch.split(_held_out(size), [batch_size(part) for part in divided])
     runs = walk.run(divided, held_out)
     before, after = _distances(runs, plain, divided)
     errors, skipped = walk.errors, walk.skipped

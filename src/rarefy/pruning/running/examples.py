@@ -1,4 +1,4 @@
-"""Examples that layers are solved and outputs compared on, as one batch."""
+"""Examples that layers are solved and outputs compared on, as one batch or in parts."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from math import prod
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from rarefy.batches import batch_size, batches, call, map_tensors, take, tensors
+from rarefy.batches import batch_size, batches, map_tensors, take
 from rarefy.errors import DataError
 from rarefy.graph.program import Graph, GraphModel, Spec, last_use
 from rarefy.types import Data, Inputs
@@ -108,15 +108,6 @@ def live(graph: Graph, at: Collection[str] | None = None) -> tuple[int, int]:
             peak = max(peak, held)
         held -= sum(sizes.get(name, 0) for name in done[node.name])
     return peak, batch
-
-
-def outputs(model: nn.Module, inputs: Inputs) -> list[Tensor]:
-    """Floating-point tensors that a network returns."""
-    found = call(model, map_tensors(torch.clone, inputs))
-    leaves = pytree.tree_leaves(found)
-    if not any(isinstance(leaf, Tensor) for leaf in leaves):
-        leaves = tensors(found)
-    return [t for t in leaves if isinstance(t, Tensor) and t.is_floating_point()]
 
 
 def distance(found: Iterable[Sequence[Tensor]], expected: Iterable[Sequence[Tensor]]) -> float:
