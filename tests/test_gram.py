@@ -9,7 +9,7 @@ from torch import nn
 from rarefy.graph.capture import capture, graph_model
 from rarefy.pruning.running.lockstep import OPERANDS, TRANSPOSED, Run, operand
 from rarefy.pruning.sparsity import gram
-from rarefy.pruning.sparsity.gram import Gram, rows
+from rarefy.pruning.sparsity.gram import Gram, add_rows, rows
 
 CASES = {
     "linear": (nn.Linear(5, 3), (7, 5)),
@@ -81,3 +81,36 @@ def test_sums_tell_the_error_of_the_rows() -> None:
     centered, x0, y0 = sums.centered(), x - x.mean(1, keepdim=True), y - y.mean(1, keepdim=True)
     torch.testing.assert_close(centered.xx, x0.transpose(1, 2) @ x0)
     torch.testing.assert_close(centered.xy, x0.transpose(1, 2) @ y0)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_sums_of_parts_are_the_sums_of_all_and_nothing_is_lost(name) -> None:
+    layer, shape = CASES[name]
+    layer = layer.double()
+    examples = 6
+    x = torch.randn(examples, *shape[1:], dtype=torch.float64)
+    model = graph_model(layer, capture(layer, x))
+    node = next(n for n in model.graph.calls if n.kind in OPERANDS)
+    run = Run(model, x)
+    with torch.no_grad():
+        run.through(node)
+    given, y = run.values[operand(node, 0).name], run.values[node.name]
+    weight = layer.weight.detach()
+    matrix = weight.T if node.kind in TRANSPOSED else weight
+    groups = node.argument("groups") if node.kind.startswith("conv") else 1
+    sizes = (groups, matrix[0].numel(), len(matrix) // groups)
+    held = torch.tensor([False, True, False, False, True, False])
+    found = []
+    for step in (1, 2, examples):
+        sums = Gram.empty(*sizes), Gram.empty(*sizes)
+        each = len(given) // examples
+        for i in range(0, examples, step):
+            pair = given[i * each : (i + step) * each], y[i * each : (i + step) * each]
+            add_rows(sums, node, pair, weight, held[i : i + step], 1.0, torch.Generator())
+        found.append(sums)
+    for sums in found[1:]:
+        for one, other in zip(found[0], sums, strict=True):
+            assert one.count == other.count
+            for field in ("xx", "xy", "yy", "x", "y"):
+                torch.testing.assert_close(getattr(one, field), getattr(other, field))
+    assert found[0][0].count == 2 * found[0][1].count

@@ -1,8 +1,8 @@
-"""Least squares against NumPy, patches against the convolution itself."""
+"""Healing of whole networks: nearer to the original, never farther, and what is left alone."""
 
 import copy
+import functools
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -10,74 +10,13 @@ from torch import nn
 import rarefy as rf
 from rarefy.batches import evaluating
 from rarefy.errors import DataError, InputError
-from rarefy.graph.capture import capture
 from rarefy.pruning import repair as module
-from rarefy.pruning.repair import _draw, _patches, _System, repair
-from rarefy.pruning.running.lockstep import unseen
+from rarefy.pruning.repair import repair
+from rarefy.pruning.repairing import walk
+from rarefy.pruning.running import examples
 
 torch.set_num_threads(1)
 HALF = rf.Budget(sparsity=0.5, scope="local")
-
-CONVOLUTIONS = {
-    "plain": nn.Conv2d(4, 6, 3),
-    "padded": nn.Conv2d(4, 6, 3, padding=(1, 2)),
-    "strided": nn.Conv2d(4, 6, (3, 2), stride=(2, 1), padding=1),
-    "dilated": nn.Conv2d(4, 6, 3, dilation=2, padding=2),
-    "same": nn.Conv2d(4, 6, 3, padding="same", dilation=2),
-    "valid": nn.Conv2d(4, 6, 3, padding="valid"),
-    "grouped": nn.Conv2d(4, 6, 3, groups=2, padding=1),
-    "depthwise": nn.Conv2d(4, 8, 3, groups=4, padding=1, stride=2),
-    "1d": nn.Conv1d(4, 6, 5, stride=2, padding=1),
-    "3d": nn.Conv3d(4, 6, (1, 3, 2), padding=(0, 1, 0)),
-}
-
-
-def inputs(layer: nn.Module, batch: int = 3) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(0)
-    return torch.randn(batch, 4, *[8, 7, 6][: layer.weight.ndim - 2], generator=generator)
-
-
-@pytest.mark.parametrize("name", CONVOLUTIONS)
-def test_patches_times_weights_are_the_convolution(name) -> None:
-    layer = CONVOLUTIONS[name]
-    x = inputs(layer)
-    target = layer(x).detach()
-    node = next(n for n in capture(layer, x).graph.calls if "conv" in n.op)
-    every = torch.arange(target.numel() // target.shape[1])
-    patches, y = _patches(node, x, target, layer.weight, every)
-    groups = layer.groups
-    w = layer.weight.detach().reshape(groups, layer.weight.shape[0] // groups, -1)
-    rows = patches.reshape(len(patches), groups, -1)
-    found = torch.einsum("rgk,gok->rgo", rows, w).reshape(len(rows), -1) + layer.bias.detach()
-    torch.testing.assert_close(found, y, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("bias", [True, False])
-def test_the_solution_is_that_of_numpy(bias, monkeypatch) -> None:
-    monkeypatch.setattr(module, "RIDGE", 0.0)
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(1, 200, 5, generator=generator, dtype=torch.float64) + 1
-    y = torch.randn(1, 200, 3, generator=generator, dtype=torch.float64)
-    weight, shift = torch.zeros(3, 5, dtype=torch.float64), torch.zeros(3, dtype=torch.float64)
-    solved = _System(x, y, 40).solve(weight, shift if bias else None)
-    used_x, used_y = x[0, 40:].numpy(), y[0, 40:].numpy()
-    ones = np.ones((160, 1))
-    expected = np.linalg.lstsq(np.hstack([used_x, ones]), used_y, rcond=None)[0]
-    np.testing.assert_allclose(solved.weight.numpy(), expected[:-1].T, rtol=1e-8)
-    if bias:
-        np.testing.assert_allclose(solved.bias.numpy(), expected[-1], rtol=1e-8)
-    assert solved.errors[0] > 0
-
-
-def test_groups_are_solved_one_by_one(monkeypatch) -> None:
-    monkeypatch.setattr(module, "RIDGE", 0.0)
-    generator = torch.Generator().manual_seed(1)
-    x = torch.randn(2, 100, 3, generator=generator, dtype=torch.float64)
-    y = torch.randn(2, 100, 4, generator=generator, dtype=torch.float64)
-    whole = _System(x, y, 20).solve(torch.zeros(8, 3, dtype=torch.float64), None)
-    for g in range(2):
-        part = _System(x[g : g + 1], y[g : g + 1], 20).solve(torch.zeros(4, 3).double(), None)
-        torch.testing.assert_close(whole.weight[4 * g : 4 * g + 4], part.weight)
 
 
 class Net(nn.Module):
@@ -231,41 +170,6 @@ def test_activations_that_are_not_finite_are_named_by_their_layer() -> None:
             repair(*pair, [x])
 
 
-@pytest.mark.parametrize(
-    ("lead", "rows"),
-    [
-        ((4,), [1]),
-        ((4, 3), [3, 4, 5]),  # positions within an example
-        ((8, 2), [4, 5, 6, 7]),  # two windows of an example, one after the other
-        ((3, 4), [1, 5, 9]),  # positions first
-        ((2,), []),  # fewer entries than examples
-    ],
-)
-def test_rows_are_held_out_by_example(lead, rows) -> None:
-    aside = unseen(lead, torch.tensor([False, True, False, False]))
-    assert aside.nonzero().flatten().tolist() == rows
-    drawn, held = _draw(aside, 1)
-    assert drawn[:held].tolist() == rows
-    assert sorted(drawn.tolist()) == list(range(len(aside)))
-
-
-def test_no_solve_sees_the_held_out_examples(monkeypatch) -> None:
-    net, x = settled()
-    small = rf.prune(net, x, HALF)
-    monkeypatch.setattr(module, "_held_out", lambda n: torch.arange(n) < 16)
-    drawn = module._draw
-    seen = []
-
-    def recorded(unseen: torch.Tensor, unknowns: int) -> tuple[torch.Tensor, int]:
-        rows, held = drawn(unseen, unknowns)
-        seen.append(int((rows[held:] * 64 // len(unseen)).min()))
-        return rows, held
-
-    monkeypatch.setattr(module, "_draw", recorded)
-    repair(net, small, [x[:64]])
-    assert seen == [16, 16, 16]
-
-
 def test_one_example_solves_nothing() -> None:
     net, x = settled()
     small = rf.prune(net, x, HALF)
@@ -335,8 +239,7 @@ def test_layers_of_all_kinds_are_repaired_or_named() -> None:
 def test_a_repair_that_does_not_help_as_a_whole_is_taken_back(monkeypatch) -> None:
     net, x = layered()
     small = rf.prune(net, x[:2], HALF)
-    distances = iter([1.0, 2.0])
-    monkeypatch.setattr(module, "distance", lambda found, expected: next(distances))
+    monkeypatch.setattr(module, "_distances", lambda *runs: (1.0, 2.0))
     healed = repair(net, small, [x])
     state = small.state_dict()
     assert all(torch.equal(v, state[k]) for k, v in healed.state_dict().items())
@@ -418,7 +321,220 @@ def test_what_cannot_be_run_side_by_side_is_returned_as_it_was(monkeypatch) -> N
     def failing(*args: object) -> None:
         raise RuntimeError("no way")
 
-    monkeypatch.setattr(module._Lockstep, "run", failing)
+    monkeypatch.setattr(module.Walk, "run", failing)
     healed = repair(net, small, [x])
     assert "no way" in healed.repaired.skipped[""]
     assert distance(small, healed, x) == 0
+
+
+# --- sparse networks -----------------------------------------------------------------------------
+
+
+STRUCTURES = {
+    "weight": {"budget": rf.Budget(sparsity=0.7)},
+    "2:4": {},
+    "1x4": {"budget": rf.Budget(sparsity=0.5)},
+}
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_sparse_networks_come_nearer_and_keep_their_zeros(structure) -> None:
+    net, x = settled()
+    sparse = rf.prune(net, x[:2], structure=structure, **STRUCTURES[structure])
+    healed = repair(net, sparse, [x[:64]])
+    assert distance(net, healed, x[64:]) < 0.7 * distance(net, sparse, x[64:])
+    gone = {path: sparse.get_parameter(path) == 0 for path in sparse.sparsified.zeros}
+    assert sum(int(zero.sum()) for zero in gone.values()) > 500
+    assert not any(healed.get_parameter(path)[zero].any() for path, zero in gone.items())
+    assert any(after < before for before, after in healed.repaired.errors.values())
+    assert type(healed) is Net
+
+
+def test_the_first_layer_of_a_sparse_network_is_solved_too() -> None:
+    """Its inputs are the original's, and its weights are not."""
+    net, x = settled()
+    sparse = rf.prune(net, x[:2], rf.Budget(sparsity=0.7), structure="weight")
+    assert "a" in repair(net, sparse, [x]).repaired.errors
+
+
+def test_what_sparsegpt_solved_does_not_become_worse() -> None:
+    net, x = settled()
+    given = {"structure": "weight", "criterion": "sparsegpt", "data": [x[:64]]}
+    sparse = rf.prune(net, x[:2], rf.Budget(sparsity=0.7), **given)
+    healed = repair(net, sparse, [x[:64]])
+    assert all(after <= before for before, after in healed.repaired.errors.values())
+    assert distance(net, healed, x[:64]) <= distance(net, sparse, x[:64])
+
+
+class Convolution1D(nn.Module):
+    """A linear layer whose weight has its inputs first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.a, self.o = nn.Linear(6, 16), nn.Linear(12, 3, bias=False)
+            self.matrix, self.shift = (
+                nn.Parameter(torch.randn(16, 12)),
+                nn.Parameter(torch.ones(12)),
+            )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.relu(self.a(x))
+        return self.o(torch.tanh(torch.addmm(self.shift, x, self.matrix)))
+
+
+def test_sparse_weights_with_their_inputs_first() -> None:
+    net, x = Convolution1D().eval(), torch.randn(200, 6, generator=torch.Generator().manual_seed(0))
+    sparse = rf.prune(net, x[:2], structure="2:4")
+    healed = repair(net, sparse, [x[:160]])
+    groups = healed.matrix.detach().T.reshape(12, 4, 4)
+    assert int((groups != 0).sum(2).max()) == 2
+    assert distance(net, healed, x[160:]) < distance(net, sparse, x[160:])
+
+
+# --- quantized networks --------------------------------------------------------------------------
+
+
+def quantized(net: nn.Module, x: torch.Tensor, bits: int = 4) -> nn.Module:
+    """A network of which the weights have few values, so that rounding them costs something."""
+    q = rf.quantize(net, [x])
+    for node in q.graph.calls:
+        if node.kind == "fake_quantize_per_channel_affine":
+            weight, scale, _ = (q.tensor(q.graph.by_name[name].path) for name in node.inputs)
+            scale.mul_(2 ** (8 - bits))
+            wide = scale.view(-1, *[1] * (weight.ndim - 1))
+            weight.data = (weight / wide).round() * wide
+    return q
+
+
+def test_quantized_networks_come_nearer_and_stay_on_their_grids() -> None:
+    net, x = settled()
+    q = quantized(net, x[:64])
+    healed = repair(net, q, [x[:64]])
+    assert distance(net, healed, x[64:]) < 0.9 * distance(net, q, x[64:])
+    assert healed.repaired.errors.keys() == {"a", "d", "b", "o"}  # BatchNorms are folded
+    changed = 0
+    for node in healed.graph.calls:
+        if node.kind == "fake_quantize_per_channel_affine":
+            path = healed.graph.by_name[node.inputs[0]].path
+            weight, scale = healed.tensor(path), healed.tensor(f"{path}_scale")
+            assert torch.equal(scale, q.tensor(f"{path}_scale"))
+            steps = weight / scale.view(-1, *[1] * (weight.ndim - 1))
+            torch.testing.assert_close(steps, steps.round(), rtol=0, atol=1e-3)
+            assert float(steps.detach().abs().max()) < 127.5
+            changed += not torch.equal(weight, q.tensor(path))
+    assert changed
+
+
+def test_eight_bits_are_never_worse() -> None:
+    net, x = settled()
+    q = rf.quantize(net, [x[:64]])
+    healed = repair(net, q, [x[:64]])
+    assert all(after <= before for before, after in healed.repaired.errors.values())
+    assert distance(net, healed, x[:64]) <= distance(net, q, x[:64])
+
+
+def test_zeros_of_what_was_quantized_stay_zero() -> None:
+    net, x = settled()
+    sparse = rf.prune(net, x[:2], structure="2:4")
+    q = quantized(sparse, x[:64])
+    healed = repair(sparse, q, [x[:64]])
+    gone = sparse.b.weight == 0
+    assert gone.any()
+    assert not healed.tensor("b.weight")[gone].any()
+    assert not torch.equal(healed.tensor("b.weight"), q.tensor("b.weight"))
+
+
+@functools.cache
+def compressed(kind: str) -> nn.Module:
+    """The settled network, made smaller in one way."""
+    net, x = settled()
+    if kind == "quantized":
+        return quantized(net, x)
+    if kind == "units":
+        return rf.prune(net, x[:2], HALF)
+    budget = rf.Budget(sparsity=0.7) if kind == "weight" else None
+    return rf.prune(net, x[:2], budget, structure=kind)
+
+
+@pytest.mark.parametrize("kind", ["weight", "2:4", "quantized", "units"])
+@pytest.mark.parametrize("size", [1, 2, 5])
+@pytest.mark.parametrize("content", ["random", "constant"])
+def test_tiny_and_constant_data_make_nothing_worse(kind, size, content) -> None:
+    net, x = settled()
+    given = x[:size] if content == "random" else torch.full_like(x[:size], 0.3)
+    small = compressed(kind)
+    healed = repair(net, small, [given])
+    assert distance(net, healed, given) <= distance(net, small, given) * (1 + 1e-6)
+    assert all(torch.isfinite(t).all() for t in healed.state_dict().values())
+
+
+def test_activations_of_sparse_and_quantized_networks_are_checked() -> None:
+    net, x = settled()
+    sparse = rf.prune(net, x[:2], rf.Budget(sparsity=0.7), structure="weight")
+    broken = copy.deepcopy(sparse), copy.deepcopy(net)
+    with torch.no_grad():
+        for model in broken:
+            model.a.weight.mul_(torch.nan)
+    named = r"layer '.*': activations are NaN or infinite"
+    for original, other in ((net, broken[0]), (broken[1], quantized(net, x))):
+        with pytest.raises(DataError, match=named):
+            repair(original, other, [x])
+
+
+def test_another_original_is_refused_or_named() -> None:
+    net, x = settled()
+    q = quantized(rf.prune(net, x[:2], HALF), x)  # without its record of what went
+    healed = repair(net, q, [x])
+    assert healed.repaired.skipped["b"] == "the original's layer has other outputs"
+
+
+# --- in parts ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["weight", "units"])
+def test_examples_in_parts_are_examples_at_once(kind, monkeypatch) -> None:
+    """With all rows used, only rounding can tell the ways apart."""
+    net, x = settled()
+    small = copy.deepcopy(compressed(kind))
+    net, small, x = net.double(), small.double(), x.double()
+    monkeypatch.setattr(walk, "ROWS", 1 << 20)
+    found = []
+    for part in (1, 20_000, 1 << 25):
+        monkeypatch.setattr(examples, "PART", part)
+        found.append(repair(net, small, [x]))
+    for other in found[1:]:
+        for path, (before, after) in other.repaired.errors.items():
+            assert found[0].repaired.errors[path] == pytest.approx((before, after), rel=1e-6)
+        with evaluating(other, found[0]):
+            torch.testing.assert_close(other(x), found[0](x), rtol=1e-6, atol=1e-8)
+
+
+def test_little_memory_takes_fewer_examples(monkeypatch) -> None:
+    net, x = settled()
+    small = rf.prune(net, x, HALF)
+    monkeypatch.setattr(examples, "MEMORY", 200_000)
+    assert 1 < repair(net, small, [x]).repaired.samples < 96
+
+
+class Bare(nn.Module):
+    """No bias, and no BatchNorm that could take up a mean."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.a, self.o = nn.Linear(6, 24), nn.Linear(24, 3, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.o(torch.relu(self.a(x)) + 1)
+
+
+def test_without_anything_to_take_up_a_mean_the_weights_do() -> None:
+    net, x = Bare().eval(), torch.randn(300, 6, generator=torch.Generator().manual_seed(0))
+    small = rf.prune(net, x[:2], HALF)
+    healed = repair(net, small, [x[:200]])
+    with evaluating(net, small, healed):
+        level, before, after = (m(x[200:]).mean(0) for m in (net, small, healed))
+    assert float((after - level).norm()) < 0.2 * float((before - level).norm())

@@ -22,8 +22,8 @@ from rarefy.graph.capture import check_runs
 from rarefy.graph.count import count
 from rarefy.graph.stacks import Stack, find_stacks, spread
 from rarefy.graph.trace import trace
-from rarefy.pruning.checks import check_copies, check_finite
 from rarefy.paths import matches, matching, paths, within
+from rarefy.pruning.checks import check_copies, check_finite
 from rarefy.pruning.prune import prune, recorded
 from rarefy.pruning.scoring.compensated import Compensated
 from rarefy.pruning.scoring.criteria import Criterion

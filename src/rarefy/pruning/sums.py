@@ -20,6 +20,10 @@ FAINT = 1e-2
 """Outputs scaled by less than this share of the largest scale make up for nothing."""
 
 
+_KEEPING = frozenset("dropout dropout_ contiguous fake_quantize_per_tensor_affine".split())
+"""Operators that hand on what they are given, or nearly so."""
+
+
 @dataclass(frozen=True)
 class Sum:
     """Where a layer's result is added.
@@ -44,7 +48,7 @@ def summed(graph: Graph, layer: Node) -> Sum | None:
             return Sum(others[0].name, tuple(scales)) if plain and _is_ref(others[0]) else None
         if user.kind in ("batch_norm", "mul"):
             scales.append(user)
-        elif user.kind not in ("dropout", "dropout_", "contiguous"):
+        elif user.kind not in _KEEPING:
             return None
         node = user
     return None

@@ -1,15 +1,16 @@
-"""Examples that layers are solved and outputs compared on, as one batch."""
+"""Examples that layers are solved and outputs compared on, as one batch or in parts."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
+from itertools import pairwise
 from math import prod
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from rarefy.batches import batch_size, batches, call, map_tensors, take, tensors
+from rarefy.batches import batch_size, batches, take
 from rarefy.errors import DataError
 from rarefy.graph.program import Graph, GraphModel, Spec, last_use
 from rarefy.types import Data, Inputs
@@ -46,10 +47,33 @@ def collect(data: Data, samples: int, where: str = "repair(data)") -> tuple[Inpu
     return result, single
 
 
-def affordable(model: GraphModel, wanted: int) -> int:
-    """How many examples fit into :data:`MEMORY`, both networks' live values counted."""
-    peak, batch = live(model.graph)
+PART = 1 << 25
+"""Bytes of one network's live values while a part of the examples runs through it."""
+
+
+def affordable(model: GraphModel, wanted: int, at: Collection[str] | None = None) -> int:
+    """How many examples fit into :data:`MEMORY`, both networks' live values counted.
+
+    Args:
+        model: the network.
+        wanted: most examples.
+        at: names of the calls at which values are held; all where it is not given.
+    """
+    peak, batch = live(model.graph, at)
     return max(1, min(wanted, MEMORY // max(2 * peak // batch, 1)))
+
+
+def parts(model: GraphModel, inputs: Inputs) -> list[Inputs]:
+    """The examples divided into parts of about one size that run in :data:`PART` bytes.
+
+    No part is of one example where there are more: some networks are made for several.
+    """
+    size = batch_size(inputs)
+    peak, batch = live(model.graph)
+    step = max(2, PART // max(peak // batch, 1))
+    number = min(-(-size // step), max(size // 2, 1))
+    ends = [size * i // number for i in range(number + 1)]
+    return [between(inputs, start, stop, size) for start, stop in pairwise(ends)]
 
 
 def live(graph: Graph, at: Collection[str] | None = None) -> tuple[int, int]:
@@ -76,15 +100,6 @@ def live(graph: Graph, at: Collection[str] | None = None) -> tuple[int, int]:
     return peak, batch
 
 
-def outputs(model: nn.Module, inputs: Inputs) -> list[Tensor]:
-    """Floating-point tensors that a network returns."""
-    found = call(model, map_tensors(torch.clone, inputs))
-    leaves = pytree.tree_leaves(found)
-    if not any(isinstance(leaf, Tensor) for leaf in leaves):
-        leaves = tensors(found)
-    return [t for t in leaves if isinstance(t, Tensor) and t.is_floating_point()]
-
-
 def distance(found: Iterable[Sequence[Tensor]], expected: Iterable[Sequence[Tensor]]) -> float:
     """Squared error of all outputs, each relative to its own squares, summed over all parts.
 
@@ -92,15 +107,31 @@ def distance(found: Iterable[Sequence[Tensor]], expected: Iterable[Sequence[Tens
         found: the outputs for each part of the examples.
         expected: what they should be; entries that are not finite do not count.
     """
-    errors = squares = torch.zeros((), dtype=torch.float64)
+    misses = Misses()
     for given, wanted in zip(found, expected, strict=True):
-        counted = [torch.isfinite(b) for b in wanted]
+        misses.add(given, wanted)
+    return misses.relative
+
+
+class Misses:
+    """Squared errors of outputs, each summed over parts of the examples."""
+
+    def __init__(self) -> None:
+        self._errors = self._squares = torch.zeros((), dtype=torch.float64)
+
+    def add(self, found: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
+        """One part; entries of the expected outputs that are not finite do not count."""
+        counted = [torch.isfinite(b) for b in expected]
         ends = [
-            (a[k].double(), b[k].double()) for a, b, k in zip(given, wanted, counted, strict=True)
+            (a[k].double(), b[k].double()) for a, b, k in zip(found, expected, counted, strict=True)
         ]
-        errors = errors + _numbers((a - b).square().sum() for a, b in ends)
-        squares = squares + _numbers(b.square().sum() for _, b in ends)
-    return float((errors / squares.clamp_min(1e-30)).sum())
+        self._errors = self._errors + _numbers((a - b).square().sum() for a, b in ends)
+        self._squares = self._squares + _numbers(b.square().sum() for _, b in ends)
+
+    @property
+    def relative(self) -> float:
+        """The errors, each relative to its own squares, in all."""
+        return float((self._errors / self._squares.clamp_min(1e-30)).sum())
 
 
 def _numbers(scalars: Iterable[Tensor]) -> Tensor:

@@ -33,7 +33,7 @@ class Run:
     """One network on its way through a graph, operator by operator."""
 
     def __init__(self, model: GraphModel, inputs: Inputs) -> None:
-        args, given = arguments(map_tensors(torch.clone, inputs))
+        args, given = arguments(inputs)
         named = {name: given[name] for name in model._keywords if name in given} | given
         self._model = model
         self._nodes = list(model.graph.nodes)
@@ -53,6 +53,19 @@ class Run:
         """Run all nodes before this one; what it reads is in ``values``."""
         while self._nodes[0] is not node:
             self._step()
+
+    def forget(self) -> None:
+        """Give up the values that no node to come reads."""
+        for name in self._dead:
+            del self.values[name]
+        self._dead = ()
+
+    def renew(self, node: Node) -> None:
+        """Compute what a call gives of tensors of the network alone once more: they changed."""
+        if node.name in self.values:
+            nodes, model = self._model.graph.by_name, self._model
+            values = {name: model.tensor(nodes[name].path) for name in node.inputs}
+            self.values[node.name] = self._value(node, values)
 
     def rest(self, changed: Mapping[str, Tensor], shifts: Mapping[str, Tensor]) -> list[Tensor]:
         """What the network would return with other tensors; the run itself stays where it is.
@@ -81,10 +94,13 @@ class Run:
         raise AssertionError("a graph ends with its output")
 
     def _step(self) -> None:
-        for name in self._dead:
-            del self.values[name]
+        self.forget()
         node = self._nodes.pop(0)
-        self.values[node.name] = self._value(node, self.values)
+        value = self._value(node, self.values)
+        if node.op == "input":
+            del self._given[node.name]
+            value = map_tensors(torch.clone, value) if self._writes else value
+        self.values[node.name] = value
         self._dead = self._last_use[node.name]
 
     def _value(self, node: Node, values: Mapping[str, Any]) -> Any:
@@ -120,6 +136,16 @@ def operand(node: Node, which: int) -> Any:
     """The reference to a layer's inputs (0), weight (1) or bias (2), which may be None."""
     name = OPERANDS[node.kind][which]
     return node.argument(name) if name else None
+
+
+def weight_of(graph: Graph, node: Node) -> tuple[Node, Node | None]:
+    """The tensor that a layer's weight is, and the fake quantizer that alone reads it, if any."""
+    given = graph.by_name[operand(node, 1).name]
+    if given.kind.startswith("fake_quantize") and len(graph.users[given.name]) == 1:
+        sources = [graph.by_name[name] for name in given.inputs]
+        if all(source.op == "tensor" for source in sources):
+            return sources[0], given
+    return given, None
 
 
 def layer_name(node: Node) -> str:

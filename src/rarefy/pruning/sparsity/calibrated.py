@@ -8,7 +8,6 @@ a layer say is summed up in matrices whose size does not depend on the number of
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import prod
 
 import torch
 from torch import Tensor
@@ -17,9 +16,9 @@ from rarefy.batches import batch_size, batches, evaluating, take, tensors
 from rarefy.errors import DataError, first_line
 from rarefy.graph.program import GraphModel, Node, Ref
 from rarefy.pruning.running.examples import live
-from rarefy.pruning.running.lockstep import OPERANDS, Run, operand, unseen, unsolvable
+from rarefy.pruning.running.lockstep import OPERANDS, Run, operand, unsolvable
 from rarefy.pruning.sparsity.elements import SparseGPT
-from rarefy.pruning.sparsity.gram import Gram, rows
+from rarefy.pruning.sparsity.gram import Gram, add_rows
 from rarefy.pruning.sparsity.patterns import NM, Pattern, as_matrix, as_weight
 from rarefy.pruning.sparsity.sparsegpt import Selection, moved, reconstructed, ridged
 from rarefy.pruning.sparsity.weights import Layer, zero
@@ -169,13 +168,7 @@ class Calibration:
         share = min(1.0, max(ROWS * unknowns, 4096) / max(every, 1))
         generator = torch.Generator().manual_seed(0)
         for x, y, seen in pairs:
-            lead = y.shape[:1] if convolution else y.shape[:-1]
-            places = prod(y.shape[2:]) if convolution else 1
-            out = unseen(tuple(lead), seen).repeat_interleave(places)
-            for left, right, index in rows(node, x, y, weight, share, generator):
-                aside = out[index].to(left.device)
-                fit.add(left[:, ~aside], right[:, ~aside])
-                check.add(left[:, aside], right[:, aside])
+            add_rows((fit, check), node, (x, y), weight, seen, share, generator)
         return _ordered(fit, layer, self.pattern), _ordered(check, layer, self.pattern)
 
     def _reconstruct(self, node: Node, layer: Layer, fit: Gram, check: Gram) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rarefy.graph.program import Node
 from rarefy.pruning.running.inputs import CHUNK, patches
-from rarefy.pruning.running.lockstep import TRANSPOSED
+from rarefy.pruning.running.lockstep import TRANSPOSED, unseen
 
 
 def rows(
@@ -59,6 +59,40 @@ def rows(
 
 def _exact(tensor: Tensor) -> Tensor:
     return tensor if tensor.dtype is torch.float64 else tensor.float()
+
+
+def add_rows(
+    sums: tuple[Gram, Gram],
+    node: Node,
+    pair: tuple[Tensor, Tensor],
+    weight: Tensor,
+    held_out: Tensor,
+    share: float,
+    generator: torch.Generator,
+) -> None:
+    """Add a layer's rows to the sums to solve on, or to those of held-out examples.
+
+    Products of the former are in the precision of the activations, those of the latter, which are
+    to tell small errors apart, in double precision.
+
+    Args:
+        sums: to solve on, and to check on.
+        node: the layer.
+        pair: its inputs, and what its outputs should be.
+        weight: its weight.
+        held_out: for each example, whether it is held out.
+        share: of the rows that are used, drawn at random.
+        generator: of the draw.
+    """
+    x, y = pair
+    fit, check = sums
+    lead = y.shape[:1] if node.kind.startswith("conv") else y.shape[:-1]
+    places = prod(y.shape[2:]) if node.kind.startswith("conv") else 1
+    out = unseen(tuple(lead), held_out).repeat_interleave(places)
+    for left, right, index in rows(node, x, y, weight, share, generator):
+        aside = out[index].to(left.device)
+        fit.add(left[:, ~aside], right[:, ~aside])
+        check.add(left[:, aside].double(), right[:, aside].double())
 
 
 @dataclass

@@ -1,0 +1,126 @@
+"""Weights that may take the values of a grid alone, and the nearest such weights by outputs.
+
+Rounding every weight to its neighbor loses what was gained by solving for them. Column by column,
+the weights that are not rounded yet make up for the rounding of those that are: the sweep of
+optimal brain surgery, with rounding instead of removal. Frantar et al. 2022 (GPTQ),
+https://arxiv.org/abs/2210.17323.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rarefy.graph.program import GraphModel, Node, Ref
+
+BLOCK = 128
+"""Columns that are made up for at once; all others follow block by block."""
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The values ``(q - zero) * scale`` for whole ``q`` from ``low`` to ``high``.
+
+    Attributes:
+        scale: of every output, shape (groups, outputs of one group), or (1, 1).
+        zero: the whole number that stands for 0, of the same shape.
+        low: smallest whole number.
+        high: largest whole number.
+    """
+
+    scale: Tensor
+    zero: Tensor
+    low: int
+    high: int
+
+    def rounded(self, column: Tensor) -> Tensor:
+        """The nearest values; of one column, shape (groups, outputs)."""
+        q = (torch.round(column / self.scale) + self.zero).clamp(self.low, self.high)
+        return (q - self.zero) * self.scale
+
+    def nearest(self, weight: Tensor) -> Tensor:
+        """The nearest values of a whole weight, shape (groups, outputs, unknowns)."""
+        scale, zero = self.scale[..., None], self.zero[..., None]
+        q = (torch.round(weight / scale) + zero).clamp(self.low, self.high)
+        return (q - zero) * scale
+
+
+def grid_of(model: GraphModel, quantizer: Node, outputs: int, groups: int, dim: int) -> Grid | None:
+    """The grid of a weight's fake quantizer; None where it is not one per output or for all.
+
+    Args:
+        model: the quantized network.
+        quantizer: the call that rounds the weight.
+        outputs: of all groups.
+        groups: of channels.
+        dim: dimension of the outputs in the weight.
+    """
+    axis = quantizer.argument("axis")
+    scale, zero = (_numbers(model, quantizer.argument(name)) for name in ("scale", "zero_point"))
+    if scale is None or zero is None:
+        return None
+    if axis is None and scale.numel() == 1:
+        shape = (1, 1)
+    elif axis == dim and scale.numel() == outputs:
+        shape = (groups, outputs // groups)
+    else:
+        return None
+    zero = zero.reshape(shape) if zero.numel() == scale.numel() else zero.expand(shape)
+    low, high = quantizer.argument("quant_min"), quantizer.argument("quant_max")
+    if not bool(zero.any()):
+        low = max(low, -high)  # symmetric: negation stays on the grid
+    return Grid(scale.reshape(shape), zero, low, high)
+
+
+def _numbers(model: GraphModel, given: Any) -> Tensor | None:
+    """A quantizer's scale or zero point; None where it is computed in the graph."""
+    if isinstance(given, Ref):
+        node = model.graph.by_name[given.name]
+        if node.op != "tensor":
+            return None
+        return model.tensor(node.path).detach().double().flatten()
+    return torch.tensor([float(given)], dtype=torch.float64)
+
+
+def on_grid(optimum: Tensor, hessian: Tensor, grid: Grid, gone: Tensor | None = None) -> Tensor:
+    """Weights on a grid whose outputs are near those of the optimum.
+
+    Args:
+        optimum: (groups, outputs, unknowns), the best weights without a grid.
+        hessian: (groups, unknowns, unknowns), positive definite.
+        grid: what they may be.
+        gone: where they are zero.
+
+    Returns:
+        Shape of ``optimum``; the better for each output of this sweep and of the nearest values.
+
+    Raises:
+        RuntimeError: the Hessian is not positive definite in double precision.
+    """
+    nothing = torch.zeros_like(optimum, dtype=torch.bool) if gone is None else gone
+    swept = _swept(optimum, hessian, grid, nothing)
+    plain = grid.nearest(optimum).masked_fill(nothing, 0.0)
+    costs = [(((w - optimum) @ hessian) * (w - optimum)).sum(2) for w in (swept, plain)]
+    return torch.where((costs[0] <= costs[1])[..., None], swept, plain)
+
+
+def _swept(optimum: Tensor, hessian: Tensor, grid: Grid, gone: Tensor) -> Tensor:
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian))
+    factor = torch.linalg.cholesky(inverse, upper=True)
+    w = optimum.clone()
+    columns = w.shape[2]
+    for first in range(0, columns, BLOCK):
+        last = min(first + BLOCK, columns)
+        errors = w.new_zeros(*w.shape[:2], last - first)
+        for column in range(first, last):
+            now = w[:, :, column].clone()
+            value = grid.rounded(now).masked_fill(gone[:, :, column], 0.0)
+            error = (now - value) / factor[:, column, column, None]
+            w[:, :, column:last] -= error[:, :, None] * factor[:, None, column, column:last]
+            w[:, :, column] = value
+            errors[:, :, column - first] = error
+        w[:, :, last:] -= errors @ factor[:, first:last, last:]
+    return w

@@ -1,0 +1,187 @@
+"""One layer's least squares from sums over its rows: for free weights, sparse ones, and rounded.
+
+The weights sought minimize ``||x w + b - y||^2 + ridge ||w - present||^2``, where those that are
+zero stay zero, and are then rounded where the layer has a grid. What is found is taken only where
+it is nearer to ``y`` on rows that no solve has seen.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+import torch
+from torch import Tensor
+
+from rarefy.pruning.repairing.grids import Grid, on_grid
+from rarefy.pruning.sparsity.gram import Gram
+from rarefy.pruning.sparsity.sparsegpt import moved, solved
+
+RIDGE = 1e-3
+"""Regularization towards the present weights, relative to the mean of the Gram diagonal."""
+
+FLOOR = 1e-6
+"""The least regularization, relative to the mean square of the inputs: sums in single precision
+tell no smaller differences apart."""
+
+STEPS = 100
+"""Most steps of conjugate gradients, each at the cost of one product with the Gram matrix."""
+
+TOLERANCE = 1e-6
+"""Residual, relative to that at the start, at which conjugate gradients stop."""
+
+DIRECT = 4
+"""How many times faster a product with a matrix is, per multiplication, than many small solves."""
+
+
+class Mean(Enum):
+    """What takes up the mean of a layer's outputs."""
+
+    BIAS = "the layer's own bias, which is solved for"
+    NORM = "the BatchNorm that follows, so that the mean does not count here"
+    NONE = "nothing: the weights alone give the outputs"
+
+
+@dataclass(frozen=True)
+class Weights:
+    """What is known of a layer's weights.
+
+    Attributes:
+        values: (groups, outputs of one group, unknowns), double precision, as the layer uses them.
+        bias: (groups, 1, outputs), zeros where there is none.
+        mean: what takes up the mean of the outputs.
+        gone: which weights are zero and stay so, of the shape of ``values``; None for none.
+        grid: the values that they may have; None for any.
+    """
+
+    values: Tensor
+    bias: Tensor
+    mean: Mean
+    gone: Tensor | None = None
+    grid: Grid | None = None
+
+
+@dataclass(frozen=True)
+class Solved:
+    """What was found for a layer.
+
+    Attributes:
+        values: as :attr:`Weights.values`.
+        bias: as :attr:`Weights.bias`.
+        errors: relative squared error on the held-out rows, before and after; equal where
+            nothing better was found and the weights are as they were.
+    """
+
+    values: Tensor
+    bias: Tensor
+    errors: tuple[float, float]
+
+    @property
+    def is_better(self) -> bool:
+        """Whether anything changed."""
+        return self.errors[1] < self.errors[0]
+
+
+def solve(fit: Gram, check: Gram, weights: Weights) -> Solved:
+    """The best of the weights that least squares give, and of the present ones.
+
+    The present ones are tried with their bias corrected, too.
+
+    Args:
+        fit: sums over the rows to solve on.
+        check: sums over held-out rows.
+        weights: the present ones.
+
+    Raises:
+        RuntimeError: the sums are not finite or not positive definite.
+    """
+    sums = fit if weights.mean is Mean.NONE else fit.centered()
+    judged = check.centered() if weights.mean is Mean.NORM else check
+    hessian = _regularized(sums.xx, fit.xx)
+    found = least_squares(sums, hessian, weights)
+    before = error(judged, weights.values, weights.bias)
+    best = Solved(weights.values, weights.bias, (before, before))
+    for values in (weights.values, found):
+        bias = weights.bias
+        if weights.mean is Mean.BIAS:
+            bias = (fit.y - fit.x @ values.transpose(1, 2)) / max(fit.count, 1)
+        after = error(judged, values, bias)
+        if after < best.errors[1]:
+            best = Solved(values, bias, (before, after))
+    return best
+
+
+def least_squares(sums: Gram, hessian: Tensor, weights: Weights) -> Tensor:
+    """The solved weights, zero where they are gone, on their grid if they have one."""
+    optimum = moved(weights.values, sums.xx, sums.xy, hessian)
+    gone = weights.gone
+    if gone is not None:
+        optimum = masked(optimum, hessian, gone, weights.values)
+    return optimum if weights.grid is None else on_grid(optimum, hessian, weights.grid, gone)
+
+
+def _regularized(gram: Tensor, raw: Tensor) -> Tensor:
+    """The Gram matrix with its ridge, the identity where all inputs are zero."""
+    own, level = (t.diagonal(dim1=1, dim2=2).mean(1) for t in (gram, raw))
+    ridge = RIDGE * own.clamp_min(0) + FLOOR * level
+    ridge = torch.where(ridge > 0, ridge, torch.ones_like(ridge))
+    eye = torch.eye(gram.shape[1], dtype=gram.dtype, device=gram.device)
+    return gram + ridge[:, None, None] * eye
+
+
+def masked(optimum: Tensor, hessian: Tensor, gone: Tensor, start: Tensor) -> Tensor:
+    """The best weights with these ones zero: ``argmin (w - optimum) H (w - optimum)^T``.
+
+    Small layers are solved exactly, output by output; where products with the whole matrix cost
+    less, by conjugate gradients for all outputs at once.
+
+    Args:
+        optimum: (groups, outputs, unknowns), the minimum without zeros.
+        hessian: (groups, unknowns, unknowns).
+        gone: which weights are zero.
+        start: weights to start from.
+    """
+    kept = float((~gone).sum(2).max())
+    if DIRECT * kept**3 / 3 <= STEPS * float(gone.shape[2]) ** 2:
+        exact = solved(optimum, hessian, gone)
+        if exact is not None:
+            return exact
+    return conjugate_gradients(optimum, hessian, gone, start)
+
+
+def conjugate_gradients(optimum: Tensor, hessian: Tensor, gone: Tensor, start: Tensor) -> Tensor:
+    """As :func:`masked`, by conjugate gradients with the diagonal as preconditioner.
+
+    Every step lowers the error of every output, so that stopping early is nearer to the start and
+    never worse than it.
+    """
+    kept = (~gone).to(optimum.dtype)
+    scale = kept / hessian.diagonal(dim1=1, dim2=2)[:, None]
+    w = start * kept
+    residual = ((optimum - w) @ hessian) * kept
+    ready = residual * scale
+    direction = ready
+    size = (residual * ready).sum(2, keepdim=True)
+    goal = TOLERANCE**2 * size
+    for _ in range(STEPS):
+        if bool((size <= goal).all()):
+            break
+        pushed = (direction @ hessian) * kept
+        curvature = (direction * pushed).sum(2, keepdim=True)
+        step = torch.where(curvature > 0, size / curvature, 0.0)
+        w = w + step * direction
+        residual = residual - step * pushed
+        ready = residual * scale
+        last, size = size, (residual * ready).sum(2, keepdim=True)
+        direction = ready + torch.where(last > 0, size / last, 0.0) * direction
+    return w
+
+
+def error(check: Gram, values: Tensor, bias: Tensor) -> float:
+    """``||x w + b - y||^2`` over ``||y||^2``, of the sums as given; infinite where not finite."""
+    w = values.transpose(1, 2)
+    total = check.yy + ((check.xx @ w) * w - 2 * check.xy * w).sum(1, keepdim=True)
+    total = total + bias * (2 * (check.x @ w - check.y) + check.count * bias)
+    scale = float(check.yy.sum())
+    found = max(float(total.sum()), 0.0) / max(scale, 1e-30)
+    return found if found == found else float("inf")

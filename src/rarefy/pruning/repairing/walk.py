@@ -1,0 +1,341 @@
+"""Two networks on their way through their graphs side by side, the second healed as they go.
+
+Examples come in parts. Between two layers, only the values that layers to come read are held, and
+what the rows of a layer say is summed up in matrices whose size does not depend on the number of
+examples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from math import prod
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from rarefy.batches import tensors
+from rarefy.errors import DataError, first_line
+from rarefy.graph.program import GraphModel, Node, Ref
+from rarefy.pruning.repairing.grids import Grid, grid_of
+from rarefy.pruning.repairing.moments import Moments
+from rarefy.pruning.repairing.pairs import Pair, layer_pairs, next_norm
+from rarefy.pruning.repairing.system import Mean, Weights, solve
+from rarefy.pruning.running.lockstep import (
+    OPERANDS,
+    TRANSPOSED,
+    Run,
+    layer_name,
+    operand,
+    unsolvable,
+    weight_of,
+)
+from rarefy.pruning.sparsity.gram import Gram, add_rows
+from rarefy.pruning.sums import owed
+from rarefy.types import Inputs
+
+ROWS = 64
+"""Rows of a layer per unknown of one output that are used at most, drawn at random."""
+
+Runs = Sequence[tuple[Run, Run, Tensor]]
+"""For each part of the examples, the run of both networks and which examples are held out."""
+
+
+@dataclass
+class Walk:
+    """What is healed, and what came of it.
+
+    Attributes:
+        first: the original.
+        second: the network to heal; its tensors are changed.
+        kept: (path of a tensor, dimension) -> which of the original's entries it still has.
+        sparse: identities of the tensors whose zeros stay.
+        own: identities of the tensors that may be changed.
+        errors: layer -> held-out error before, after.
+        skipped: layer -> why it was not solved.
+    """
+
+    first: GraphModel
+    second: GraphModel
+    kept: Mapping[tuple[str, int], NDArray[np.int64]]
+    sparse: Collection[int]
+    own: Collection[int]
+    errors: dict[str, tuple[float, float]] = field(default_factory=dict)
+    skipped: dict[str, str] = field(default_factory=dict)
+    _norms: set[str] = field(default_factory=set)  # BatchNorms whose statistics can be moved
+    _means: dict[str, Tensor] = field(default_factory=dict)  # what results before those should have
+
+    def run(self, parts: Sequence[Inputs], held_out: Sequence[Tensor]) -> Runs:
+        """Go through both networks, layer by layer.
+
+        Args:
+            parts: the examples, some at a time.
+            held_out: for each of them, whether it is kept from all solves.
+
+        Returns:
+            The runs, behind the last layer.
+        """
+        pairs, alone = layer_pairs(self.first.graph, self.second.graph)
+        for node in alone:
+            self.skipped[layer_name(node)] = "the original does not run it in the same place"
+        self._norms = {p.right.name for p in pairs if p.right.kind == "batch_norm"}
+        self._norms = {name for name in self._norms if self._statistics(name)}
+        runs = [
+            (Run(self.first, part), Run(self.second, part), held)
+            for part, held in zip(parts, held_out, strict=True)
+        ]
+        for pair in pairs:
+            self._heal(pair, runs)
+        return runs
+
+    def _heal(self, pair: Pair, runs: Runs) -> None:
+        right = pair.right
+        if right.kind in OPERANDS:
+            weight, quantizer = weight_of(self.second.graph, right)
+            one, two, _ = next(_before(pair, runs[:1]))
+            reason = unsolvable(self.second.graph, weight, right)
+            if not reason:
+                reason = self._unlike(pair, weight, one.values, two.values)
+            if not reason:
+                _Layer(self, pair, weight, quantizer).heal(runs)
+            elif any(_differ(pair, one, two) for one, two, _ in _before(pair, runs)):
+                self.skipped[layer_name(right)] = reason
+        elif right.name in self._norms:
+            self._move_statistics(pair, runs)
+        elif right.kind != "batch_norm" and any(
+            _is_changed(pair, one.values, two.values) for one, two, _ in _before(pair, runs)
+        ):
+            self.skipped[layer_name(right)] = f"weights of {right.kind} are not solved"
+
+    def _unlike(self, pair: Pair, weight: Node, a: Mapping[str, Any], b: Mapping[str, Any]) -> str:
+        """Why a layer cannot be held against the original's; empty where it can."""
+        old, new = a[operand(pair.left, 0).name], b[operand(pair.right, 0).name]
+        rows = [
+            (t.shape[0], *t.shape[2:]) if pair.right.kind.startswith("conv") else t.shape[:-1]
+            for t in (old, new)
+        ]
+        if rows[0] != rows[1]:
+            return "units that went are among the rows of its inputs"
+        if id(self.second.tensor(weight.path)) not in self.own:
+            return "its weight is a constant of the graph"
+        dim = int(pair.right.kind in TRANSPOSED)
+        if len(self.survivors(weight.path, dim)) != self.second.tensor(weight.path).shape[dim]:
+            return "the original's layer has other outputs"
+        return ""
+
+    def survivors(self, path: str, dim: int) -> Tensor:
+        """Which of the original's entries along a dimension of a tensor remain."""
+        kept = self.kept.get((path, dim))
+        tensor = self.first.tensor(path)
+        every = torch.arange(tensor.shape[dim]) if kept is None else torch.from_numpy(kept)
+        return every.to(tensor.device)
+
+    def _statistics(self, name: str) -> list[Node]:
+        """Running mean and variance of a BatchNorm; empty where they are not its own to change."""
+        graph, norm = self.second.graph, self.second.graph.by_name[name]
+        given = [norm.argument("running_mean"), norm.argument("running_var")]
+        found = [graph.by_name[ref.name] for ref in given if isinstance(ref, Ref)]
+        own = [n for n in found if n.op == "tensor" and len(graph.users[n.name]) == 1]
+        own = [n for n in own if id(self.second.tensor(n.path)) in self.own]
+        return own if len(own) == 2 else []
+
+    def _move_statistics(self, pair: Pair, runs: Runs) -> None:
+        old, new = Moments(1), Moments(1)
+        like = True
+        for one, two, _ in _before(pair, runs):
+            x, y = one.values[pair.left.args[0].name], two.values[pair.right.args[0].name]
+            check_finite(pair.right, x, y)
+            like = like and (x.shape[0], *x.shape[2:]) == (y.shape[0], *y.shape[2:])
+            old.add(x)
+            new.add(y)
+        sources = self._statistics(pair.right.name)
+        mean, variance = (self.second.tensor(node.path) for node in sources)
+        survivors = self.survivors(sources[0].path, 0)
+        if not like or len(survivors) != len(mean):
+            return  # its other dimensions are units, too
+        solved = self._means.get(pair.right.args[0].name)
+        if solved is not None:  # it gives less where its inputs cannot tell: that is to stay less
+            mean.add_(new.mean - solved)
+            return
+        before = old.variance[survivors]
+        ratio = torch.where(before > 0, new.variance / before.clamp_min(1e-12), 1.0)
+        mean.add_(new.mean - old.mean[survivors])
+        variance.mul_(ratio.clamp(1e-3, 1e3))
+
+    def mean_of(self, right: Node) -> Mean:
+        """What takes up the mean of a layer's outputs."""
+        if isinstance(operand(right, 2), Ref):
+            return Mean.BIAS
+        norm = next_norm(self.second.graph, right)
+        return Mean.NORM if norm is not None and norm.name in self._norms else Mean.NONE
+
+    def solved(self, pair: Pair, mean: Tensor) -> None:
+        """Note the mean that a solved layer's outputs should have; a BatchNorm follows it."""
+        self._means[pair.right.name] = mean
+
+
+@dataclass
+class _Layer:
+    """One layer that can be solved."""
+
+    walk: Walk
+    pair: Pair
+    weight: Node
+    quantizer: Node | None
+
+    def heal(self, runs: Runs) -> None:
+        """Solve it, and put what was found into the network, if that is better."""
+        name = layer_name(self.pair.right)
+        weights = self._weights()
+        if weights is None:
+            self.walk.skipped[name] = "its weight has another grid than one for each output"
+            return
+        groups, outputs, unknowns = weights.values.shape
+        device = weights.values.device
+        fit, check = (Gram.empty(groups, unknowns, outputs, device) for _ in range(2))
+        means = Moments(self._dim)
+        changed = self._sum_up(runs, (fit, check), means)
+        if not changed:
+            return
+        if not fit.count or not check.count:
+            self.walk.skipped[name] = "too few examples to solve it on some and check it on others"
+            return
+        try:
+            solved = solve(fit, check, weights)
+        except RuntimeError as error:
+            self.walk.skipped[name] = f"it cannot be solved: {first_line(error)}"
+            return
+        self.walk.errors[name] = solved.errors
+        if not solved.is_better:
+            return
+        held, bias = self.walk.second.tensor(self.weight.path), self._bias()
+        shape = held.T.shape if self._transposed else held.shape
+        (held.T if self._transposed else held).copy_(solved.values.reshape(shape))
+        if bias is not None:
+            bias.copy_(solved.bias.flatten())
+        if self.quantizer is not None:
+            for _, two, _ in runs:
+                two.renew(self.quantizer)
+        if weights.mean is Mean.NORM:
+            self.walk.solved(self.pair, means.mean)
+
+    def _sum_up(self, runs: Runs, sums: tuple[Gram, Gram], means: Moments) -> bool:
+        """Add all rows to the sums, and tell whether there is anything to heal."""
+        survivors = self.walk.survivors(self.weight.path, int(self._transposed))
+        graphs = self.walk.first.graph, self.walk.second.graph
+        weight = self.walk.second.tensor(self.weight.path)
+        examples = sum(len(held) for _, _, held in runs)
+        generator = torch.Generator().manual_seed(int(torch.randint(1 << 62, ())))
+        changed = False
+        for one, two, held in _before(self.pair, runs):
+            changed = _differ(self.pair, one, two) or changed
+            one.through(self.pair.end)
+            x = two.values[operand(self.pair.right, 0).name]
+            target = one.values[self.pair.end.name]
+            check_finite(self.pair.right, target, x)
+            target = target.index_select(self._dim, survivors)
+            layers = (self.pair.end, self.pair.right)
+            lacking = owed(graphs, layers, (one.values, two.values), survivors, self._dim)
+            if lacking is not None:
+                target += lacking
+            one.forget()
+            means.add(target)
+            every = target.numel() // len(survivors) * examples / len(held)
+            share = min(1.0, max(ROWS * sums[0].xx.shape[1], 2048) / max(every, 1))
+            add_rows(sums, self.pair.right, (x, target), weight, held, share, generator)
+        return changed
+
+    @property
+    def _transposed(self) -> bool:
+        return self.pair.right.kind in TRANSPOSED
+
+    @property
+    def _dim(self) -> int:
+        """Dimension of the outputs in what the layer gives."""
+        return 1 if self.pair.right.kind.startswith("conv") else -1
+
+    def _bias(self) -> Tensor | None:
+        given = operand(self.pair.right, 2)
+        if not isinstance(given, Ref):
+            return None
+        return self.walk.second.tensor(self.walk.second.graph.by_name[given.name].path)
+
+    def _weights(self) -> Weights | None:
+        """What the system needs to know; None where the grid is of an unknown form."""
+        second, right = self.walk.second, self.pair.right
+        held, bias = second.tensor(self.weight.path), self._bias()
+        groups = right.argument("groups") if right.kind.startswith("conv") else 1
+        values = self._matrix(held.detach(), groups).double()
+        grid: Grid | None = None
+        if self.quantizer is not None:
+            outputs, dim = prod(values.shape[:2]), int(self._transposed)
+            grid = grid_of(second, self.quantizer, outputs, groups, dim)
+            if grid is None:
+                return None
+            values = grid.nearest(values)
+        offset = values.new_zeros(groups, 1, values.shape[1])
+        if bias is not None:
+            offset = bias.detach().double().reshape(offset.shape)
+        gone = self._gone(held, groups)
+        return Weights(values, offset, self.walk.mean_of(right), gone, grid)
+
+    def _gone(self, held: Tensor, groups: int) -> Tensor | None:
+        """Zeros that stay: of a sparse network, or of what a quantized one was made of."""
+        if id(held) in self.walk.sparse:
+            gone = held == 0
+        elif self.quantizer is not None and self.weight.path in self.walk.first.graph.tensor_paths:
+            old = self.walk.first.tensor(self.weight.path)
+            gone = (held == 0) & (old == 0) if old.shape == held.shape else torch.tensor(False)
+        else:
+            return None
+        return self._matrix(gone, groups) if bool(gone.any()) else None
+
+    def _matrix(self, tensor: Tensor, groups: int) -> Tensor:
+        """(groups, outputs of one group, unknowns)."""
+        turned = tensor.T if self._transposed else tensor
+        return turned.reshape(groups, turned.shape[0] // groups, -1)
+
+
+def _before(pair: Pair, runs: Runs) -> Iterator[tuple[Run, Run, Tensor]]:
+    """The runs, one by one, each brought to what stands before the layer."""
+    for one, two, held in runs:
+        one.before(pair.left)
+        two.before(pair.right)
+        one.forget()
+        two.forget()
+        yield one, two, held
+
+
+def _differ(pair: Pair, one: Run, two: Run) -> bool:
+    """Whether a layer has other inputs than the original's, or other weights of the same shape."""
+    given = [
+        [run.values[operand(node, which).name] for which in (0, 1)]
+        for run, node in ((one, pair.left), (two, pair.right))
+    ]
+    (x, w), (y, v) = given
+    other = w.shape == v.shape and not torch.equal(w, v)
+    return other or x.shape != y.shape or not torch.equal(x, y)
+
+
+def _is_changed(pair: Pair, a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
+    """Whether any operand of an operator is not that of the original."""
+    first = [t for name in pair.left.inputs for t in tensors(a[name])]
+    second = [t for name in pair.right.inputs for t in tensors(b[name])]
+    return len(first) != len(second) or not all(map(torch.equal, first, second))
+
+
+def check_finite(node: Node, *activations: Tensor) -> None:
+    """Refuse activations that are not finite.
+
+    Raises:
+        DataError: naming the layer.
+    """
+    if not all(bool(torch.isfinite(tensor).all()) for tensor in activations):
+        raise DataError(
+            f"repair(data), layer {layer_name(node)!r}",
+            "activations are NaN or infinite",
+            "Check the data, and that both networks give finite outputs for them",
+        )

@@ -1,0 +1,89 @@
+"""Rounding with reconstruction, against all roundings of small layers."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import rarefy as rf
+from rarefy.pruning.repairing import grids
+from rarefy.pruning.repairing.grids import Grid, grid_of, on_grid
+
+torch.set_num_threads(1)
+
+
+def case(outputs: int, unknowns: int, seed: int = 0) -> tuple[Tensor, Tensor, Grid]:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(100, unknowns, generator=generator, dtype=torch.float64)
+    x = x @ torch.randn(unknowns, unknowns, generator=generator, dtype=torch.float64)
+    w = torch.randn(1, outputs, unknowns, generator=generator, dtype=torch.float64)
+    scale = torch.linspace(0.3, 0.6, outputs, dtype=torch.float64)[None]
+    return w, (x.T @ x)[None], Grid(scale, torch.zeros_like(scale), -3, 3)
+
+
+def cost(w: Tensor, optimum: Tensor, hessian: Tensor) -> Tensor:
+    return (((w - optimum) @ hessian) * (w - optimum)).sum(2)
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("block", [3, 128])
+def test_between_the_nearest_values_and_the_best_of_all(seed, block, monkeypatch) -> None:
+    monkeypatch.setattr(grids, "BLOCK", block)
+    w, hessian, grid = case(3, 4, seed)
+    found = on_grid(w, hessian, grid)
+    ticks = torch.tensor(list(itertools.product(range(-3, 4), repeat=4)), dtype=torch.float64)
+    every = ticks[:, None, :] * grid.scale[0][None, :, None]  # (roundings, outputs, unknowns)
+    best = cost(every, w, hessian[0]).amin(0)
+    nearest = cost(grid.nearest(w), w, hessian)[0]
+    own = cost(found, w, hessian)[0]
+    assert bool((best <= own * (1 + 1e-9)).all())
+    assert bool((own <= nearest * (1 + 1e-9)).all())
+    q = found / grid.scale[..., None]
+    torch.testing.assert_close(q, q.round())
+    assert float(q.abs().max()) <= 3
+
+
+def test_blocks_of_columns_change_nothing(monkeypatch) -> None:
+    w, hessian, grid = case(5, 20)
+    found = []
+    for block in (1, 7, 128):
+        monkeypatch.setattr(grids, "BLOCK", block)
+        found.append(on_grid(w, hessian, grid))
+    torch.testing.assert_close(found[0], found[1])
+    torch.testing.assert_close(found[0], found[2])
+    assert bool((cost(found[0], w, hessian) < cost(grid.nearest(w), w, hessian)).any())
+
+
+def test_zeros_stay() -> None:
+    w, hessian, grid = case(4, 8)
+    gone = torch.zeros_like(w, dtype=torch.bool)
+    gone[:, :, 1::3] = True
+    assert not on_grid(w, hessian, grid, gone)[gone].any()
+
+
+def test_a_grid_with_a_zero_point() -> None:
+    scale = torch.tensor([[0.5]], dtype=torch.float64)
+    grid = Grid(scale, torch.full_like(scale, 2), 0, 7)
+    column = torch.tensor([[-3.0, -0.9, 0.3, 9.0]], dtype=torch.float64)
+    assert grid.rounded(column).tolist() == [[-1.0, -1.0, 0.5, 2.5]]
+    assert grid.nearest(column[..., None])[..., 0].tolist() == grid.rounded(column).tolist()
+
+
+def test_the_grid_of_a_quantized_layer_is_what_its_quantizer_rounds_to() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(4, 6, 3, groups=2), nn.ReLU(), nn.Flatten(), nn.Linear(54, 3))
+    q = rf.quantize(net.eval(), [torch.randn(16, 4, 5, 5)])
+    for layer, groups in (("0", 2), ("3", 1)):
+        quantizers = [n for n in q.graph.calls if "per_channel" in n.kind]
+        quantizer = next(n for n in quantizers if q.graph.by_name[n.inputs[0]].path[0] == layer)
+        weight = torch.randn_like(q.tensor(f"{layer}.weight")) / 5
+        grid = grid_of(q, quantizer, len(weight), groups, 0)
+        assert grid is not None
+        scale, zero = (q.tensor(q.graph.by_name[n].path) for n in quantizer.inputs[1:])
+        expected = torch.fake_quantize_per_channel_affine(weight, scale, zero, 0, -127, 127)
+        found = grid.nearest(weight.double().reshape(groups, len(weight) // groups, -1))
+        torch.testing.assert_close(found.reshape(weight.shape).float(), expected)
+        assert grid_of(q, quantizer, len(weight), groups, 1) is None

@@ -1,0 +1,48 @@
+"""Examples in parts, how many fit, and errors summed over parts."""
+
+import pytest
+import torch
+from torch import nn
+
+from rarefy.graph.capture import capture, graph_model
+from rarefy.graph.program import GraphModel
+from rarefy.pruning.running import examples
+from rarefy.pruning.running.examples import Misses, affordable, distance, parts
+
+
+def network() -> GraphModel:
+    net = nn.Sequential(nn.Linear(4, 64), nn.ReLU(), nn.Linear(64, 2))
+    return graph_model(net, capture(net, torch.randn(2, 4)))
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7, 64])
+@pytest.mark.parametrize("part", [1, 2000, 1 << 25])
+def test_parts_are_all_examples_in_order_and_none_is_alone(size, part, monkeypatch) -> None:
+    monkeypatch.setattr(examples, "PART", part)
+    x, y = torch.randn(size, 4), torch.ones(3)
+    found = parts(network(), (x, y))
+    assert torch.equal(torch.cat([a for a, _ in found]), x)
+    assert all(b is y or torch.equal(b, y) for _, b in found) or size == 3
+    lengths = [len(a) for a, _ in found]
+    assert min(lengths) >= min(2, size)
+    assert max(lengths) - min(lengths) <= 1
+    assert len(found) == 1 or part < 1 << 25
+
+
+def test_less_is_held_between_layers_than_within(monkeypatch) -> None:
+    monkeypatch.setattr(examples, "MEMORY", 10_000)
+    net = network()
+    last = [n.name for n in net.graph.calls][-1]
+    assert affordable(net, 1000, [last]) > affordable(net, 1000)
+
+
+def test_errors_of_parts_are_those_of_the_whole() -> None:
+    found, expected = torch.randn(10, 3), torch.randn(10, 3)
+    expected[2, 1] = torch.inf
+    misses = Misses()
+    for start, stop in ((0, 4), (4, 10)):
+        misses.add([found[start:stop]], [expected[start:stop]])
+    assert misses.relative == pytest.approx(distance([[found]], [[expected]]))
+    kept = torch.isfinite(expected)
+    error = (found - expected)[kept].square().sum() / expected[kept].square().sum()
+    assert misses.relative == pytest.approx(float(error))
