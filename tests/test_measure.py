@@ -1,13 +1,11 @@
 """Timing."""
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from rarefy.deployment.export import export
 from rarefy.deployment.measure import (
-    _share,
     compare,
     latency,
     measure,
@@ -16,6 +14,7 @@ from rarefy.deployment.measure import (
     speedup,
     timed,
 )
+from rarefy.deployment.ratios import paired
 from rarefy.errors import InputError
 from rarefy.types import Latency, Measurement
 
@@ -91,11 +90,13 @@ def test_a_disturbed_measurement_is_made_again(monkeypatch):
     ],
 )
 def test_noise_does_not_make_a_network_faster(before: list, after: list, share: float) -> None:
-    assert _share(np.array(before), np.array(after)) == share
+    found = paired(before, after)
+    assert found.value == share
+    assert found.low <= share <= found.high
 
 
 def test_the_share_is_of_the_first_file(paths):
     small, large = paths
     first, second, share = relative(large, small, torch.ones(1, 8), rounds=30, warmup=2)
     assert (first.path, second.path) == (str(large), str(small))
-    assert share < 1 < relative(small, large, torch.ones(1, 8), rounds=30, warmup=2)[2]
+    assert share.high < 1 < relative(small, large, torch.ones(1, 8), rounds=30, warmup=2)[2].low

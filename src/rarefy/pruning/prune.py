@@ -31,8 +31,8 @@ from rarefy.pruning.sparsity.patterns import Pattern
 from rarefy.pruning.sparsity.sparsify import sparsify
 from rarefy.types import Budget, Data, Inputs
 
-Timing = Callable[[Network], Costs]
-"""A traced network -> the latencies of its layers."""
+Timing = Callable[[nn.Module, Network], Costs]
+"""A network and its trace -> the latencies of its layers."""
 
 
 class PruneOptions(TypedDict, total=False):
@@ -109,7 +109,7 @@ def prune(
     if sensitivity is not None:
         response = replace(response, losses=sensitivity.losses(network.groups))
     options: dict[str, Any] = {"exclude": exclude, "keep_class": keep_class}
-    timed = None if costs is None else costs(network)
+    timed = None if costs is None else costs(model, network)
     if "depth" in removed:
         width = "channel" in removed
         short = shorten(
@@ -118,7 +118,7 @@ def prune(
         )  # fmt: skip
         small = short.model
         if width:
-            small = _narrowed(model, example_inputs, network, budget, short, judge, options)
+            small = _narrowed(model, example_inputs, network, budget, short, judge, costs, options)
         small = _recorded(model, network, short, small)
     else:
         small = narrow(model, example_inputs, network, budget, response, costs=timed, **options)
@@ -151,7 +151,7 @@ def _check_fit(structure: object, removed: frozenset[str], budget: Budget) -> No
 
     Raises:
         BudgetError: a number of blocks where not only these go; one that units and blocks cannot
-            share; latency; limits of layers where no units go.
+            share; limits of layers where no units go.
     """
     where = f"prune(structure={structure!r}, budget=Budget({budget.kind}={budget.share:g}))"
     if budget.blocks is not None and removed != {"depth"}:
@@ -160,18 +160,12 @@ def _check_fit(structure: object, removed: frozenset[str], budget: Budget) -> No
             "a number of blocks can be removed only where nothing else is",
             "Use structure='depth', or give the share of macs or params that may remain",
         )
-    shared = budget.kind in ("macs", "params", "bytes") and budget.scope == "global"
+    shared = budget.kind in ("macs", "params", "bytes", "latency") and budget.scope == "global"
     if len(removed) > 1 and not shared:
         raise BudgetError(
             where,
             "blocks go by what they save, together with units over the whole network",
-            "Give a budget of macs, params or bytes with scope='global'",
-        )
-    if "depth" in removed and budget.kind == "latency":
-        raise BudgetError(
-            where,
-            "what a block saves of the latency is not known before it is gone",
-            "Give a budget of blocks or macs, and runtime= to have the result timed",
+            "Give a budget of macs, params, bytes or latency with scope='global'",
         )
     if removed == {"depth"} and budget.limits:
         raise BudgetError(
@@ -188,6 +182,7 @@ def _narrowed(
     budget: Budget,
     short: Shortened,
     judge: Callable[[nn.Module, Network], Response],
+    costs: Timing | None,
     options: Mapping[str, Any],
 ) -> nn.Module:
     """The network without some blocks, narrower by what is left of the budget.
@@ -196,19 +191,23 @@ def _narrowed(
         BudgetError: units do not reach it; the message says what is reachable.
     """
     small = short.model
+    timed = None if costs is None else costs(model, network)
     if not short.blocks:
+        options = {**options, "costs": timed}
         return narrow(model, example_inputs, network, budget, judge(model, network), **options)
     if next(small.parameters(), None) is None:
         return small
     rest = trace(small, example_inputs)
-    share = _left(rest, small, budget) / max(_left(network, model, budget), 1)
+    left_over = None if costs is None else costs(small, rest)
+    whole = _left(network, model, budget, timed)
+    share = _left(rest, small, budget, left_over) / max(whole, 1e-12)
     named = concerning(rest, small, [*options["exclude"], *(name for name, _ in budget.limits)])
     layers = tuple(pair for pair in budget.limits if pair[0] in named)
     if budget.share >= share and not layers:
         return small
     wanted: dict[str, Any] = {budget.kind: min(budget.share / share, 1.0), "layers": layers}
     kept = [name for name in options["exclude"] if name in named]
-    options = {**options, "exclude": kept}
+    options = {**options, "exclude": kept, "costs": left_over}
     try:
         left = replace(budget, **wanted)
         return narrow(small, example_inputs, rest, left, judge(small, rest), **options)
@@ -221,9 +220,9 @@ def _narrowed(
         ) from error
 
 
-def _left(network: Network, model: nn.Module, budget: Budget) -> float:
+def _left(network: Network, model: nn.Module, budget: Budget, costs: Costs | None) -> float:
     """What a network has of the cost that a budget is about."""
-    found = account(network, model, budget)
+    found = account(network, model, budget, costs)
     assert found is not None
     return found.before
 
