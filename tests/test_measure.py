@@ -1,9 +1,12 @@
 """Timing."""
 
+import importlib.util
+
 import pytest
 import torch
 from torch import nn
 
+import rarefy as rf
 from rarefy.deployment.export import export
 from rarefy.deployment.measure import (
     compare,
@@ -38,6 +41,70 @@ def test_compare_measures_every_file(paths):
 
 def test_measure_measures_one(paths):
     assert measure(paths[0], torch.ones(1, 8), calls=5, warmup=0).calls == 5
+
+
+OPENVINO = pytest.param(
+    "openvino",
+    marks=pytest.mark.skipif(
+        importlib.util.find_spec("openvino") is None, reason="openvino is not installed"
+    ),
+)
+
+
+@pytest.mark.parametrize("runtime", ["onnxruntime", OPENVINO, "eager"])
+def test_networks_are_measured_beside_each_other(runtime):
+    small, wide = (nn.Sequential(nn.Linear(64, n), nn.ReLU(), nn.Linear(n, 4)) for n in (256, 1024))
+    x = torch.randn(16, 64)
+    labels = wide.eval()(x).argmax(1)
+    found = rf.measure([small, wide], x, runtime=runtime, calls=60, data=[(x, labels)])
+    first, second = found
+    assert first.share is None
+    assert second.share.low > 1
+    assert second.accuracy == 1.0
+    assert first.accuracy < 1
+    assert second.cost.by_layer == {"0": 64 * 1024, "2": 4 * 1024}
+    assert second.cost.params_by_layer == {"0": 65 * 1024, "2": 4 * 1025}
+    assert second.bytes > 3 * sum(p.numel() for p in wide.parameters())
+    assert second.throughput == pytest.approx(16_000 / second.latency_ms.median)
+    assert second.spread >= 1
+    assert runtime in first.runtime
+    assert small.training
+
+
+def test_what_cannot_be_counted_is_named(paths):
+    class Strange(nn.Module):
+        def forward(self, x):
+            return x if float(x.sum()) > 0 else -x
+
+    found = measure(Strange(), torch.ones(1, 2), runtime="eager", calls=2, warmup=0)
+    assert found.cost is None
+    assert "MACs are not counted" in found.notes[0]
+    fourier = measure(Fourier(), torch.ones(1, 8), runtime="eager", calls=2, warmup=0)
+    assert list(fourier.cost.uncounted) == ["fft_rfft"]
+    assert measure(paths[0], torch.ones(1, 8), calls=2).cost is None
+
+
+class Fourier(nn.Module):
+    def forward(self, x):
+        return torch.fft.rfft(x).abs()
+
+
+def test_memory_of_networks_in_this_process_is_not_guessed():
+    found = measure(nn.Linear(8, 8), torch.ones(1, 8), runtime="eager", calls=2, memory=True)
+    assert found.peak_mb is None
+    assert "memory is not measured" in found.notes[0]
+
+
+def test_calls_end_when_they_suffice():
+    asked = []
+
+    def enough(times):
+        asked.append(len(times[0]))
+        return len(asked) == 2
+
+    times = timed([lambda: None], 10_000, 0, float("inf"), enough)
+    assert asked == [50, 75]
+    assert len(times[0]) == 75
 
 
 def test_calls_are_interleaved_and_bounded():
@@ -78,6 +145,9 @@ def test_a_disturbed_measurement_is_made_again(monkeypatch):
 
     monkeypatch.setattr("rarefy.deployment.measure.compare", disturbed)
     assert settled(["a", "b"], torch.zeros(1))[0].latency_ms.p90 == 2.0
+
+
+# --- shares
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import warnings
 from inspect import signature
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -17,6 +18,7 @@ from rarefy.measured import CLOSE, Served, reach
 from rarefy.pruning import prune as pruning
 from rarefy.storage.format import save
 from rarefy.types import Budget, Latency, Measurement, Ratio
+from residual_networks import Residual, inputs
 from tiny_networks import perceptron
 
 torch.set_num_threads(1)
@@ -106,11 +108,15 @@ class Clock:
         patch.setattr(measured.Cache, "get", self.layers)
 
     def export(self, model: nn.Module, path: Path, inputs: object) -> Path:
-        path.write_text(str(self.base + sum(p.numel() for p in model.parameters())))
+        path.write_text(str(self.size(model)))
         return path
 
-    def measurement(self, path: Path) -> Measurement:
-        ms = float(path.read_text())
+    def size(self, model: nn.Module) -> float:
+        return self.base + sum(p.numel() for p in model.parameters())
+
+    def measurement(self, path: Path | nn.Module) -> Measurement:
+        size = self.size(path) if isinstance(path, nn.Module) else path.read_text()
+        ms = float(size)
         return Measurement(str(path), "made up 1", 1, 1, Latency(ms, ms, ms), 1, 1)
 
     def relative(self, before: Path, after: Path, inputs: object, **_: object):
@@ -185,6 +191,44 @@ def test_measured_budgets_need_the_measuring_prune() -> None:
 def test_the_options_are_those_of_the_pruning() -> None:
     own = {n for n, p in signature(pruning.prune).parameters.items() if p.kind is p.KEYWORD_ONLY}
     assert set(pruning.PruneOptions.__annotations__) == own - {"costs"}
+
+
+def test_noise_around_a_budget_leads_nowhere() -> None:
+    """An early share that noise puts on the wrong side must not close the way to the right one."""
+    generator = np.random.default_rng(0)
+    asked = []
+
+    def noisy(share: float) -> tuple[nn.Module, Ratio]:
+        asked.append(share)
+        true = 0.2 + 0.8 * share
+        seen = true + (0.08 if len(asked) == 2 else generator.normal(0, 0.01))
+        return made(share), Ratio(seen, seen - 0.1, seen + 0.1)
+
+    small = reach(Budget(latency=0.6), noisy)
+    assert 0.2 + 0.8 * small.asked == pytest.approx(0.6, abs=3 * CLOSE)
+
+
+def test_what_was_measured_is_told_with_its_noise() -> None:
+    with pytest.raises(BudgetError, match=r"is 0\.900 \(0\.880 to 0\.920\)"):
+        reach(Budget(latency=0.5), lambda s: (made(s), Ratio(0.9, 0.88, 0.92)))
+
+
+@pytest.mark.usefixtures("clock")
+@pytest.mark.parametrize("structure", ["depth", ("channel", "depth")])
+def test_blocks_go_for_a_budget_of_latency(structure: object) -> None:
+    net = Residual(("Basic", "Basic", "Basic"))
+    small = rf.prune(net, inputs(), Budget(latency=0.5, round_to=2), structure=structure)
+    assert small.pruned.blocks
+    assert small.served.share <= 0.5 + CLOSE
+    assert small.served.share in [ratio.value for ratio in small.served.tried]
+
+
+@pytest.mark.usefixtures("clock")
+@pytest.mark.parametrize("runtime", ["openvino", "eager", "compile"])
+def test_every_runtime_serves_a_budget(runtime: str) -> None:
+    small = rf.prune(wide(), X, Budget(latency=0.6), runtime=runtime)
+    assert small.served.share <= 0.6 + CLOSE
+    assert {m.out_features % 16 for m in small if isinstance(m, nn.Linear)} == {0, 4}
 
 
 @pytest.mark.slow
