@@ -1,6 +1,7 @@
 """Timing."""
 
 import importlib.util
+import time
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from rarefy.deployment.measure import (
     speedup,
     timed,
 )
-from rarefy.deployment.ratios import paired
+from rarefy.deployment.ratios import FINE, paired
 from rarefy.errors import InputError
 from rarefy.types import Latency, Measurement
 
@@ -95,16 +96,25 @@ def test_memory_of_networks_in_this_process_is_not_guessed():
     assert "memory is not measured" in found.notes[0]
 
 
+def test_what_other_programs_take_is_not_counted():
+    """A pause is time on the wall, and none of the processor's."""
+    (series,) = timed([lambda: time.sleep(0.02)], 3, 0, float("inf"))
+    assert min(series.wall) >= 20e6
+    if FINE:
+        assert max(series.undisturbed(1)) < 10e6
+    assert series.undisturbed(2) == series.wall
+
+
 def test_calls_end_when_they_suffice():
     asked = []
 
     def enough(times):
-        asked.append(len(times[0]))
+        asked.append(len(times[0].wall))
         return len(asked) == 2
 
     times = timed([lambda: None], 10_000, 0, float("inf"), enough)
     assert asked == [50, 75]
-    assert len(times[0]) == 75
+    assert len(times[0].wall) == 75
 
 
 def test_calls_are_interleaved_and_bounded():
@@ -112,8 +122,8 @@ def test_calls_are_interleaved_and_bounded():
     runners = [lambda: order.append("a"), lambda: order.append("b")]
     times = timed(runners, 3, 1, float("inf"))
     assert "".join(order) == "ab" * 4
-    assert [len(series) for series in times] == [3, 3]
-    assert [len(series) for series in timed(runners, 100, 100, 0.0)] == [1, 1]
+    assert [len(series.wall) for series in times] == [3, 3]
+    assert [len(series.busy) for series in timed(runners, 100, 100, 0.0)] == [1, 1]
 
 
 def test_latency_is_in_milliseconds():

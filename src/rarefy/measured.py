@@ -18,6 +18,7 @@ from rarefy.deployment.cache import Cache
 from rarefy.deployment.export import export
 from rarefy.deployment.measure import compare, relative
 from rarefy.deployment.opening import Served as Form
+from rarefy.deployment.ratios import FINE
 from rarefy.deployment.runtimes import RUNTIMES, runtime_named
 from rarefy.deployment.timing import layer_costs
 from rarefy.errors import BudgetError
@@ -81,8 +82,9 @@ def prune(
     blocks are then chosen by their importance per millisecond, from latencies of single layers that
     are measured once and kept in the user's cache folder (``$RAREFY_CACHE``), and widths are
     multiples of what the runtime computes fast, unless the budget says otherwise. Shares of the
-    latency are of calls one right after the other; calls go on until the share's 95 % interval is
-    narrow or the time is up, and only what is outside of the interval counts as missed.
+    latency are of calls one right after the other, with one thread of the processor's time that
+    they take, which other programs do not lengthen; calls go on until the share's 95 % interval is
+    narrow or the time is up.
 
     Args:
         model: a trained network.
@@ -354,7 +356,8 @@ class _Workplace:
             )
         if model is self.model and self._costs is not None:
             return self._costs
-        whole = self._whole.latency_ms.p10
+        busy = self._whole.busy_ms if self.threads == 1 and FINE else None
+        whole = (busy or self._whole.latency_ms).p10
         found = layer_costs(
             network,
             whole if model is self.model else whole * self._beside(model)[-1].value,

@@ -361,7 +361,10 @@ class Measurement:
         latency_ms: per call, on the inputs given.
         calls: how many calls were timed.
         batch: examples of one call.
-        share: latency as a share of the first's, where several were measured side by side.
+        busy_ms: the processor's time that the process spent on a call; it is above the latency
+            where several threads work, and below it where other programs take the processor.
+        share: latency as a share of the first's, where several were measured side by side; with one
+            thread, of the processor's time, which other programs do not lengthen.
         accuracy: top-1 of what the runtime computes, 0 to 1, where labelled data were given.
         peak_mb: megabytes (10^6 bytes) that loading and calling it takes at most, where asked for.
         cost: MACs and parameters by layer, of networks.
@@ -375,6 +378,7 @@ class Measurement:
     latency_ms: Latency
     calls: int
     batch: int
+    busy_ms: Latency | None = None
     share: Ratio | None = None
     accuracy: float | None = None
     peak_mb: float | None = None

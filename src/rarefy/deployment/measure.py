@@ -18,7 +18,7 @@ from torch import nn
 from rarefy.batches import batch_size
 from rarefy.deployment.memory import peak_mb
 from rarefy.deployment.opening import Served, opened
-from rarefy.deployment.ratios import paired
+from rarefy.deployment.ratios import Series, paired
 from rarefy.deployment.runtimes import Session, runtime_named
 from rarefy.errors import CaptureError, InputError
 from rarefy.graph.count import count
@@ -203,7 +203,8 @@ def relative(
     """Measure two side by side, and the second's latency as a share of the first's.
 
     Rounds end when the share is known well enough (:data:`NARROW`); see
-    :func:`~rarefy.deployment.ratios.paired` for what it is.
+    :func:`~rarefy.deployment.ratios.paired` for what it is. With one thread it is a share of the
+    processor's time, which on a quiet machine is the same, and on a busy one stays what it was.
 
     Args:
         before: the first file or network.
@@ -227,15 +228,15 @@ def relative(
         rounds=rounds,
         warmup=warmup,
         max_seconds=max_seconds,
-        enough=_narrow,
+        enough=partial(_narrow, threads=threads),
     )
     assert second.share is not None
     return first, second, second.share
 
 
-def _narrow(times: Sequence[Sequence[int]]) -> bool:
+def _narrow(times: Sequence[Series], threads: int) -> bool:
     """Whether the shares of all are known well enough."""
-    first, *others = times
+    first, *others = (series.undisturbed(threads) for series in times)
     return all(paired(first, series).noise <= NARROW for series in others)
 
 
@@ -248,7 +249,7 @@ def side_by_side(
     rounds: int,
     warmup: int,
     max_seconds: float,
-    enough: Callable[[list[list[int]]], bool] | None = None,
+    enough: Callable[[Sequence[Series]], bool] | None = None,
     data: Data | None = None,
     memory: bool = False,
 ) -> list[Measurement]:
@@ -282,10 +283,13 @@ def side_by_side(
                 session.version,
                 threads,
                 _size(what, path),
-                latency(series),
-                len(series),
+                latency(series.wall),
+                len(series.wall),
                 batch_size(given),
-                share=paired(times[0], series) if found else None,
+                busy_ms=latency(series.busy),
+                share=paired(*(s.undisturbed(threads) for s in (times[0], series)))
+                if found
+                else None,
             )
             found.append(_beside(made, session, path, given, runtime, data, memory))
     return found
@@ -327,8 +331,8 @@ def timed(
     rounds: int,
     warmup: int,
     end: float,
-    enough: Callable[[list[list[int]]], bool] | None = None,
-) -> list[list[int]]:
+    enough: Callable[[Sequence[Series]], bool] | None = None,
+) -> list[Series]:
     """Nanoseconds of each call, per runner, in turn.
 
     Args:
@@ -343,13 +347,14 @@ def timed(
             runner()
         if time.monotonic() > end:
             break
-    times: list[list[int]] = [[] for _ in runners]
+    times = [Series() for _ in runners]
     look = LEAST_ROUNDS
     for done in range(1, rounds + 1):
         for runner, series in zip(runners, times, strict=True):
-            start = time.perf_counter_ns()
+            busy, start = time.process_time_ns(), time.perf_counter_ns()
             runner()
-            series.append(time.perf_counter_ns() - start)
+            series.wall.append(time.perf_counter_ns() - start)
+            series.busy.append(time.process_time_ns() - busy)
         if time.monotonic() > end:
             break
         if enough is not None and done >= look:

@@ -2,12 +2,39 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
 from rarefy.types import Ratio
+
+
+@dataclass
+class Series:
+    """Nanoseconds of calls, one after the other.
+
+    Attributes:
+        wall: by the clock on the wall.
+        busy: that the processor spent on this process, which other programs do not lengthen.
+    """
+
+    wall: list[int] = field(default_factory=list)
+    busy: list[int] = field(default_factory=list)
+
+    def undisturbed(self, threads: int) -> list[int]:
+        """What the calls take where nothing else runs.
+
+        With one thread that is the processor's time, unless the system knows it only roughly.
+        With several it is not: they work at the same time.
+        """
+        return self.busy if threads == 1 and FINE else self.wall
+
+
+FINE = time.get_clock_info("process_time").resolution <= 1e-6
+"""Whether the system tells the processor's time by the microsecond."""
 
 LENGTH = 10
 """Neighboring rounds that are drawn together: what disturbs one call disturbs the next."""

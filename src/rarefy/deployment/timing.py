@@ -141,7 +141,10 @@ def _scaled(surface: Surface, factor: float) -> Surface:
 
 
 def _timed(layers: Sequence[Layer], *, runtime: str, threads: int) -> list[float]:
-    """Milliseconds of each layer: the 10th percentile, which other programs disturb least."""
+    """Milliseconds of each layer: the 10th percentile, which other programs disturb least.
+
+    With one thread it is the processor's time.
+    """
     row = RUNTIMES[runtime]
     with TemporaryDirectory(prefix="rarefy-") as folder, ExitStack() as stack:
         runners = []
@@ -152,7 +155,8 @@ def _timed(layers: Sequence[Layer], *, runtime: str, threads: int) -> list[float
             stack.callback(session.close)
             runners.append(partial(session.run, session.feed(inputs)))
         end = time.monotonic() + SECONDS * len(runners)
-        return [latency(series).p10 for series in timed(runners, CALLS, 2, end)]
+        times = timed(runners, CALLS, 2, end)
+    return [latency(series.undisturbed(threads)).p10 for series in times]
 
 
 # --- a layer as an ONNX graph, or as a module --------------------------------------------------
