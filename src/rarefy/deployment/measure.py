@@ -87,7 +87,9 @@ def measure(
     """Measure a file or a network in a runtime, or several side by side.
 
     Several are called in turn (A B C, A B C, ...), so that all meet the same noise; the first is
-    the baseline, and the others carry their latency as a share of its, with the interval of that.
+    the baseline, and the others carry their latency as a share of its, with the interval of that
+    (:func:`~rarefy.deployment.ratios.paired`). With one thread it is a share of the processor's
+    time, which other programs do not lengthen; latencies are by the clock on the wall.
 
     Args:
         what: the path of an ONNX file, a network, or a list of these. Networks are exported to a
