@@ -92,6 +92,7 @@ class EagerSession:
 class CompiledSession(EagerSession):
     """A copy of a network in PyTorch, compiled by ``torch.compile`` for the shapes it meets.
 
+    Its options are the defaults: weights are not frozen, so that BatchNorm is not folded.
     Compiled code is kept in PyTorch's own cache folder, as every use of ``torch.compile`` does.
 
     Args:
