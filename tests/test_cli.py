@@ -22,7 +22,7 @@ from rarefy.recipe import load_recipe
 from rarefy.storage.format import save
 from tiny_networks import RECIPE, SHORT_RECIPE, SOURCE, write_recipe
 
-COMMANDS = ["demo", "compress", "recipe", "inspect"]
+COMMANDS = ["demo", "compress", "recipe", "inspect", "bench"]
 
 
 def invoke(*arguments: str | Path) -> Result:
@@ -69,6 +69,7 @@ def test_help_names_every_command(arguments: list[str]) -> None:
         ("compress", ["RECIPE", "--out", "--resume", "--overwrite", "--quiet", "--debug"]),
         ("recipe", []),
         ("inspect", ["FILE", "--debug"]),
+        ("bench", ["FILES", "--runtime", "--threads", "--shape", "--json", "--memory", "--debug"]),
     ],
 )
 def test_each_command_has_help(name: str, options: list[str]) -> None:

@@ -37,8 +37,9 @@ STAGES = [
 RANK = {room: rank for rank, rooms in enumerate(STAGES) for room in rooms}
 FILES = sorted(p for p in ROOT.rglob("*.py") if p != ROOT / "__init__.py")
 OPTIONAL = (
-    "onnx onnxruntime onnxscript sklearn transformers timm accelerate torchvision lightning".split()
-)
+    "onnx onnxruntime onnxscript openvino sklearn transformers timm accelerate torchvision "
+    "lightning"
+).split()
 GRAPH = (
     "program allowed serialize labels flow editor equations rules zeros ops groups resolution "
     "convert capture resting count blocks stubs trace stacks layer"

@@ -1,13 +1,15 @@
 """Timing."""
 
-import numpy as np
+import importlib.util
+import time
+
 import pytest
 import torch
 from torch import nn
 
+import rarefy as rf
 from rarefy.deployment.export import export
 from rarefy.deployment.measure import (
-    _share,
     compare,
     latency,
     measure,
@@ -16,6 +18,7 @@ from rarefy.deployment.measure import (
     speedup,
     timed,
 )
+from rarefy.deployment.ratios import FINE, paired
 from rarefy.errors import InputError
 from rarefy.types import Latency, Measurement
 
@@ -41,13 +44,86 @@ def test_measure_measures_one(paths):
     assert measure(paths[0], torch.ones(1, 8), calls=5, warmup=0).calls == 5
 
 
+OPENVINO = pytest.param(
+    "openvino",
+    marks=pytest.mark.skipif(
+        importlib.util.find_spec("openvino") is None, reason="openvino is not installed"
+    ),
+)
+
+
+@pytest.mark.parametrize("runtime", ["onnxruntime", OPENVINO, "eager"])
+def test_networks_are_measured_beside_each_other(runtime):
+    small, wide = (nn.Sequential(nn.Linear(64, n), nn.ReLU(), nn.Linear(n, 4)) for n in (256, 1024))
+    x = torch.randn(16, 64)
+    labels = wide.eval()(x).argmax(1)
+    found = rf.measure([small, wide], x, runtime=runtime, calls=60, data=[(x, labels)])
+    first, second = found
+    assert first.share is None
+    assert second.share.low > 1
+    assert second.accuracy == 1.0
+    assert first.accuracy < 1
+    assert second.cost.by_layer == {"0": 64 * 1024, "2": 4 * 1024}
+    assert second.cost.params_by_layer == {"0": 65 * 1024, "2": 4 * 1025}
+    assert second.bytes > 3 * sum(p.numel() for p in wide.parameters())
+    assert second.throughput == pytest.approx(16_000 / second.latency_ms.median)
+    assert second.spread >= 1
+    assert runtime in first.runtime
+    assert small.training
+
+
+def test_what_cannot_be_counted_is_named(paths):
+    class Strange(nn.Module):
+        def forward(self, x):
+            return x if float(x.sum()) > 0 else -x
+
+    found = measure(Strange(), torch.ones(1, 2), runtime="eager", calls=2, warmup=0)
+    assert found.cost is None
+    assert "MACs are not counted" in found.notes[0]
+    fourier = measure(Fourier(), torch.ones(1, 8), runtime="eager", calls=2, warmup=0)
+    assert list(fourier.cost.uncounted) == ["fft_rfft"]
+    assert measure(paths[0], torch.ones(1, 8), calls=2).cost is None
+
+
+class Fourier(nn.Module):
+    def forward(self, x):
+        return torch.fft.rfft(x).abs()
+
+
+def test_memory_of_networks_in_this_process_is_not_guessed():
+    found = measure(nn.Linear(8, 8), torch.ones(1, 8), runtime="eager", calls=2, memory=True)
+    assert found.peak_mb is None
+    assert "memory is not measured" in found.notes[0]
+
+
+def test_what_other_programs_take_is_not_counted():
+    """A pause is time on the wall, and none of the processor's."""
+    (series,) = timed([lambda: time.sleep(0.02)], 3, 0, float("inf"))
+    assert min(series.wall) >= 20e6
+    if FINE:
+        assert max(series.undisturbed(1)) < 10e6
+    assert series.undisturbed(2) == series.wall
+
+
+def test_calls_end_when_they_suffice():
+    asked = []
+
+    def enough(times):
+        asked.append(len(times[0].wall))
+        return len(asked) == 2
+
+    times = timed([lambda: None], 10_000, 0, float("inf"), enough)
+    assert asked == [50, 75]
+    assert len(times[0].wall) == 75
+
+
 def test_calls_are_interleaved_and_bounded():
     order = []
     runners = [lambda: order.append("a"), lambda: order.append("b")]
     times = timed(runners, 3, 1, float("inf"))
     assert "".join(order) == "ab" * 4
-    assert [len(series) for series in times] == [3, 3]
-    assert [len(series) for series in timed(runners, 100, 100, 0.0)] == [1, 1]
+    assert [len(series.wall) for series in times] == [3, 3]
+    assert [len(series.busy) for series in timed(runners, 100, 100, 0.0)] == [1, 1]
 
 
 def test_latency_is_in_milliseconds():
@@ -81,6 +157,9 @@ def test_a_disturbed_measurement_is_made_again(monkeypatch):
     assert settled(["a", "b"], torch.zeros(1))[0].latency_ms.p90 == 2.0
 
 
+# --- shares
+
+
 @pytest.mark.parametrize(
     ("before", "after", "share"),
     [
@@ -91,11 +170,13 @@ def test_a_disturbed_measurement_is_made_again(monkeypatch):
     ],
 )
 def test_noise_does_not_make_a_network_faster(before: list, after: list, share: float) -> None:
-    assert _share(np.array(before), np.array(after)) == share
+    found = paired(before, after)
+    assert found.value == share
+    assert found.low <= share <= found.high
 
 
 def test_the_share_is_of_the_first_file(paths):
     small, large = paths
     first, second, share = relative(large, small, torch.ones(1, 8), rounds=30, warmup=2)
     assert (first.path, second.path) == (str(large), str(small))
-    assert share < 1 < relative(small, large, torch.ones(1, 8), rounds=30, warmup=2)[2]
+    assert share.high < 1 < relative(small, large, torch.ones(1, 8), rounds=30, warmup=2)[2].low

@@ -4,6 +4,7 @@ import warnings
 from inspect import signature
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -16,7 +17,8 @@ from rarefy.errors import BudgetError, InputError
 from rarefy.measured import CLOSE, Served, reach
 from rarefy.pruning import prune as pruning
 from rarefy.storage.format import save
-from rarefy.types import Budget, Latency, Measurement
+from rarefy.types import Budget, Latency, Measurement, Ratio
+from residual_networks import Residual, inputs
 from tiny_networks import perceptron
 
 torch.set_num_threads(1)
@@ -41,46 +43,46 @@ def made(share: float) -> nn.Module:
 @QUICK
 @given(st.floats(0.1, 0.95), st.floats(0.3, 3), st.floats(0, 0.3))
 def test_corrections_reach_any_rising_relation(wanted, power, offset) -> None:
-    def relation(share: float) -> tuple[nn.Module, float]:
-        return made(share), offset + (1 - offset) * share**power
+    def relation(share: float) -> tuple[nn.Module, Ratio]:
+        return made(share), Ratio.exact(offset + (1 - offset) * share**power)
 
     if wanted < offset + 0.05:
         return
     small = reach(Budget(bytes=wanted), relation)
-    assert relation(small.asked)[1] <= wanted
+    assert relation(small.asked)[1].value <= wanted
 
 
 def test_the_first_that_comes_close_is_taken() -> None:
     asked = []
 
-    def exact(share: float) -> tuple[nn.Module, float]:
+    def exact(share: float) -> tuple[nn.Module, Ratio]:
         asked.append(share)
-        return made(share), share - CLOSE / 2
+        return made(share), Ratio.exact(share - CLOSE / 2)
 
     assert reach(Budget(latency=0.5), exact).asked == 0.5
     assert asked == [0.5]
 
 
 def test_a_share_that_overshoots_is_corrected_upwards() -> None:
-    small = reach(Budget(latency=0.6), lambda s: (made(s), s**2))
+    small = reach(Budget(latency=0.6), lambda s: (made(s), Ratio.exact(s**2)))
     assert 0.58 <= small.asked**2 <= 0.62
 
 
 def test_where_all_miss_the_error_says_what_was_measured() -> None:
     with pytest.raises(BudgetError, match=r"smallest share that was measured is 0\.8"):
-        reach(Budget(latency=0.5), lambda s: (made(s), 0.8 + 0.2 * s))
+        reach(Budget(latency=0.5), lambda s: (made(s), Ratio.exact(0.8 + 0.2 * s)))
 
 
 def test_where_nothing_is_faster_the_error_says_so() -> None:
     with pytest.raises(BudgetError, match="no smaller network is faster"):
-        reach(Budget(latency=0.5), lambda s: (made(s), 1.1))
+        reach(Budget(latency=0.5), lambda s: (made(s), Ratio.exact(1.1)))
 
 
 def test_where_pruning_refuses_the_error_says_why() -> None:
-    def refuses(share: float) -> tuple[nn.Module, float]:
+    def refuses(share: float) -> tuple[nn.Module, Ratio]:
         if share < 0.7:
             raise BudgetError("prune", "the smallest share that can remain is 0.700", "Keep more")
-        return made(share), share
+        return made(share), Ratio.exact(share)
 
     with pytest.raises(BudgetError, match=r"can remain is 0\.700") as caught:
         reach(Budget(bytes=0.5), refuses)
@@ -102,21 +104,25 @@ class Clock:
         self.base, self.shares = base, []
         patch.setattr(measured, "export", self.export)
         patch.setattr(measured, "relative", self.relative)
-        patch.setattr(measured, "measure", lambda path, *_, **__: self.measurement(path))
+        patch.setattr(measured, "compare", lambda paths, *_, **__: [self.measurement(*paths)])
         patch.setattr(measured.Cache, "get", self.layers)
 
     def export(self, model: nn.Module, path: Path, inputs: object) -> Path:
-        path.write_text(str(self.base + sum(p.numel() for p in model.parameters())))
+        path.write_text(str(self.size(model)))
         return path
 
-    def measurement(self, path: Path) -> Measurement:
-        ms = float(path.read_text())
+    def size(self, model: nn.Module) -> float:
+        return self.base + sum(p.numel() for p in model.parameters())
+
+    def measurement(self, path: Path | nn.Module) -> Measurement:
+        size = self.size(path) if isinstance(path, nn.Module) else path.read_text()
+        ms = float(size)
         return Measurement(str(path), "made up 1", 1, 1, Latency(ms, ms, ms), 1, 1)
 
     def relative(self, before: Path, after: Path, inputs: object, **_: object):
         first, second = self.measurement(before), self.measurement(after)
         self.shares.append(second.latency_ms.median / first.latency_ms.median)
-        return first, second, self.shares[-1]
+        return first, second, Ratio.exact(self.shares[-1])
 
     def layers(self, layers: list, measure: object) -> dict:
         return {layer: float(layer.inner * layer.outer) for layer in layers}
@@ -185,6 +191,44 @@ def test_measured_budgets_need_the_measuring_prune() -> None:
 def test_the_options_are_those_of_the_pruning() -> None:
     own = {n for n, p in signature(pruning.prune).parameters.items() if p.kind is p.KEYWORD_ONLY}
     assert set(pruning.PruneOptions.__annotations__) == own - {"costs"}
+
+
+def test_noise_around_a_budget_leads_nowhere() -> None:
+    """An early share that noise puts on the wrong side must not close the way to the right one."""
+    generator = np.random.default_rng(0)
+    asked = []
+
+    def noisy(share: float) -> tuple[nn.Module, Ratio]:
+        asked.append(share)
+        true = 0.2 + 0.8 * share
+        seen = true + (0.08 if len(asked) == 2 else generator.normal(0, 0.01))
+        return made(share), Ratio(seen, seen - 0.1, seen + 0.1)
+
+    small = reach(Budget(latency=0.6), noisy)
+    assert 0.2 + 0.8 * small.asked == pytest.approx(0.6, abs=3 * CLOSE)
+
+
+def test_what_was_measured_is_told_with_its_noise() -> None:
+    with pytest.raises(BudgetError, match=r"is 0\.900 \(0\.880 to 0\.920\)"):
+        reach(Budget(latency=0.5), lambda s: (made(s), Ratio(0.9, 0.88, 0.92)))
+
+
+@pytest.mark.usefixtures("clock")
+@pytest.mark.parametrize("structure", ["depth", ("channel", "depth")])
+def test_blocks_go_for_a_budget_of_latency(structure: object) -> None:
+    net = Residual(("Basic", "Basic", "Basic"))
+    small = rf.prune(net, inputs(), Budget(latency=0.5, round_to=2), structure=structure)
+    assert small.pruned.blocks
+    assert small.served.share <= 0.5 + CLOSE
+    assert small.served.share in [ratio.value for ratio in small.served.tried]
+
+
+@pytest.mark.usefixtures("clock")
+@pytest.mark.parametrize("runtime", ["openvino", "eager", "compile"])
+def test_every_runtime_serves_a_budget(runtime: str) -> None:
+    small = rf.prune(wide(), X, Budget(latency=0.6), runtime=runtime)
+    assert small.served.share <= 0.6 + CLOSE
+    assert {m.out_features % 16 for m in small if isinstance(m, nn.Linear)} == {0, 4}
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """Layers as ONNX graphs of their own, and the costs of a network made of their latencies."""
 
+import importlib.util
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,6 +23,12 @@ from rarefy.types import Budget
 
 torch.set_num_threads(1)
 
+OPENVINO = pytest.param(
+    "openvino",
+    marks=pytest.mark.skipif(
+        importlib.util.find_spec("openvino") is None, reason="openvino is not installed"
+    ),
+)
 LAYERS = {
     "conv": Layer("conv", 6, 10, 1, 3, ((11, 9), (3, 2), (2, 1), (1, 0), (1, 1), (1, 2))),
     "depthwise": Layer("conv", 1, 12, 6, 3, ((11,), (3,), (1,), (1,), (1,), (1,))),
@@ -41,6 +48,14 @@ def test_every_kind_of_layer_runs_in_the_runtime(name: str, tmp_path: Path) -> N
     inputs = timing._write(LAYERS[name], tmp_path / "layer.onnx")
     (made,) = OnnxSession(tmp_path / "layer.onnx")(inputs)
     assert tuple(made.shape) == SHAPES[name]
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_the_module_of_a_layer_is_its_graph(name: str, tmp_path: Path) -> None:
+    inputs = timing._write(LAYERS[name], tmp_path / "layer.onnx")
+    (expected,) = OnnxSession(tmp_path / "layer.onnx")(inputs)
+    found = timing._Module(LAYERS[name])(*timing._inputs(LAYERS[name]))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_attention_is_attention(tmp_path: Path) -> None:
@@ -146,8 +161,9 @@ def test_a_budget_of_latency_is_kept_by_the_estimate_in_multiples(tmp_path: Path
     assert all(plan.kept(NETWORK, g) % 16 == 0 for g in NETWORK.groups)
 
 
-def test_layers_are_timed_in_the_runtime(tmp_path: Path) -> None:
+@pytest.mark.parametrize("runtime", ["onnxruntime", OPENVINO, "eager"])
+def test_layers_are_timed_in_the_runtime(runtime: str) -> None:
     small = Layer("matmul", 64, 64, times=64)
     large = replace(small, inner=1024, outer=1024)
-    a, b = timing._timed([small, large], runtime="onnxruntime", threads=1)
+    a, b = timing._timed([small, large], runtime=runtime, threads=1)
     assert 0 < a < b

@@ -1,4 +1,4 @@
-"""The commands: ``rarefy demo``, ``compress``, ``inspect``, ``soft-labels``."""
+"""The commands: ``rarefy demo``, ``compress``, ``recipe``, ``inspect``, ``bench``, ``soft-labels``."""
 
 from __future__ import annotations
 
@@ -119,6 +119,43 @@ def inspect(
         from rarefy.storage.format import inspect as contents
 
         typer.echo(str(contents(file)))
+
+
+@app.command()
+def bench(
+    files: Annotated[list[Path], typer.Argument(help="ONNX files; the first is the baseline.")],
+    runtime: Annotated[str, typer.Option(help="onnxruntime or openvino.")] = "onnxruntime",
+    threads: Annotated[int, typer.Option(help="Threads of the runtime.", min=1)] = 1,
+    shape: Annotated[
+        list[str] | None,
+        typer.Option(help="1x3x224x224, or name=1x3x224x224; once for each input."),
+    ] = None,
+    calls: Annotated[int, typer.Option(help="Timed calls of each file.", min=1)] = 200,
+    memory: Annotated[bool, typer.Option("--memory", help="Measure peak memory, too.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print all figures as JSON.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Compare the speed, size and memory of any ONNX files, called in turn.
+
+    Inputs are made from the shapes that the files declare; sizes that they leave open are 1 where
+    --shape does not give them.
+    """
+    with _guarded(debug):
+        from rarefy.deployment.bench import bench as run
+        from rarefy.reporting.bench import bench_json, bench_table
+
+        found = run(
+            files,
+            runtime=runtime,
+            threads=threads,
+            shapes=shape or (),
+            calls=calls,
+            memory=memory,
+        )
+        if as_json:
+            typer.echo(bench_json(found))
+        else:
+            Console().print(bench_table(found))
 
 
 Store = Annotated[Path, typer.Argument(help="A folder written by write_soft_labels.")]

@@ -4,7 +4,7 @@ latency are reached by pruning, measuring what would be shipped, and correcting.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,8 +16,10 @@ from torch import nn
 from rarefy.batches import batch_size
 from rarefy.deployment.cache import Cache
 from rarefy.deployment.export import export
-from rarefy.deployment.measure import check_runtime, measure, relative
-from rarefy.deployment.runtimes import WIDTHS
+from rarefy.deployment.measure import compare, relative
+from rarefy.deployment.opening import Served as Form
+from rarefy.deployment.ratios import FINE
+from rarefy.deployment.runtimes import RUNTIMES, runtime_named
 from rarefy.deployment.timing import layer_costs
 from rarefy.errors import BudgetError
 from rarefy.graph.trace import Network
@@ -25,13 +27,13 @@ from rarefy.pruning import prune as pruning
 from rarefy.pruning.prune import PruneOptions, removes
 from rarefy.pruning.selection.costs import Costs
 from rarefy.storage.format import save
-from rarefy.types import Budget, Inputs, Measurement
+from rarefy.types import Budget, Inputs, Measurement, Ratio
 
 CLOSE = 0.02
 """How far from its budget a measured share may end."""
 
-ROUNDS = 5
-"""How often a budget that has to be measured is corrected, at most."""
+ROUNDS = 6
+"""How many networks are made and measured for a budget, at most."""
 
 SECONDS = 20.0
 """Wall time of each comparison, at most."""
@@ -44,17 +46,21 @@ class Served:
     """How the smaller network runs where it is served, beside the original.
 
     Attributes:
-        before: the original, exported.
-        after: the smaller network, exported; the two were called in turn.
+        before: the original, in the form that the runtime serves.
+        after: the smaller network; the two were called in turn.
         share: latency that is left, as a share of the original's
             (:func:`~rarefy.deployment.measure.relative`).
-        faster: whether it is faster at all.
+        faster: whether it is faster beyond the noise.
+        noise: half the width of the share's 95 % interval.
+        tried: all shares that were measured on the way to a budget of latency.
     """
 
     before: Measurement
     after: Measurement
     share: float
     faster: bool
+    noise: float = 0.0
+    tried: tuple[Ratio, ...] = ()
 
 
 def prune(
@@ -71,11 +77,14 @@ def prune(
     The result is compared with the original whose removed units are zeroed at every coupled slice
     (:mod:`rarefy.pruning.structure.proof`) before it is returned. The model itself is untouched.
 
-    A budget of ``bytes`` is reached by saving what was pruned, one of ``latency`` by exporting and
-    timing it beside the original on ``example_inputs``, each with corrections. Units are then
-    chosen by their importance per millisecond, from latencies of single layers that are measured
-    once and kept in the user's cache folder (``$RAREFY_CACHE``), and widths are multiples of what
-    the runtime computes fast, unless the budget says otherwise.
+    A budget of ``bytes`` is reached by saving what was pruned, one of ``latency`` by timing it
+    in the runtime, beside the original, on ``example_inputs``, each with corrections. Units and
+    blocks are then chosen by their importance per millisecond, from latencies of single layers that
+    are measured once and kept in the user's cache folder (``$RAREFY_CACHE``), and widths are
+    multiples of what the runtime computes fast, unless the budget says otherwise. Shares of the
+    latency are of calls one right after the other, with one thread of the processor's time that
+    they take, which other programs do not lengthen; calls go on until the share's 95 % interval is
+    narrow or the time is up.
 
     Args:
         model: a trained network.
@@ -84,7 +93,8 @@ def prune(
             structures that set weights to zero, and nothing for N:M, which fixes the share.
         runtime: where the result is timed beside the original, whatever the budget; its attribute
             ``served`` then is a :class:`Served` record, and a result that is not faster is warned
-            of. ``"onnxruntime"`` where the budget is latency.
+            of. ``"onnxruntime"`` (that where the budget is latency and nothing is given),
+            ``"openvino"``, ``"eager"`` (PyTorch) or ``"compile"`` (``torch.compile``).
         threads: intra-op threads of the runtime.
         criterion: how important a unit is; None for ``"fisher"`` on unlabelled data where data are
             given (``"sparsegpt"`` where single weights go), else ``"magnitude"``. By the weights
@@ -102,8 +112,8 @@ def prune(
         structure: ``"channel"`` removes channels, heads and hidden units; ``"depth"`` removes whole
             residual blocks (:attr:`~rarefy.graph.trace.Network.blocks`), ``Budget(blocks=2)`` of
             them or what a share takes; with ``("channel", "depth")`` both compete for one budget of
-            macs, params or bytes, by importance per saved cost. All others set weights to zero,
-            which makes files smaller, and faster what a runtime has kernels for: ``"weight"``
+            macs, params, bytes or latency, by importance per saved cost. All others set weights to
+            zero, which makes files smaller, and faster what a runtime has kernels for: ``"weight"``
             single ones, ``"2:4"`` two of every four, ``"1x4"`` blocks of them; or a value such as
             ``Block(8, 8)`` (:mod:`rarefy.pruning.sparsity.patterns`,
             :func:`~rarefy.pruning.sparsity.sparsify.sparsify`).
@@ -144,7 +154,7 @@ def prune(
     if not isinstance(budget, Budget) or not removes(options.get("structure", "channel")):
         return pruning.prune(model, example_inputs, budget, **options)
     if runtime is not None or budget.latency is not None:
-        check_runtime(runtime or DEFAULT_RUNTIME)
+        runtime_named(runtime or DEFAULT_RUNTIME)
     budget = _with_widths(budget, runtime or DEFAULT_RUNTIME)
     if budget.kind not in ("bytes", "latency"):
         small = pruning.prune(model, example_inputs, budget, **options)
@@ -165,7 +175,8 @@ def _warn_where_slower(small: nn.Module) -> None:
         before, after = served.before.latency_ms.median, served.after.latency_ms.median
         warnings.warn(
             f"the smaller network is not faster in {served.after.runtime}: {after:.3g} ms a call, "
-            f"the original {before:.3g} ms",
+            f"the original {before:.3g} ms; its share of {served.share:.3f} is known to "
+            f"{served.noise:.3f}",
             RuntimeWarning,
             stacklevel=3,
         )
@@ -174,49 +185,57 @@ def _warn_where_slower(small: nn.Module) -> None:
 def _with_widths(budget: Budget, runtime: str) -> Budget:
     """The budget with a multiple for its widths: the runtime's where it is to decide."""
     unset = budget.latency is not None and budget.round_to == 1
-    return (
-        replace(budget, round_to=WIDTHS[runtime]) if unset or budget.round_to == "auto" else budget
-    )
+    if not unset and budget.round_to != "auto":
+        return budget
+    return replace(budget, round_to=runtime_named(runtime).widths["float32"])
 
 
-Make = Callable[[float], tuple[nn.Module, float]]
+Make = Callable[[float], tuple[nn.Module, Ratio]]
 """A share to ask for -> a network, and the share that was measured on it."""
+
+
+@dataclass(frozen=True)
+class _Tried:
+    """A share that was asked for, and what came of it."""
+
+    asked: float
+    found: Ratio
+    model: nn.Module
 
 
 def reach(budget: Budget, make: Make) -> nn.Module:
     """The largest network whose measured share is within its budget, or close above it.
 
-    The share asked for is corrected by what was measured, between the shares that were too large
-    and those that were too small.
+    The share asked for is corrected by what was measured. A share that is not known well enough to
+    tell on which side of the budget it is bounds nothing, so that noise leads nowhere that could
+    not be left again.
 
     Raises:
         BudgetError: none is; the message says what was measured.
     """
     wanted, slack = budget.share, NOISE[budget.kind]
-    asked, low, high = wanted, 0.0, 1.0
-    tried: list[tuple[float, nn.Module]] = []
+    tried: list[_Tried] = []
+    refused: list[float] = []
     refusal: BudgetError | None = None
+    asked = wanted
     for _ in range(ROUNDS):
-        found: float | None = None
         try:
             small, found = make(asked)
         except BudgetError as error:
             refusal = error
+            refused.append(asked)
         else:
-            tried.append((found, small))
-            if wanted - CLOSE <= found <= wanted + slack:
+            tried.append(_Tried(asked, found, small))
+            if wanted - CLOSE <= found.value <= wanted + slack:
                 break
-        if found is None or found < wanted:
-            low = asked
-        else:
-            high = asked
-        if high - low < LEAST_STEP:
+        following = _next(tried, refused, wanted)
+        if following is None:
             break
-        asked = _corrected(asked, wanted, found, low, high)
-    fitting = [pair for pair in tried if pair[0] <= wanted + slack]
+        asked = following
+    fitting = [one for one in tried if one.found.value <= wanted + slack]
     if fitting:
-        return max(fitting, key=lambda pair: pair[0])[1]
-    raise _missed(budget, [measured for measured, _ in tried], refusal)
+        return max(fitting, key=lambda one: one.found.value).model
+    raise _missed(budget, [one.found for one in tried], refusal)
 
 
 NOISE = {"bytes": 0.0, "latency": CLOSE}
@@ -226,22 +245,40 @@ LEAST_STEP = 1e-3
 """Difference of shares below which no correction is tried."""
 
 
-def _corrected(
-    asked: float, wanted: float, measured: float | None, low: float, high: float
-) -> float:
-    """What to ask for next: in proportion, or the middle where that was tried."""
-    found = (low + high) / 2
-    if measured is not None and measured < 1:
-        found = 1 - (1 - asked) * (1 - wanted) / (1 - measured)
+def _next(tried: Sequence[_Tried], refused: Sequence[float], wanted: float) -> float | None:
+    """What to ask for next; None where there is nothing in between any more."""
+    low = max([0.0, *refused, *(one.asked for one in tried if one.found.high < wanted)])
+    high = min([1.0, *(one.asked for one in tried if one.found.low > wanted)])
+    if abs(high - low) < LEAST_STEP:
+        return None
+    low, high = sorted((low, high))  # larger networks may be faster, where widths fit better
     margin = (high - low) / 10
-    return min(max(found, low + margin), high - margin)
+    return min(max(_estimated(tried, wanted, (low + high) / 2), low + margin), high - margin)
 
 
-def _missed(budget: Budget, measured: list[float], refusal: BudgetError | None) -> BudgetError:
+def _estimated(tried: Sequence[_Tried], wanted: float, middle: float) -> float:
+    """By the line through the nearest on either side, or through 1 and the nearest of all."""
+    under = max((o for o in tried if o.found.value <= wanted), key=_asked, default=None)
+    over = min((o for o in tried if o.found.value > wanted), key=_asked, default=None)
+    if under is not None and over is not None:
+        rise = over.found.value - under.found.value
+        return under.asked + (over.asked - under.asked) * (wanted - under.found.value) / rise
+    nearest = under or over
+    if nearest is None or nearest.found.value >= 1:
+        return middle
+    return 1 - (1 - nearest.asked) * (1 - wanted) / (1 - nearest.found.value)
+
+
+def _asked(one: _Tried) -> float:
+    return one.asked
+
+
+def _missed(budget: Budget, measured: list[Ratio], refusal: BudgetError | None) -> BudgetError:
     where = f"prune(budget=Budget({budget.kind}={budget.share:g}))"
-    least = f"the smallest share that was measured is {min(measured):.3f}" if measured else ""
+    smallest = min(measured, key=lambda ratio: ratio.value, default=None)
+    least = f"the smallest share that was measured is {smallest}" if smallest else ""
     reason = f"{refusal.where}: {refusal.what}" if refusal is not None else ""
-    slower = budget.kind == "latency" and measured and min(measured) >= 1
+    slower = budget.kind == "latency" and smallest is not None and smallest.value >= 1
     return BudgetError(
         where,
         "; ".join(filter(None, (least, "no smaller network is faster" if slower else "", reason))),
@@ -260,72 +297,103 @@ def _maker(
     if budget.bytes is not None:
         whole = place.saved(model)
 
-        def by_bytes(share: float) -> tuple[nn.Module, float]:
+        def by_bytes(share: float) -> tuple[nn.Module, Ratio]:
             counted = replace(budget, bytes=None, params=share)
             small = pruning.prune(model, example_inputs, counted, **options)
-            return small, place.saved(small) / whole
+            return small, Ratio.exact(place.saved(small) / whole)
 
         return by_bytes
 
-    def by_latency(share: float) -> tuple[nn.Module, float]:
+    def by_latency(share: float) -> tuple[nn.Module, Ratio]:
         asked = replace(budget, latency=share)
         small = pruning.prune(model, example_inputs, asked, costs=place.costs, **options)
-        return small, place.note(small).share
+        return small, place.note(small)
 
     return by_latency
 
 
 class _Workplace:
-    """A folder with the original's files, and what was measured on them."""
+    """A folder with the original in the form that the runtime serves, and what was measured."""
 
     def __init__(
         self, folder: Path, model: nn.Module, example_inputs: Inputs, runtime: str, threads: int
     ) -> None:
         self.folder, self.model, self.inputs = folder, model, example_inputs
         self.runtime, self.threads = runtime, threads
-        self._before: Path | None = None
+        self._before: Form | None = None
         self._costs: Costs | None = None
+        self._whole: Measurement | None = None
+        self._known: dict[tuple[object, ...], Served] = {}
 
     def saved(self, model: nn.Module) -> int:
         """Bytes of the network's file."""
         return save(model, self.folder / "saved.safetensors").stat().st_size
 
-    def note(self, small: nn.Module) -> Served:
-        """Time a smaller network beside the original; it carries the record from then on."""
-        after = export(small, self.folder / "after.onnx", self.inputs)
-        measured = relative(
+    def note(self, small: nn.Module) -> Ratio:
+        """Time a smaller network beside the original; it carries the record from then on.
+
+        One of the same sizes was timed already where nothing else fits a share.
+        """
+        sizes = (type(small), *((n, p.shape) for n, p in small.named_parameters()))
+        if sizes not in self._known:
+            before, after, share = self._beside(small)
+            self._known[sizes] = Served(
+                replace(before, share=None),
+                replace(after, share=share),
+                share.value,
+                faster=share.high < 1,
+                noise=share.noise,
+            )
+        found = self._known[sizes]
+        tried = tuple(one.after.share for one in self._known.values() if one.after.share)
+        small.served = replace(found, tried=tried)  # type: ignore[assignment]
+        assert found.after.share is not None
+        return found.after.share
+
+    def costs(self, model: nn.Module, network: Network) -> Costs:
+        """Latencies of the layers of the original, or of what is left of it, timed once."""
+        if self._whole is None:
+            (self._whole,) = compare(
+                [self._original()], self.inputs, runtime=self.runtime, threads=self.threads
+            )
+        if model is self.model and self._costs is not None:
+            return self._costs
+        busy = self._whole.busy_ms if self.threads == 1 and FINE else None
+        whole = (busy or self._whole.latency_ms).p10
+        found = layer_costs(
+            network,
+            whole if model is self.model else whole * self._beside(model)[-1].value,
+            runtime=self.runtime,
+            threads=self.threads,
+            batch=batch_size(self.inputs),
+            step=RUNTIMES[self.runtime].widths["float32"],
+            cache=Cache.of(self._whole.runtime, self.threads),
+        )
+        if model is self.model:
+            self._costs = found
+        return found
+
+    def _beside(self, small: nn.Module) -> tuple[Measurement, Measurement, Ratio]:
+        """A smaller network and the original, called in turn."""
+        return relative(
             self._original(),
-            after,
+            self._form(small, "after"),
             self.inputs,
             runtime=self.runtime,
             threads=self.threads,
             max_seconds=SECONDS,
         )
-        found = Served(*measured, faster=measured[-1] < 1)
-        small.served = found  # type: ignore[assignment]
-        return found
 
-    def costs(self, network: Network) -> Costs:
-        """Latencies of the layers, timed once."""
-        if self._costs is None:
-            whole = measure(
-                self._original(), self.inputs, runtime=self.runtime, threads=self.threads
-            )
-            self._costs = layer_costs(
-                network,
-                whole.latency_ms.p10,
-                runtime=self.runtime,
-                threads=self.threads,
-                batch=batch_size(self.inputs),
-                step=WIDTHS[self.runtime],
-                cache=Cache.of(whole.runtime, self.threads),
-            )
-        return self._costs
-
-    def _original(self) -> Path:
+    def _original(self) -> Form:
         if self._before is None:
-            self._before = export(self.model, self.folder / "before.onnx", self.inputs)
+            self._before = self._form(self.model, "before")
         return self._before
+
+    def _form(self, model: nn.Module, name: str) -> Form:
+        """A network as the runtime serves it."""
+        if RUNTIMES[self.runtime].serves == "module":
+            return model
+        return export(model, self.folder / f"{name}.onnx", self.inputs)
 
 
 @contextmanager

@@ -302,17 +302,73 @@ class Latency:
 
 
 @dataclass(frozen=True)
-class Measurement:
-    """What was measured on one file in one runtime.
+class Ratio:
+    """A measured latency as a share of another, with the interval that holds it with 95 %.
+
+    Example:
+        >>> str(Ratio(0.5, 0.48, 0.51))
+        '0.500 (0.480 to 0.510)'
+    """
+
+    value: float
+    low: float
+    high: float
+
+    @classmethod
+    def exact(cls, value: float) -> Ratio:
+        """A share without noise."""
+        return cls(value, value, value)
+
+    @property
+    def noise(self) -> float:
+        """Half the width of the interval."""
+        return (self.high - self.low) / 2
+
+    def __str__(self) -> str:
+        interval = f" ({self.low:.3f} to {self.high:.3f})" if self.low < self.high else ""
+        return f"{self.value:.3f}{interval}"
+
+
+@dataclass(frozen=True)
+class Cost:
+    """MACs of one example, and parameters.
 
     Attributes:
-        path: the file that was measured.
+        macs: of one example.
+        params: number of parameter values, shared ones once.
+        by_layer: MACs by module path; calls outside of any submodule under ``""``.
+        uncounted: operators whose cost is not known, with how often they occur.
+        params_by_layer: parameter values by the path of the module that holds them.
+    """
+
+    macs: int
+    params: int
+    by_layer: Mapping[str, int]
+    uncounted: Mapping[str, int]
+    params_by_layer: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What was measured on one file or network in one runtime.
+
+    Attributes:
+        path: the file that was measured, or the class of the network.
         runtime: e.g. ``"onnxruntime"``, with its version.
         threads: intra-op threads.
-        bytes: size of the file on disk.
+        bytes: size of the file on disk: the ONNX file, or for a network that PyTorch runs, the
+            file that :func:`rarefy.save` makes of it.
         latency_ms: per call, on the inputs given.
         calls: how many calls were timed.
         batch: examples of one call.
+        busy_ms: the processor's time that the process spent on a call; it is above the latency
+            where several threads work, and below it where other programs take the processor.
+        share: latency as a share of the first's, where several were measured side by side; with one
+            thread, of the processor's time, which other programs do not lengthen.
+        accuracy: top-1 of what the runtime computes, 0 to 1, where labelled data were given.
+        peak_mb: megabytes (10^6 bytes) that loading and calling it takes at most, where asked for.
+        cost: MACs and parameters by layer, of networks.
+        notes: what could not be measured, and why.
     """
 
     path: str
@@ -322,6 +378,22 @@ class Measurement:
     latency_ms: Latency
     calls: int
     batch: int
+    busy_ms: Latency | None = None
+    share: Ratio | None = None
+    accuracy: float | None = None
+    peak_mb: float | None = None
+    cost: Cost | None = None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def throughput(self) -> float:
+        """Examples per second, by the median latency."""
+        return 1000 * self.batch / max(self.latency_ms.median, 1e-9)
+
+    @property
+    def spread(self) -> float:
+        """90th over 10th percentile of the latency: 1 on a machine that nothing disturbs."""
+        return self.latency_ms.p90 / max(self.latency_ms.p10, 1e-9)
 
 
 @dataclass(frozen=True)

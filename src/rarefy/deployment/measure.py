@@ -1,20 +1,30 @@
-"""Honest figures of exported files: bytes, and latency in the runtime that serves them."""
+"""Honest figures of files and networks, in the runtime that serves them."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from tempfile import TemporaryDirectory
+from typing import Any, overload
 
 import numpy as np
-from numpy.typing import NDArray
+from torch import nn
 
 from rarefy.batches import batch_size
-from rarefy.deployment.runtimes import OnnxSession, load_onnxruntime
-from rarefy.errors import InputError
-from rarefy.types import Inputs, Latency, Measurement
+from rarefy.deployment.memory import peak_mb
+from rarefy.deployment.opening import Served, opened
+from rarefy.deployment.ratios import Series, paired
+from rarefy.deployment.runtimes import Session, runtime_named
+from rarefy.errors import CaptureError, InputError
+from rarefy.graph.count import count
+from rarefy.metrics import top1
+from rarefy.storage.format import save
+from rarefy.types import Data, Inputs, Latency, Measurement, Ratio
 
 QUIET = 1.6
 """90th over 10th percentile of an undisturbed measurement, at most."""
@@ -22,63 +32,127 @@ QUIET = 1.6
 MAX_SECONDS = 60.0
 """Wall time after which a comparison ends early, with at least one round."""
 
+NARROW = 0.01
+"""Half the width of a ratio's interval below which more calls are not worth their time."""
 
-class Runner(Protocol):
-    """A loaded file that can be called again and again on the same inputs."""
+LEAST_ROUNDS = 50
+"""Rounds before the first look at the interval of a ratio; further ones after half as many more."""
 
-    def __call__(self) -> Any:
-        """Run once."""
-
-
-def _onnxruntime(path: Path, inputs: Inputs, threads: int) -> tuple[str, Runner]:
-    session = OnnxSession(path, threads)
-    feed = session.feed(inputs)
-    return f"onnxruntime {load_onnxruntime().__version__}", lambda: session.run(feed)
+Runner = Callable[[], Any]
+"""Calls what is loaded, again and again on the same inputs."""
 
 
-RUNTIMES: Mapping[str, Callable[[Path, Inputs, int], tuple[str, Runner]]] = {
-    "onnxruntime": _onnxruntime,
-}
-"""Name of a runtime -> (path, inputs, threads) -> its name with version, and a runner."""
+@overload
+def measure(
+    what: Served,
+    example_inputs: Inputs,
+    *,
+    runtime: str = ...,
+    threads: int = ...,
+    calls: int = ...,
+    warmup: int = ...,
+    data: Data | None = ...,
+    memory: bool = ...,
+    max_seconds: float = ...,
+) -> Measurement: ...
+
+
+@overload
+def measure(
+    what: list[Any] | tuple[Served, ...],
+    example_inputs: Inputs,
+    *,
+    runtime: str = ...,
+    threads: int = ...,
+    calls: int = ...,
+    warmup: int = ...,
+    data: Data | None = ...,
+    memory: bool = ...,
+    max_seconds: float = ...,
+) -> list[Measurement]: ...
 
 
 def measure(
-    path: str | Path,
+    what: Served | list[Any] | tuple[Served, ...],
     example_inputs: Inputs,
     *,
     runtime: str = "onnxruntime",
     threads: int = 1,
     calls: int = 200,
     warmup: int = 20,
-) -> Measurement:
-    """Measure the latency of one file.
+    data: Data | None = None,
+    memory: bool = False,
+    max_seconds: float = MAX_SECONDS,
+) -> Measurement | list[Measurement]:
+    """Measure a file or a network in a runtime, or several side by side.
+
+    Several are called in turn (A B C, A B C, ...), so that all meet the same noise; the first is
+    the baseline, and the others carry their latency as a share of its, with the interval of that
+    (:func:`~rarefy.deployment.ratios.paired`). With one thread it is a share of the processor's
+    time, which other programs do not lengthen; latencies are by the clock on the wall.
 
     Args:
-        path: the file.
+        what: the path of an ONNX file, a network, or a list of these. Networks are exported to a
+            temporary file for the runtimes that serve files; they are taken in eval mode, and left
+            as they are.
         example_inputs: what every call is made with; the batch size is theirs.
-        runtime: a key of :data:`RUNTIMES`.
-        threads: intra-op threads.
-        calls: calls that are timed, at least 1; fewer after a minute.
-        warmup: calls before them.
+        runtime: ``"onnxruntime"`` or ``"openvino"``, which serve files and networks; ``"eager"``
+            (PyTorch, operator by operator) or ``"compile"`` (``torch.compile``), which serve
+            networks.
+        threads: intra-op threads; the runtime has no others.
+        calls: calls of each that are timed, at least 1.
+        warmup: calls of each before them.
+        data: labelled batches on which the accuracy of what the runtime computes is measured.
+        memory: whether peak memory is measured, in a process of its own that takes seconds
+            (:mod:`rarefy.deployment.memory`).
+        max_seconds: wall time after which no more calls are timed.
 
     Returns:
-        Bytes of the file, and milliseconds per call.
+        A measurement for each: milliseconds per call, examples per second, bytes, and for networks
+        MACs and parameters by layer, with what could not be counted.
 
     Raises:
         InputError: unknown runtime, no such file, or inputs that it does not take.
-        MissingExtraError: the runtime is not installed.
+        FormatError: the runtime cannot load the file.
+        ExportError: a network cannot be exported for the runtime.
+        DataError: the data hold no labels, or they do not fit the outputs.
+        MissingExtraError: the runtime is not installed; the message has the install line.
 
     Example:
         >>> measure("net.onnx", torch.randn(1, 3, 32, 32)).latency_ms.median  # doctest: +SKIP
         0.41
+        >>> dense, pruned = measure([net, small], x, runtime="openvino")  # doctest: +SKIP
+        >>> pruned.share  # doctest: +SKIP
+        Ratio(value=0.52, low=0.51, high=0.53)
     """
-    return compare(
-        [path], example_inputs, runtime=runtime, threads=threads, rounds=calls, warmup=warmup
-    )[0]
+    several: list[Served] = list(what) if isinstance(what, list | tuple) else [what]
+    found = side_by_side(
+        several,
+        [example_inputs] * len(several),
+        runtime=runtime,
+        threads=threads,
+        rounds=calls,
+        warmup=warmup,
+        max_seconds=max_seconds,
+        data=data,
+        memory=memory,
+    )
+    found = [_counted(m, one, example_inputs) for m, one in zip(found, several, strict=True)]
+    return found if isinstance(what, list | tuple) else found[0]
+
+
+def _counted(measured: Measurement, what: object, inputs: Inputs) -> Measurement:
+    """With the MACs and parameters of a network; a file has none."""
+    if not isinstance(what, nn.Module):
+        return measured
+    try:
+        return replace(measured, cost=count(what, inputs))
+    except CaptureError as error:
+        return replace(measured, notes=(*measured.notes, f"MACs are not counted: {error.what}"))
 
 
 def compare(
-    paths: Sequence[str | Path],
+    paths: Sequence[Served],
     example_inputs: Inputs,
     *,
     runtime: str = "onnxruntime",
@@ -87,133 +161,213 @@ def compare(
     warmup: int = 20,
     max_seconds: float = MAX_SECONDS,
 ) -> list[Measurement]:
-    """Measure several files side by side: A B C, A B C, ..., so that all meet the same noise.
+    """Measure the latency of several side by side: A B C, A B C, ..., so that all meet the same
+    noise.
 
     Args:
-        paths: the files.
+        paths: files or networks.
         example_inputs: what every call is made with; the batch size is theirs.
-        runtime: a key of :data:`RUNTIMES`.
+        runtime: a key of :data:`~rarefy.deployment.runtimes.RUNTIMES`.
         threads: intra-op threads.
-        rounds: timed calls of each file, at least 1.
-        warmup: calls of each file before them.
+        rounds: timed calls of each, at least 1.
+        warmup: calls of each before them.
         max_seconds: wall time after which the rounds end.
 
     Returns:
-        One measurement per path, in their order.
+        One measurement for each, in their order.
 
     Raises:
         InputError: no path, unknown runtime, no such file, or inputs that it does not take.
         MissingExtraError: the runtime is not installed.
     """
-    options = (runtime, threads, rounds, warmup, max_seconds)
-    return _measured(paths, example_inputs, *options)[0]
+    return side_by_side(
+        paths,
+        [example_inputs] * len(paths),
+        runtime=runtime,
+        threads=threads,
+        rounds=rounds,
+        warmup=warmup,
+        max_seconds=max_seconds,
+    )
 
 
 def relative(
-    before: str | Path,
-    after: str | Path,
+    before: Served,
+    after: Served,
     example_inputs: Inputs,
     *,
     runtime: str = "onnxruntime",
     threads: int = 1,
-    rounds: int = 200,
+    rounds: int = 2000,
     warmup: int = 20,
     max_seconds: float = MAX_SECONDS,
-) -> tuple[Measurement, Measurement, float]:
-    """Measure two files side by side, and the second's latency as a share of the first's.
+) -> tuple[Measurement, Measurement, Ratio]:
+    """Measure two side by side, and the second's latency as a share of the first's.
 
-    The share is the median, over all rounds, of the ratio of two calls one right after the other,
-    since other programs that slow the machine down for a while slow down both; or the ratio of the
-    10th percentiles where that is larger, since they interrupt long calls more often than short
-    ones: a gain that is there in one of the two alone is noise.
+    Rounds end when the share is known well enough (:data:`NARROW`); see
+    :func:`~rarefy.deployment.ratios.paired` for what it is. With one thread it is a share of the
+    processor's time, which on a quiet machine is the same, and on a busy one stays what it was.
 
     Args:
-        before: the first file.
-        after: the second file.
+        before: the first file or network.
+        after: the second.
         example_inputs: what every call is made with; the batch size is theirs.
-        runtime: a key of :data:`RUNTIMES`.
+        runtime: a key of :data:`~rarefy.deployment.runtimes.RUNTIMES`.
         threads: intra-op threads.
-        rounds: timed calls of each file, at least 1.
-        warmup: calls of each file before them.
+        rounds: timed calls of each, at most.
+        warmup: calls of each before them.
         max_seconds: wall time after which the rounds end.
 
     Raises:
         InputError: unknown runtime, no such file, or inputs that it does not take.
         MissingExtraError: the runtime is not installed.
     """
-    options = (runtime, threads, rounds, warmup, max_seconds)
-    (first, second), times = _measured([before, after], example_inputs, *options)
-    return first, second, _share(*(np.asarray(series) for series in times))
+    first, second = side_by_side(
+        [before, after],
+        [example_inputs] * 2,
+        runtime=runtime,
+        threads=threads,
+        rounds=rounds,
+        warmup=warmup,
+        max_seconds=max_seconds,
+        enough=partial(_narrow, threads=threads),
+    )
+    assert second.share is not None
+    return first, second, second.share
 
 
-def _share(before: NDArray[np.int64], after: NDArray[np.int64]) -> float:
-    """The larger of the median ratio of neighbors and the ratio of the 10th percentiles."""
-    paired = float(np.median(after / np.maximum(before, 1)))
-    return max(paired, float(np.percentile(after, 10) / max(np.percentile(before, 10), 1)))
+def _narrow(times: Sequence[Series], threads: int) -> bool:
+    """Whether the shares of all are known well enough."""
+    first, *others = (series.undisturbed(threads) for series in times)
+    return all(paired(first, series).noise <= NARROW for series in others)
 
 
-def _measured(
-    paths: Sequence[str | Path],
-    example_inputs: Inputs,
+def side_by_side(
+    whats: Sequence[Served],
+    inputs: Sequence[Inputs],
+    *,
     runtime: str,
     threads: int,
     rounds: int,
     warmup: int,
     max_seconds: float,
-) -> tuple[list[Measurement], list[list[int]]]:
-    """Measurements of files side by side, and the nanoseconds of their calls."""
-    check_runtime(runtime)
-    if not paths or rounds < 1 or warmup < 0:
-        raise InputError(
-            f"compare({len(paths)} paths, rounds={rounds}, warmup={warmup})",
-            "there is nothing to measure",
-            "Give at least one path and one round",
-        )
-    loaded = [RUNTIMES[runtime](Path(path), example_inputs, threads) for path in paths]
-    end = time.monotonic() + max_seconds
-    times = timed([runner for _, runner in loaded], rounds, warmup, end)
-    batch = batch_size(example_inputs)
-    found = [
-        Measurement(
-            str(path), name, threads, Path(path).stat().st_size, latency(series), len(series), batch
-        )
-        for path, (name, _), series in zip(paths, loaded, times, strict=True)
-    ]
-    return found, times
+    enough: Callable[[Sequence[Series]], bool] | None = None,
+    data: Data | None = None,
+    memory: bool = False,
+) -> list[Measurement]:
+    """Measure several in turn, each on inputs of its own; see :func:`measure`.
 
-
-def check_runtime(runtime: str) -> None:
-    """Refuse a runtime that is none.
+    Args:
+        enough: whether the nanoseconds of the calls so far suffice.
 
     Raises:
-        InputError: it is no key of :data:`RUNTIMES`.
+        InputError: nothing to measure, and as :func:`measure`.
     """
-    if runtime not in RUNTIMES:
+    runtime_named(runtime)
+    if not whats or rounds < 1 or warmup < 0:
         raise InputError(
-            f"runtime={runtime!r}", "unknown runtime", f"Use one of {', '.join(RUNTIMES)}"
+            f"measure({len(whats)} files or networks, calls={rounds}, warmup={warmup})",
+            "there is nothing to measure",
+            "Give at least one file or network, and one call",
         )
+    with ExitStack() as stack:
+        loaded = [
+            stack.enter_context(opened(what, given, runtime, threads))
+            for what, given in zip(whats, inputs, strict=True)
+        ]
+        feeds = [session.feed(given) for (session, _), given in zip(loaded, inputs, strict=True)]
+        runners = [partial(s.run, feed) for (s, _), feed in zip(loaded, feeds, strict=True)]
+        times = timed(runners, rounds, warmup, time.monotonic() + max_seconds, enough)
+        found: list[Measurement] = []
+        for what, given, (session, path), series in zip(whats, inputs, loaded, times, strict=True):
+            made = Measurement(
+                str(what) if isinstance(what, str | Path) else type(what).__name__,
+                session.version,
+                threads,
+                _size(what, path),
+                latency(series.wall),
+                len(series.wall),
+                batch_size(given),
+                busy_ms=latency(series.busy),
+                share=paired(*(s.undisturbed(threads) for s in (times[0], series)))
+                if found
+                else None,
+            )
+            found.append(_beside(made, session, path, given, runtime, data, memory))
+    return found
 
 
-def timed(runners: Sequence[Runner], rounds: int, warmup: int, end: float) -> list[list[int]]:
-    """Nanoseconds of each call, per runner, in turn; ``end`` is a time of ``time.monotonic``."""
+def _beside(
+    made: Measurement,
+    session: Session,
+    path: Path | None,
+    inputs: Inputs,
+    runtime: str,
+    data: Data | None,
+    memory: bool,
+) -> Measurement:
+    """With what is measured beside the latency, where asked for."""
+    if data is not None:
+        made = replace(made, accuracy=top1(session.logits, data, where="measure"))
+    if not memory:
+        return made
+    if path is None:
+        note = f"peak memory is not measured in {runtime}: the network is in this process already"
+        return replace(made, notes=(*made.notes, note))
+    peak = peak_mb(path, inputs, runtime, made.threads)
+    unknown = ["peak memory is not measured: the system does not tell it"] if peak is None else []
+    return replace(made, peak_mb=peak, notes=(*made.notes, *unknown))
+
+
+def _size(what: Served, path: Path | None) -> int:
+    """Bytes of the file, or of the one that a network is saved as."""
+    if path is not None:
+        return path.stat().st_size
+    assert isinstance(what, nn.Module)
+    with TemporaryDirectory(prefix="rarefy-") as folder:
+        return save(what, Path(folder) / "network.safetensors").stat().st_size
+
+
+def timed(
+    runners: Sequence[Runner],
+    rounds: int,
+    warmup: int,
+    end: float,
+    enough: Callable[[Sequence[Series]], bool] | None = None,
+) -> list[Series]:
+    """Nanoseconds of each call, per runner, in turn.
+
+    Args:
+        runners: what is called.
+        rounds: calls of each.
+        warmup: calls of each before them.
+        end: the time of ``time.monotonic`` after which the rounds end, one at least.
+        enough: whether the calls so far suffice, asked now and then.
+    """
     for _ in range(warmup):
         for runner in runners:
             runner()
         if time.monotonic() > end:
             break
-    times: list[list[int]] = [[] for _ in runners]
-    for _ in range(rounds):
+    times = [Series() for _ in runners]
+    look = LEAST_ROUNDS
+    for done in range(1, rounds + 1):
         for runner, series in zip(runners, times, strict=True):
-            start = time.perf_counter_ns()
+            busy, start = time.process_time_ns(), time.perf_counter_ns()
             runner()
-            series.append(time.perf_counter_ns() - start)
+            series.wall.append(time.perf_counter_ns() - start)
+            series.busy.append(time.process_time_ns() - busy)
         if time.monotonic() > end:
             break
+        if enough is not None and done >= look:
+            if enough(times):
+                break
+            look += look // 2
     return times
 
 
 def settled(
-    paths: Sequence[str | Path], example_inputs: Inputs, *, threads: int = 1, attempts: int = 3
+    paths: Sequence[Served], example_inputs: Inputs, *, threads: int = 1, attempts: int = 3
 ) -> list[Measurement]:
     """As :func:`compare`, again where the machine was disturbed; the quietest attempt counts.
 
@@ -233,7 +387,7 @@ def settled(
 
 
 def _unrest(measured: Sequence[Measurement]) -> float:
-    return max(m.latency_ms.p90 / m.latency_ms.p10 for m in measured)
+    return max(m.spread for m in measured)
 
 
 def speedup(before: Latency, after: Latency) -> float:

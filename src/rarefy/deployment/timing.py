@@ -1,7 +1,7 @@
 """Latencies of single layers in a runtime, at several widths, kept between runs.
 
-Each layer is written as a small ONNX graph of its own and timed; all widths of one layer in turn,
-so that they meet the same noise.
+Each layer is made a network of its own (a small ONNX graph, or a module) and timed; all widths of
+one layer in turn, so that they meet the same noise.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from itertools import product
@@ -18,10 +19,12 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from torch import nn
 
 from rarefy.deployment.cache import Cache
-from rarefy.deployment.measure import RUNTIMES, latency, timed
-from rarefy.deployment.runtimes import load_onnx
+from rarefy.deployment.measure import latency, timed
+from rarefy.deployment.runtimes import RUNTIMES, load_onnx
 from rarefy.graph.count import batch_of
 from rarefy.graph.layer import Layer, layer
 from rarefy.graph.trace import Network
@@ -57,7 +60,7 @@ def layer_costs(
         network: the trace.
         whole: milliseconds of the whole network. What the layers do not account for is the rest;
             where they take longer than the whole, which fuses them, all are scaled to it.
-        runtime: a key of :data:`~rarefy.deployment.measure.RUNTIMES`.
+        runtime: a key of :data:`~rarefy.deployment.runtimes.RUNTIMES`.
         threads: intra-op threads.
         batch: examples of one call.
         step: what the widths that are timed are multiples of.
@@ -138,36 +141,98 @@ def _scaled(surface: Surface, factor: float) -> Surface:
 
 
 def _timed(layers: Sequence[Layer], *, runtime: str, threads: int) -> list[float]:
-    """Milliseconds of each layer: the 10th percentile, which other programs disturb least."""
-    with TemporaryDirectory(prefix="rarefy-") as folder:
+    """Milliseconds of each layer: the 10th percentile, which other programs disturb least.
+
+    With one thread it is the processor's time.
+    """
+    row = RUNTIMES[runtime]
+    with TemporaryDirectory(prefix="rarefy-") as folder, ExitStack() as stack:
         runners = []
         for number, found in enumerate(layers):
             path = Path(folder) / f"{number}.onnx"
-            inputs = _write(found, path)
-            runners.append(RUNTIMES[runtime](path, inputs, threads)[1])
+            inputs = _write(found, path) if row.serves == "file" else _inputs(found)
+            session = row.open(path if row.serves == "file" else _Module(found), threads)
+            stack.callback(session.close)
+            runners.append(partial(session.run, session.feed(inputs)))
         end = time.monotonic() + SECONDS * len(runners)
-        return [latency(series).p10 for series in timed(runners, CALLS, 2, end)]
+        times = timed(runners, CALLS, 2, end)
+    return [latency(series.undisturbed(threads)).p10 for series in times]
 
 
-# --- a layer as an ONNX graph ------------------------------------------------------------------
+# --- a layer as an ONNX graph, or as a module --------------------------------------------------
 
 
 def _write(found: Layer, path: Path) -> tuple[torch.Tensor, ...]:
     """Write a layer with random weights; returns inputs for it."""
     onnx = load_onnx()
     nodes, weights, inputs = WRITERS[found.kind](found)
-    generator = np.random.default_rng(0)
-    held = {n: generator.standard_normal(s, np.float32) for n, s in {**weights, **inputs}.items()}
+    held = _random(weights)
     made = onnx.helper.make_graph(
         [onnx.helper.make_node(op, reads, [out], **options) for op, reads, out, options in nodes],
         "layer",
         [onnx.helper.make_tensor_value_info(n, 1, shape) for n, shape in inputs.items()],
         [onnx.helper.make_tensor_value_info("y", 1, None)],
-        [onnx.numpy_helper.from_array(held[n], n) for n in weights],
+        [onnx.numpy_helper.from_array(value.numpy(), n) for n, value in held.items()],
     )
     opset = [onnx.helper.make_opsetid("", OPSET)]
     onnx.save(onnx.helper.make_model(made, opset_imports=opset, ir_version=9), path)
-    return tuple(torch.from_numpy(held[name]) for name in inputs)
+    return _inputs(found)
+
+
+class _Module(nn.Module):
+    """A layer with the same random weights, in PyTorch."""
+
+    def __init__(self, found: Layer) -> None:
+        super().__init__()
+        self.nodes, weights, self.inputs = WRITERS[found.kind](found)
+        for name, value in _random(weights).items():
+            self.register_buffer(name, value)
+
+    def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
+        held = dict(self.named_buffers()) | dict(zip(self.inputs, inputs, strict=True))
+        for op, reads, out, options in self.nodes:
+            held[out] = OPERATORS[op](*(held[name] for name in reads), **options)
+        return held["y"]
+
+
+def _inputs(found: Layer) -> tuple[torch.Tensor, ...]:
+    """Random inputs of a layer."""
+    return tuple(_random(WRITERS[found.kind](found)[2]).values())
+
+
+def _random(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
+    generator = np.random.default_rng(0)
+    return {
+        name: torch.from_numpy(generator.standard_normal(shape, np.float32))
+        for name, shape in shapes.items()
+    }
+
+
+def _convolved(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    *,
+    kernel_shape: tuple[int, ...],
+    strides: tuple[int, ...],
+    pads: tuple[int, ...],
+    dilations: tuple[int, ...],
+    group: int,
+) -> torch.Tensor:
+    rank = len(kernel_shape)
+    before, after = pads[:rank], pads[rank:]
+    if before != after:
+        both = zip(reversed(before), reversed(after), strict=True)
+        x, before = F.pad(x, [n for pair in both for n in pair]), (0,) * rank
+    return torch.convolution(x, weight, bias, strides, before, dilations, False, (0,) * rank, group)
+
+
+OPERATORS: Mapping[str, Callable[..., torch.Tensor]] = {
+    "Conv": _convolved,
+    "MatMul": torch.matmul,
+    "Softmax": lambda x, axis: x.softmax(axis),
+}
+"""ONNX operator -> the same in PyTorch."""
 
 
 _Written = tuple[

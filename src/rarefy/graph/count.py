@@ -7,7 +7,6 @@ field counts it; biases, normalization and activations are not counted.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from math import prod
 from typing import TypeAlias
 
@@ -16,7 +15,7 @@ from torch import nn
 from rarefy.graph.capture import capture
 from rarefy.graph.equations import EQUATIONS, equation, products
 from rarefy.graph.program import SCALAR_OPS, Graph, GraphModel, Node, Spec
-from rarefy.types import Inputs
+from rarefy.types import Cost, Inputs
 
 Shape: TypeAlias = tuple[int, ...]
 Shapes: TypeAlias = Callable[[str], Shape]
@@ -99,23 +98,6 @@ def is_uncounted(node: Node, shape: Shapes) -> bool:
     return name in UNCOUNTED or not known
 
 
-@dataclass(frozen=True)
-class Cost:
-    """MACs of one example, and parameters.
-
-    Attributes:
-        macs: of one example.
-        params: number of parameter values, shared ones once.
-        by_layer: MACs by module path; calls outside of any submodule under ``""``.
-        uncounted: operators whose cost is not known, with how often they occur.
-    """
-
-    macs: int
-    params: int
-    by_layer: Mapping[str, int]
-    uncounted: Mapping[str, int]
-
-
 def count(model: nn.Module, example_inputs: Inputs) -> Cost:
     """Count the MACs of one example and the parameters of a network.
 
@@ -152,7 +134,18 @@ def count(model: nn.Module, example_inputs: Inputs) -> Cost:
         sum(p.numel() for p in model.parameters()),
         {scope: macs // batch for scope, macs in by_layer.items()},
         uncounted,
+        _params_by_layer(model),
     )
+
+
+def _params_by_layer(model: nn.Module) -> dict[str, int]:
+    """Parameter values by the path of the module that holds them, shared ones where they are first
+    met."""
+    found: dict[str, int] = {}
+    for path, parameter in model.named_parameters():
+        owner = path.rpartition(".")[0]
+        found[owner] = found.get(owner, 0) + parameter.numel()
+    return found
 
 
 def graph_macs(graph: Graph, shape: Shapes) -> dict[str, int]:

@@ -32,8 +32,8 @@ from rarefy.pruning.sparsity.patterns import Pattern
 from rarefy.pruning.sparsity.sparsify import sparsify
 from rarefy.types import Budget, Data, Inputs
 
-Timing = Callable[[Network], Costs]
-"""A traced network -> the latencies of its layers."""
+Timing = Callable[[nn.Module, Network], Costs]
+"""A network and its trace -> the latencies of its layers."""
 
 
 class PruneOptions(TypedDict, total=False):
@@ -112,7 +112,7 @@ def prune(
     if sensitivity is not None:
         response = replace(response, losses=sensitivity.losses(network.groups))
     options: dict[str, Any] = {"exclude": exclude, "keep_class": keep_class}
-    timed = None if costs is None else costs(network)
+    timed = None if costs is None else costs(model, network)
     if "depth" in removed:
         width = "channel" in removed
         short = shorten(
@@ -121,7 +121,7 @@ def prune(
         )  # fmt: skip
         small = short.model
         if width:
-            small = _narrowed(model, example_inputs, network, budget, short, judge, options)
+            small = _narrowed(model, example_inputs, network, budget, short, judge, costs, options)
         small = recorded(model, network, short, small)
     else:
         small = narrow(model, example_inputs, network, budget, response, costs=timed, **options)
@@ -164,7 +164,7 @@ def check_fit(structure: object, budget: Budget) -> None:
 
     Raises:
         BudgetError: a number of blocks where not only these go; one that units and blocks cannot
-            share; latency; limits of layers where no units go.
+            share; limits of layers where no units go.
     """
     removed = removes(structure)
     where = f"prune(structure={structure!r}, budget=Budget({budget.kind}={budget.share:g}))"
@@ -174,18 +174,12 @@ def check_fit(structure: object, budget: Budget) -> None:
             "a number of blocks can be removed only where nothing else is",
             "Use structure='depth', or give the share of macs or params that may remain",
         )
-    shared = budget.kind in ("macs", "params", "bytes") and budget.scope == "global"
+    shared = budget.kind in ("macs", "params", "bytes", "latency") and budget.scope == "global"
     if len(removed) > 1 and not shared:
         raise BudgetError(
             where,
             "blocks go by what they save, together with units over the whole network",
-            "Give a budget of macs, params or bytes with scope='global'",
-        )
-    if "depth" in removed and budget.kind == "latency":
-        raise BudgetError(
-            where,
-            "what a block saves of the latency is not known before it is gone",
-            "Give a budget of blocks or macs, and runtime= to have the result timed",
+            "Give a budget of macs, params, bytes or latency with scope='global'",
         )
     if removed == {"depth"} and budget.limits:
         raise BudgetError(
@@ -202,6 +196,7 @@ def _narrowed(
     budget: Budget,
     short: Shortened,
     judge: Callable[[nn.Module, Network], Response],
+    costs: Timing | None,
     options: Mapping[str, Any],
 ) -> nn.Module:
     """The network without some blocks, narrower by what is left of the budget.
@@ -210,19 +205,23 @@ def _narrowed(
         BudgetError: units do not reach it; the message says what is reachable.
     """
     small = short.model
+    timed = None if costs is None else costs(model, network)
     if not short.blocks:
+        options = {**options, "costs": timed}
         return narrow(model, example_inputs, network, budget, judge(model, network), **options)
     if next(small.parameters(), None) is None:
         return small
     rest = trace(small, example_inputs)
-    share = _left(rest, small, budget) / max(_left(network, model, budget), 1)
+    left_over = None if costs is None else costs(small, rest)
+    whole = _left(network, model, budget, timed)
+    share = _left(rest, small, budget, left_over) / max(whole, 1e-12)
     named = concerning(rest, small, [*options["exclude"], *(name for name, _ in budget.limits)])
     layers = tuple(pair for pair in budget.limits if pair[0] in named)
     if budget.share >= share and not layers:
         return small
     wanted: dict[str, Any] = {budget.kind: min(budget.share / share, 1.0), "layers": layers}
     kept = [name for name in options["exclude"] if name in named]
-    options = {**options, "exclude": kept}
+    options = {**options, "exclude": kept, "costs": left_over}
     try:
         left = replace(budget, **wanted)
         return narrow(small, example_inputs, rest, left, judge(small, rest), **options)
@@ -235,9 +234,9 @@ def _narrowed(
         ) from error
 
 
-def _left(network: Network, model: nn.Module, budget: Budget) -> float:
+def _left(network: Network, model: nn.Module, budget: Budget, costs: Costs | None) -> float:
     """What a network has of the cost that a budget is about."""
-    found = account(network, model, budget)
+    found = account(network, model, budget, costs)
     assert found is not None
     return found.before
 

@@ -257,7 +257,7 @@ class _Choice:
 
     def _allocation(self) -> Allocation:
         """How the removal is divided between groups and blocks."""
-        if self.losses is None:
+        if self.losses is None and self.budget.latency is None:
             return ranked(self.lanes)
         assert self.account is not None
         whole = self.account.before

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from rarefy.batches import batch_size, batches, take
+from rarefy.batches import batch_size, batches, between, take
 from rarefy.errors import DataError
 from rarefy.graph.program import Graph, GraphModel, Spec, last_use
 from rarefy.types import Data, Inputs
