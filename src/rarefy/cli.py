@@ -1,4 +1,5 @@
-"""The commands: ``rarefy demo``, ``compress``, ``recipe``, ``inspect``, ``bench``, ``soft-labels``."""
+"""The commands: ``rarefy demo``, ``compress``, ``recipe``, ``inspect``, ``bench`` and
+``soft-labels``."""
 
 from __future__ import annotations
 
