@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -74,6 +75,18 @@ def test_drafts_of_two_writers_do_not_meet(tmp_path: Path) -> None:
         assert one != other
         one.write_text("one")
         other.write_text("other")
+    assert path.read_text() == "one"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_file_that_must_be_new_takes_nobodys_place(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    for text in ("one", "other"):
+        with (
+            nullcontext() if text == "one" else pytest.raises(FileExistsError),
+            replacing(path, replace=False) as draft,
+        ):
+            draft.write_text(text)
     assert path.read_text() == "one"
     assert list(tmp_path.iterdir()) == [path]
 

@@ -41,7 +41,7 @@ class SoftLabels:
         FormatError: a file is damaged, missing, or of another version.
 
     Example:
-        >>> import tempfile
+        >>> import tempfile, torch
         >>> from rarefy.distillation.soft_labels.write import write_soft_labels
         >>> teacher, data = nn.Linear(4, 3), [torch.randn(8, 4), torch.randn(8, 4)]
         >>> with tempfile.TemporaryDirectory() as folder:
