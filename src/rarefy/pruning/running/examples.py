@@ -57,7 +57,7 @@ def between(value: Any, start: int, stop: int, size: int) -> Any:
     return map_tensors(part, value)
 
 
-PART = 1 << 25
+PART = 1 << 23
 """Bytes of one network's live values while a part of the examples runs through it."""
 
 
