@@ -47,7 +47,7 @@ def collect(data: Data, samples: int, where: str = "repair(data)") -> tuple[Inpu
     return result, single
 
 
-PART = 1 << 25
+PART = 1 << 23
 """Bytes of one network's live values while a part of the examples runs through it."""
 
 
