@@ -146,8 +146,9 @@ def _located(
     Raises:
         InputError: nothing has that path; the message has the nearest ones.
     """
-    indexed = _INDEXED.fullmatch(path)
-    readings = [(path, None)] if indexed is None else [(path, None), indexed.group("module", "key")]
+    readings: list[tuple[str, str | None]] = [(path, None)]
+    if indexed := _INDEXED.fullmatch(path):
+        readings.append((indexed["module"], indexed["key"]))
     for name, key in readings:
         found = find(name)
         if found is not None:
