@@ -24,7 +24,7 @@ STEPS = 18
 """Three epochs of 44 examples in batches of 8."""
 
 
-class Killed(Exception):
+class KilledError(Exception):
     """Stands for what ends a process."""
 
 
@@ -44,12 +44,12 @@ def recorded(call, dies=0):
         found = nn.functional.cross_entropy(logits, reference)
         losses.append(found.item())
         if len(losses) == dies:
-            raise Killed
+            raise KilledError
         return found
 
     try:
         return losses, call(loss)
-    except Killed:
+    except KilledError:
         return losses, None
 
 

@@ -50,6 +50,10 @@ PRUNING = (
     "plan running scoring structure selection sparsity sums repair journal sensitivity "
     "checks narrow shorten prune gradual"
 ).split()
+TRAINING = (
+    "options networks record average stored teachers terms objective job evaluate identity "
+    "checkpoint shares tracking steps loop train distill"
+).split()
 
 
 def imports(file: Path) -> set[str]:
@@ -85,8 +89,13 @@ def test_a_stage_imports_only_stages_above_it(file) -> None:
 
 @pytest.mark.parametrize(
     ("package", "order"),
-    [("graph", GRAPH), ("pruning", PRUNING), ("distillation/losses", LOSSES)],
-    ids=["graph", "pruning", "losses"],
+    [
+        ("graph", GRAPH),
+        ("pruning", PRUNING),
+        ("distillation/losses", LOSSES),
+        ("training", TRAINING),
+    ],
+    ids=["graph", "pruning", "losses", "training"],
 )
 def test_files_of_a_stage_form_no_circle(package, order) -> None:
     home = package.split("/")

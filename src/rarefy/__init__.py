@@ -12,6 +12,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from rarefy import errors as errors
+    from rarefy import metrics as metrics
     from rarefy.deployment.export import export as export
     from rarefy.deployment.measure import measure as measure
     from rarefy.distillation import losses as losses
@@ -101,6 +102,7 @@ _MODULES = {
     "criteria": "rarefy.pruning.scoring.criteria",
     "errors": "rarefy.errors",
     "losses": "rarefy.distillation.losses",
+    "metrics": "rarefy.metrics",
     "patterns": "rarefy.pruning.sparsity.patterns",
     "regularize": "rarefy.pruning.sparsity.regularize",
 }

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
 
 from torch import Tensor, nn
 
-from rarefy.metrics import Metric
+from rarefy.metrics import Metric, Top1
 from rarefy.training.options import TrainOptions
 from rarefy.types import Data
 
@@ -31,12 +31,12 @@ class Job:
     where: str
     options: TrainOptions
     val: Data | None
-    metric: Metric
     seed: int
     progress: bool
     after_step: AfterStep | None
     regularizer: Penalty | None
-    checkpoint: Path | None
-    every: int | None
-    resume: bool
-    trackers: Trackers
+    metric: Metric = field(default_factory=Top1)
+    checkpoint: Path | None = None
+    every: int | None = None
+    resume: bool = False
+    trackers: Trackers = None

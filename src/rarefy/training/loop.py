@@ -239,8 +239,9 @@ class _Loop:
         if self.accelerator.num_processes > 1:
             from accelerate.utils import broadcast
 
-            for buffer in self.stepper.model.buffers():
-                buffer.copy_(broadcast(buffer))
+            for network in (self.stepper.model, self.stepper.subject):
+                for buffer in network.buffers():
+                    buffer.copy_(broadcast(buffer))
 
     def close(self, loss: float) -> None:
         """Evaluate, and note the end of an epoch."""
@@ -401,11 +402,18 @@ class _Loop:
             teachers = self.objective.teachers.items()
             vals |= {name: self.measure(net, self.job.val) for name, net in teachers}
         found = {
-            name: Fit(self.measure(net, sample) if sample else None, vals[name])
-            for name, net in networks.items()
+            name: Fit(self.on_sample(net, sample), vals[name]) for name, net in networks.items()
         }
         count = sum(batch_size(inputs) for inputs, _ in sample)
         return found.pop(""), found, count
+
+    def on_sample(self, network: nn.Module, sample: list[Example]) -> float | None:
+        """The metric on training examples; None where it does not apply to them."""
+        try:
+            return self.measure(network, sample) if sample else None
+        except InputError as error:  # what was trained is not lost for that
+            self.display.once(f"no metric on the training data: {error.what}")
+            return None
 
     def sample(self) -> list[Example]:
         """The first training batches, where they are labelled."""

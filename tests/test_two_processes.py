@@ -1,0 +1,75 @@
+"""Training in two processes that average their gradients (gloo)."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).with_name("two_processes.py")
+CASES = ["even", "shuffled", "nan"]
+
+pytestmark = pytest.mark.slow
+
+
+def started(folder, **environment):
+    return subprocess.Popen(
+        [sys.executable, str(SCRIPT), str(folder), *CASES],
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    """What each rank, and a process alone, wrote of every case; and what the ranks showed."""
+    folder = tmp_path_factory.mktemp("ranks")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    ranks = [started(folder, RANK=str(r), LOCAL_RANK=str(r), **shared) for r in range(2)]
+    shown = [process.communicate(timeout=280) for process in ranks]
+    assert [p.returncode for p in ranks] == [0, 0], shown
+    alone = started(folder)
+    alone.communicate(timeout=280)
+    read = {path.stem: json.loads(path.read_text()) for path in folder.glob("*.json")}
+    return read, shown
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_both_return_the_same(found, case) -> None:
+    first, second = (found[0][f"{case}-{rank}"] for rank in (0, 1))
+    assert first == second
+
+
+def test_two_processes_take_the_steps_of_one(found) -> None:
+    two, one = found[0]["even-0"], found[0]["even-alone"]
+    assert two["weights"] == pytest.approx(one["weights"], abs=1e-6)
+    for a, b in zip(two["history"], one["history"], strict=True):
+        assert a == pytest.approx(b, rel=1e-5)
+    assert two["before"] == pytest.approx(one["before"], rel=1e-6)
+    assert two["train"] == pytest.approx(one["train"], rel=1e-5)
+    assert two["steps"] == one["steps"] == 6
+    assert two["threads"] == 1
+
+
+def test_shuffled_data_are_shared(found) -> None:
+    assert found[0]["shuffled-0"]["steps"] == 2 * 3
+    assert found[0]["shuffled-alone"]["steps"] == 2 * 7
+
+
+def test_a_loss_that_is_not_finite_on_one_stops_both(found) -> None:
+    for rank in (0, 1):
+        assert "epoch 1, step 2: the loss is nan" in found[0][f"nan-{rank}"]["error"]
+
+
+def test_only_the_first_shows(found) -> None:
+    (_, first), (_, second) = found[1]
+    assert "epoch 2/2" in first
+    assert "epoch" not in second
