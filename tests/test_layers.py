@@ -55,6 +55,8 @@ TRAINING = (
     "checkpoint shares tracking steps loop train distill"
 ).split()
 
+SOFT_LABELS = "seeds records shards manifest views source answers verify read write".split()
+
 
 def imports(file: Path) -> set[str]:
     """Names of rarefy's modules that a file imports anywhere, also inside of functions."""
@@ -93,9 +95,10 @@ def test_a_stage_imports_only_stages_above_it(file) -> None:
         ("graph", GRAPH),
         ("pruning", PRUNING),
         ("distillation/losses", LOSSES),
+        ("distillation/soft_labels", SOFT_LABELS),
         ("training", TRAINING),
     ],
-    ids=["graph", "pruning", "losses", "training"],
+    ids=["graph", "pruning", "losses", "soft_labels", "training"],
 )
 def test_files_of_a_stage_form_no_circle(package, order) -> None:
     home = package.split("/")

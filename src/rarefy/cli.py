@@ -1,4 +1,4 @@
-"""The commands: ``rarefy demo``, ``rarefy compress``, ``rarefy inspect``."""
+"""The commands: ``rarefy demo``, ``compress``, ``inspect``, ``soft-labels``."""
 
 from __future__ import annotations
 
@@ -27,6 +27,11 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Make a trained PyTorch network smaller and faster, and prove it.",
 )
+
+soft_labels = typer.Typer(
+    no_args_is_help=True, help="Look at the stored answers of a teacher, and recompute some."
+)
+app.add_typer(soft_labels, name="soft-labels")
 
 Out = Annotated[Path | None, typer.Option(help="Folder for the artifacts and the report.")]
 Resume = Annotated[
@@ -114,6 +119,40 @@ def inspect(
         from rarefy.storage.format import inspect as contents
 
         typer.echo(str(contents(file)))
+
+
+Store = Annotated[Path, typer.Argument(help="A folder written by write_soft_labels.")]
+
+
+@soft_labels.command("inspect")
+def inspect_soft_labels(path: Store, debug: Debug = False) -> None:
+    """Show what a store holds: teacher, examples, form, size."""
+    with _guarded(debug):
+        from rarefy.distillation.soft_labels.read import SoftLabels
+
+        typer.echo(str(SoftLabels(path).manifest))
+
+
+@soft_labels.command()
+def verify(
+    path: Store,
+    job: Annotated[
+        str, typer.Option(help="file.py:function, which returns (teacher, data) as they were.")
+    ],
+    samples: Annotated[int, typer.Option(help="How many records to recompute.", min=1)] = 64,
+    tolerance: Annotated[float, typer.Option(help="The largest error that passes.", min=0)] = 5e-3,
+    debug: Debug = False,
+) -> None:
+    """Recompute a sample of the records, and report the largest error."""
+    with _guarded(debug):
+        from rarefy.distillation.soft_labels.read import SoftLabels
+        from rarefy.recipe.job import teacher_and_data
+
+        labels = SoftLabels(path)
+        error = labels.verify(*teacher_and_data(job), samples=samples)
+        typer.echo(f"{min(samples, labels.manifest.rows)} records: largest error {error:.2g}")
+        if not error <= tolerance:
+            _fail(f"{path}: the error is above the tolerance of {tolerance:g}", 1)
 
 
 @contextmanager

@@ -56,9 +56,12 @@ def resolve(recipe: Recipe) -> Job:
             something else than it should. The error of the user's code is its ``__cause__``.
         DataError: the data are empty, unlabelled, or can be read only once.
     """
-    source = _Source(recipe)
+    source = _Source(recipe.path.name, recipe.path.parent, recipe.source)
     with source.importable(), seeded(recipe.seed):
-        make_model, make_data, make_inputs = source.functions()
+        make_model = source.function("model", recipe.model)
+        make_data = source.function("data", recipe.data)
+        named = recipe.example_inputs
+        make_inputs = None if named is None else source.function("example_inputs", named)
         model = make_model()
         if not isinstance(model, nn.Module):
             raise make_model.returned(model, "Return a torch.nn.Module: the network itself")
@@ -74,6 +77,29 @@ def resolve(recipe: Recipe) -> Job:
         if make_inputs is not None and not isinstance(inputs, Tensor | tuple | Mapping):
             raise make_inputs.returned(inputs, "Return a tensor, a tuple or a mapping")
     return Job(model, splits["train"], splits["val"], splits["test"], inputs)
+
+
+def teacher_and_data(job: str, seed: int = 0) -> tuple[nn.Module, Data]:
+    """What the function returns that is named as ``file.py:function``: a network and its data.
+
+    It is imported and called like those of a recipe, from the current folder.
+
+    Raises:
+        RecipeError: the name has another form, the file cannot be imported, or the function is
+            missing, raises or returns something else.
+    """
+    file, colon, name = job.rpartition(":")
+    where = f"--job {job}"
+    if not colon or not file or not name.isidentifier():
+        what = "a file and a function of it are needed"
+        raise RecipeError(where, what, "Write for example --job my_network.py:teacher_and_data")
+    source = _Source("--job", Path(), file)
+    with source.importable(), seeded(seed):
+        make = source.function("function", name)
+        made = make()
+        if not isinstance(made, tuple) or len(made) != 2 or not isinstance(made[0], nn.Module):
+            raise make.returned(made, "Return (teacher, data): a torch.nn.Module and its batches")
+    return made
 
 
 @dataclass(frozen=True)
@@ -105,12 +131,19 @@ class _Function:
 
 
 class _Source:
-    """The module that a recipe names."""
+    """The module that a recipe, or an option of a command, names.
 
-    def __init__(self, recipe: Recipe) -> None:
-        self.recipe = recipe
-        self.file = recipe.path.parent / recipe.source if is_file(recipe.source) else None
-        self.place = f"{recipe.path.name}: source: {recipe.source}"
+    Args:
+        name: of what names it, for messages.
+        folder: where a source file is looked for.
+        source: a file, or the dotted name of a module.
+    """
+
+    def __init__(self, name: str, folder: Path, source: str) -> None:
+        self.name, self.source = name, source
+        self.file = folder / source if is_file(source) else None
+        self.place = f"{name}: source: {source}"
+        self.module: ModuleType | None = None
 
     @contextmanager
     def importable(self) -> Iterator[None]:
@@ -126,34 +159,30 @@ class _Source:
             if folder in sys.path:
                 sys.path.remove(folder)
 
-    def functions(self) -> tuple[_Function, _Function, _Function | None]:
-        """The functions for the model, the data and the example inputs; none is called yet."""
-        recipe, module = self.recipe, self._load()
-        inputs = recipe.example_inputs
-        return (
-            self._function(module, "model", recipe.model),
-            self._function(module, "data", recipe.data),
-            None if inputs is None else self._function(module, "example_inputs", inputs),
-        )
-
-    def _function(self, module: ModuleType, key: str, name: str) -> _Function:
-        place = f"{self.recipe.path.name}: {key}: {name}() in {self.recipe.source}"
-        found = vars(module).get(name)
+    def function(self, key: str, name: str) -> _Function:
+        """A function of the module, which is imported for the first; it is not called yet."""
+        self.module = self.module or self._load()
+        place = f"{self.name}: {key}: {name}() in {self.source}"
+        found = vars(self.module).get(name)
         if callable(found):
             return _Function(place, found)
         what = "there is no such function" if found is None else "this is not a function"
-        own = [n for n, v in vars(module).items() if callable(v) and not n.startswith("_")]
+        own = [n for n, v in vars(self.module).items() if callable(v) and not n.startswith("_")]
         close = difflib.get_close_matches(name, own, n=1)
-        remedy = f"Did you mean {close[0]}" if close else f"Define {name}() in {self.recipe.source}"
+        remedy = f"Did you mean {close[0]}" if close else f"Define {name}() in {self.source}"
         raise RecipeError(place, what, remedy)
 
     def _load(self) -> ModuleType:
         if self.file is not None and not self.file.is_file():
             what = f"there is no file {self.file}"
-            raise RecipeError(self.place, what, "Give its path relative to the recipe")
+            raise RecipeError(
+                self.place,
+                what,
+                "Give its path relative to the recipe, or to the current folder in a command",
+            )
         try:
             if self.file is None:
-                return importlib.import_module(self.recipe.source)
+                return importlib.import_module(self.source)
             return _import_file(self.file)
         except (Exception, SystemExit) as error:
             what = f"cannot be imported: {type(error).__name__}: {error}"

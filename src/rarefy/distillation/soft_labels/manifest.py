@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -13,7 +14,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from rarefy import __version__
-from rarefy.distillation.soft_labels.records import FORMS, Form, Layout
+from rarefy.distillation.soft_labels.records import FORMS, Form, Layout, record_size
 from rarefy.distillation.soft_labels.shards import shards_of
 from rarefy.errors import FormatError, InputError
 from rarefy.files import replacing
@@ -195,7 +196,8 @@ def _check(manifest: Manifest) -> None:
         raise ValueError(f"outputs of shape {manifest.shape}, classes in {manifest.dim}")
     if dimensions and not -dimensions <= manifest.dim <= dimensions:
         raise ValueError(f"no dimension {manifest.dim}")
-    if layout.dtype.itemsize > 2**31 or manifest.rows > 2**48:
+    size = layout.positions * record_size(layout.form, layout.classes)
+    if max(size, math.prod(manifest.shape)) > 2**30 or manifest.rows > 2**48:
         raise ValueError("no store is that large")
 
 

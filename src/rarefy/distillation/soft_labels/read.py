@@ -122,17 +122,20 @@ class SoftLabels:
         """
         return Identified(self, data)
 
-    def join(self, data: Data, epoch: int = 0) -> Iterator[tuple[Inputs, Tensor | None, Tensor]]:
+    def join(
+        self, data: Data | Identified, epoch: int = 0
+    ) -> Iterator[tuple[Inputs, Tensor | None, Tensor]]:
         """Batches of ``(inputs, targets, answers)`` for one epoch, in the order of the data.
 
         Args:
             data: what the store was written from; a ``DataLoader`` may shuffle and use workers.
+                With :meth:`identified` around them they are checked once for many epochs.
             epoch: which decides the view: ``epoch % views``.
 
         Raises:
             DataError: the data are others than those that the teacher saw.
         """
-        found = self.identified(data)
+        found = data if isinstance(data, Identified) else self.identified(data)
         found.set_epoch(epoch)
         for ids, batch in found:
             inputs, targets = split_batch(batch)

@@ -33,6 +33,6 @@ def seeds(*coordinates: int | Iterable[int] | npt.NDArray[Any]) -> npt.NDArray[n
     return np.asarray(state)
 
 
-def uniforms(*coordinates: int | Iterable[int] | npt.NDArray[Any]) -> npt.NDArray[np.float64]:
+def uniforms(*coordinates: int | Iterable[int] | npt.NDArray[Any]) -> npt.NDArray[Any]:
     """Numbers in [0, 1) for every combination of coordinates."""
     return (seeds(*coordinates) >> np.uint64(11)) * 2.0**-53

@@ -63,6 +63,15 @@ def shards_of(folder: Path, rows: int, each: int) -> Iterator[Shard]:
         yield Shard(folder, index, start, min(start + each, rows))
 
 
+def held_bytes(folder: Path) -> int:
+    """Size of all shards, complete or not; others may be at work on them."""
+    found = 0
+    for file in folder.glob("shard-*.*"):
+        with suppress(FileNotFoundError):  # just got its name
+            found += file.stat().st_size
+    return found
+
+
 class Appending:
     """A shard that is being written.
 

@@ -240,11 +240,11 @@ def _keyed(
     }
     return DataLoader(
         _Keyed(loader.dataset),  # type: ignore[arg-type]
-        batch_sampler=order,  # type: ignore[arg-type]
+        batch_sampler=order,
         collate_fn=_Collate(loader.collate_fn),
         pin_memory=loader.pin_memory,
         generator=loader.generator,
-        **processes if count else {},  # type: ignore[arg-type]
+        **processes if count else {},
     )
 
 

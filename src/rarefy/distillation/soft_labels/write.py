@@ -23,7 +23,14 @@ from rarefy.distillation.soft_labels import manifest as manifests
 from rarefy.distillation.soft_labels.answers import answer, answering, require_usable
 from rarefy.distillation.soft_labels.manifest import DataFacts, Manifest, Teacher
 from rarefy.distillation.soft_labels.records import Array, Dense, Form, Layout, Outputs, form_for
-from rarefy.distillation.soft_labels.shards import Appending, Shard, appending, begun, shards_of
+from rarefy.distillation.soft_labels.shards import (
+    Appending,
+    Shard,
+    appending,
+    begun,
+    held_bytes,
+    shards_of,
+)
 from rarefy.distillation.soft_labels.source import Source, input_hashes, probed_hashes, source
 from rarefy.errors import InputError, OutputError, TrainingError
 from rarefy.process import own_accelerator, replayable
@@ -75,9 +82,9 @@ def write_soft_labels(
             In (0, 1]; counts where ``form`` is None.
         dim: dimension of the classes in a batch of outputs; None for the last one of ``(N, C)``
             and ``(N, L, C)``. Others, such as ``(N, C, H, W)``, are named: ``dim=1``.
-        seed: of the draws of Sampled.
+        seed: of the draws of Sampled, at least 0 and below 2^32.
         resume: whether to continue a store that was begun.
-        overwrite: whether to replace one.
+        overwrite: whether to replace one; not with ``ranks``, which cannot wait for each other.
         ranks: ``(rank, number of ranks)`` of this process; None for those of Accelerate.
         progress: show a bar on a terminal.
 
@@ -100,16 +107,22 @@ def write_soft_labels(
         >>> store.data.samples, store.shape, store.kind
         (16, (3,), 'dense')
     """
-    _check(views, form, mass, ranks)
+    _check(views, form, mass, seed, ranks)
     folder = Path(path)
     with ExitStack() as stack:
-        stack.enter_context(seeded(seed % 2**32))
+        stack.enter_context(seeded(seed))
         stack.enter_context(replayable(data))
         accelerator = stack.enter_context(own_accelerator())
         found = source(data, views, f"{WHERE}(data)")
         model = stack.enter_context(answering(teacher, accelerator.device))
         rank, count = ranks or (accelerator.process_index, accelerator.num_processes)
-        if overwrite and ranks is None:
+        if overwrite:
+            if ranks is not None:
+                raise InputError(
+                    f"{WHERE}(overwrite=True, ranks={ranks})",
+                    "processes that do not know each other would remove what others wrote",
+                    "Remove the folder first",
+                )
             if rank == 0:
                 _remove(folder)
             accelerator.wait_for_everyone()
@@ -134,11 +147,14 @@ class _Request:
     ranks: int
 
 
-def _check(views: int, form: Form | None, mass: float, ranks: tuple[int, int] | None) -> None:
+def _check(
+    views: int, form: Form | None, mass: float, seed: int, ranks: tuple[int, int] | None
+) -> None:
     rules: tuple[tuple[str, object, bool, str], ...] = (
         ("views", views, isinstance(views, int) and views >= 1, "a whole number, at least 1"),
         ("form", form, form is None or isinstance(form, Form), "Dense(), TopK(k) or the like"),
         ("mass", mass, 0 < mass <= 1, "a share, above 0 and at most 1"),
+        ("seed", seed, 0 <= seed < 2**32, "a whole number, at least 0 and below 2^32"),
         ("ranks", ranks, ranks is None or 0 <= ranks[0] < ranks[1], "(rank, number of ranks)"),
     )
     for name, value, valid, rule in rules:
@@ -208,8 +224,9 @@ def _shard_rows(rows: int, size: int, ranks: int, chunk: int) -> int:
 
 def _begun(folder: Path, draft: Manifest, resume: bool) -> Manifest:
     """The manifest of the store in a folder, which is the draft's where there is none."""
+    shards = any(folder.glob("shard-*.*"))  # first: others may begin this store meanwhile
     if not (folder / manifests.NAME).is_file():
-        if any(folder.glob("shard-*.*")):
+        if shards:
             raise OutputError(
                 str(folder),
                 "it holds shards without a manifest",
@@ -250,8 +267,7 @@ def _require_space(folder: Path, store: Manifest) -> None:
     there = next(
         place for place in (folder.absolute(), *folder.absolute().parents) if place.exists()
     )
-    held = sum(file.stat().st_size for file in folder.glob("shard-*.*"))
-    needed, free = store.bytes - held, shutil.disk_usage(there).free
+    needed, free = store.bytes - held_bytes(folder), shutil.disk_usage(there).free
     if needed > free:
         raise OutputError(
             str(folder),
