@@ -1,30 +1,13 @@
-"""CIFAR-10 images and pretrained ResNets for the benchmarks, from a folder beside the checkout.
+"""CIFAR-10 images and pretrained ResNets for the benchmarks."""
 
-The data are not part of rarefy. Where the folder is absent, benchmarks say so and stop.
-"""
-
-import sys
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from folder import loaders
 from torch import Tensor, nn
 
-FOLDER = Path(__file__).resolve().parents[2] / "shared" / "data"
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-
-
-def loaders() -> ModuleType:
-    """The folder's own loading module; exits with a message where there is none."""
-    if not (FOLDER / "load.py").is_file():
-        sys.exit(f"skipped: the benchmark data are not in {FOLDER}")
-    sys.path.insert(0, str(FOLDER))
-    import load  # type: ignore[import-not-found]
-
-    module: ModuleType = load
-    return module
 
 
 class PadShortcut(nn.Module):

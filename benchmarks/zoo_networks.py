@@ -22,6 +22,8 @@ SKIPPED_TORCHVISION = ("quantized_",)
 
 TORCHVISION_SIZES: Mapping[str, tuple[int, ...]] = {
     "inception_v3": (3, 96, 96),
+    "ssd300": (3, 160, 160),
+    "vit_h_14": (3, 56, 56),
     "maxvit": (3, 224, 224),
     "s3d": (3, 16, 224, 224),
     "r3d": (3, 6, 48, 48),

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
-from torch.autograd.functional import hessian
+from torch.autograd.functional import hessian, jacobian
 from torch.func import functional_call, grad, vmap
 
 from rarefy.errors import DataError, InputError
@@ -277,6 +277,35 @@ def test_labels_that_are_not_given_are_drawn_from_the_network_s_own_probabilitie
         expected = hessian(lambda w: loss(gate, w), weight).reshape(12, 12).diagonal()
         got = found.squares["2.weight"].flatten()
     torch.testing.assert_close(got, expected, rtol=0.2, atol=0.01)
+
+
+def test_outputs_that_are_no_logits_have_the_information_of_a_normal_distribution() -> None:
+    """``sum over outputs of (dy/dgate)^2 / |y|^2``, averaged over the examples."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        first, second = nn.Conv2d(2, 4, 3), nn.Conv2d(4, 3, 3)
+        net = nn.Sequential(first, nn.Tanh(), second).double()
+        x = torch.randn(4, 2, 7, 7, dtype=torch.float64)
+    network = trace(net, x)
+    hidden = net[:2](x).detach()
+    gate = torch.ones(4, dtype=torch.float64)
+    slopes = jacobian(lambda g: second(hidden * g[:, None, None]), gate)
+    power = net(x).detach().square().sum() / len(x)
+    expected = slopes.square().sum((1, 2, 3)).mean(0) / power
+    data = [x.repeat(250, 1, 1, 1) for _ in range(4)]
+    found = gather(net, network, frozenset({"gates"}), data).gates.square
+    got = found[torch.from_numpy(network.groups[0].units)]
+    torch.testing.assert_close(got, expected, rtol=0.15, atol=0.001)
+
+
+@pytest.mark.parametrize("kind", ["gates", "squares"])
+def test_a_single_output_is_no_class(kind) -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 1)).eval()
+        x = torch.randn(6, 3)
+    found = getattr(gather(net, trace(net, x), frozenset({kind}), [x]), kind)
+    assert (found.square if kind == "gates" else found["2.weight"]).any()
 
 
 def test_labels_are_drawn_alike_every_time() -> None:

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from rarefy.errors import InputError
+from rarefy.errors import DataError, InputError
 from rarefy.graph.trace import trace
 from rarefy.pruning.scoring.compensated import Compensated
 from rarefy.pruning.scoring.criteria import CRITERIA
@@ -51,3 +51,44 @@ def test_data_that_are_missing_are_asked_for(name) -> None:
     net, found = network()
     with pytest.raises(InputError, match="Give data="):
         judged(net, found, name)
+
+
+def test_data_decide_where_no_criterion_is_given() -> None:
+    net, traced = network()
+    plain, informed = judged(net, traced), judged(net, traced, data=DATA)
+    unlabelled = judged(net, traced, "fisher", [x for x, _ in DATA])
+    assert np.array_equal(plain.scores[0], judged(net, traced, "magnitude").scores[0])
+    assert np.array_equal(informed.scores[0], unlabelled.scores[0])
+    assert not np.array_equal(plain.scores[0], informed.scores[0])
+
+
+def test_labels_decide_where_their_loss_is_given() -> None:
+    net, traced = network()
+    loss = nn.functional.cross_entropy
+    found = judged(net, traced, data=DATA, loss=loss)
+    assert np.array_equal(found.scores[0], judged(net, traced, "fisher", DATA, loss).scores[0])
+
+
+class Deciding(nn.Module):
+    """Its outputs have no gradient."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, x):
+        return self.net(x).argmax(1)
+
+
+def test_where_data_tell_nothing_magnitude_decides_and_says_so() -> None:
+    net = Deciding(network()[0])
+    traced = trace(net, DATA[0][0])
+    with pytest.warns(RuntimeWarning, match="scored by magnitude"):
+        found = judged(net, traced, data=DATA)
+    assert np.array_equal(found.scores[0], judged(net, traced, "magnitude").scores[0])
+
+
+def test_data_that_cannot_be_used_are_refused_whatever_the_criterion() -> None:
+    net, traced = network()
+    with pytest.raises(DataError):
+        judged(net, traced, data=[torch.full((2, 4), torch.nan)])

@@ -20,6 +20,7 @@ STAGES = [
     {"graph"},
     {"distillation"},
     {"pruning"},
+    {"students"},
     {"metrics"},
     {"training"},
     {"quantization"},
@@ -40,7 +41,7 @@ OPTIONAL = (
 )
 GRAPH = (
     "program allowed serialize labels flow editor equations rules zeros ops groups resolution "
-    "convert capture resting count blocks stubs trace layer"
+    "convert capture resting count blocks stubs trace stacks layer"
 ).split()
 LOSSES = (
     "arithmetic base layouts labels responses generation outputs speech projectors features "

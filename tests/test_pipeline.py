@@ -500,3 +500,30 @@ def test_a_bad_batch_in_the_middle_is_named(tmp_path: Path) -> None:
 def test_stages_may_be_left_out_in_python() -> None:
     stages = Stages(repair=None, distill=None, quantize=None)
     assert (stages.train, stages.repair, stages.distill, stages.quantize) == (None,) * 4
+
+
+def test_whole_blocks_may_go(tmp_path: Path) -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = Deep()
+    stages = Stages(prune=PruneStage(blocks=1, structure="depth"), distill=None, quantize=None)
+    result = run(tmp_path, model=model, stages=stages)
+    before, after = result.report.stages[0], result.report.stages[1]
+    assert after.params == before.params - sum(p.numel() for p in model.blocks[0].parameters())
+    assert type(result.model).__name__ == "Deep"
+
+
+class Deep(nn.Module):
+    """A stack of residual blocks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        inputs = examples()[0][0].numel()
+        self.stem, self.head = nn.Linear(inputs, 16), nn.Linear(16, 3)
+        self.blocks = nn.ModuleList(nn.Linear(16, 16) for _ in range(3))
+
+    def forward(self, x):
+        x = self.stem(x.flatten(1))
+        for block in self.blocks:
+            x = x + block(x).relu()
+        return self.head(x)

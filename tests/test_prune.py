@@ -81,13 +81,32 @@ def test_criteria(criterion) -> None:
 def test_options_that_do_not_concern_single_weights_are_refused() -> None:
     share = rf.Budget(sparsity=0.5)
     with pytest.raises(InputError, match="Leave data out"):
-        rf.prune(Net(), X, share, structure="weight", data=[X])
+        rf.prune(Net(), X, share, structure="weight", criterion="magnitude", data=[X])
     with pytest.raises(InputError, match="no criterion of single weights"):
         rf.prune(Net(), X, share, structure="weight", criterion="l1")
     with pytest.raises(InputError, match="no criterion has that name"):
         rf.prune(Net(), X, share, criterion="sparsegpt")
     with pytest.raises(BudgetError, match="round_to"):
         rf.prune(Net(), X, rf.Budget(sparsity=0.5, round_to=8), structure="weight")
+
+
+def test_the_first_examples_of_the_data_are_used() -> None:
+    share = rf.Budget(sparsity=0.5)
+
+    class Data(list):
+        read = 0
+
+        def __iter__(self):
+            for batch in super().__iter__():
+                self.read += 1
+                yield batch
+
+    data = Data([X] * 50)
+    rf.prune(Net(), X, share, data=data, samples=2 * len(X), heal=False)
+    assert data.read == 2
+    for samples in (0, -1, 0.5):
+        with pytest.raises(InputError, match="number of examples"):
+            rf.prune(Net(), X, share, data=data, samples=samples)
 
 
 def test_a_defect_of_the_surgery_is_not_taken_for_a_forward_that_fails(monkeypatch) -> None:

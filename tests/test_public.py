@@ -11,8 +11,8 @@ import rarefy
 PUBLIC = """
 Budget CutMix Dense Earlier Ensemble GradualPruning GradualUnits Int8 Limit Mixup Movement Outputs
 Peer Replay Sampled Sensitivity SoftLabels Stages Target TopK compress criteria distill errors
-evaluate export hold inspect load losses measure metrics pairs patterns prune quantize
-regularize repair rewind save sensitivity taps trace train write_soft_labels
+evaluate export hold inspect load losses measure metrics pairs patterns prune quantize regularize
+repair rewind save sensitivity student taps trace train write_soft_labels
 """.split()
 
 CALLABLES = [n for n in PUBLIC if not isinstance(getattr(rarefy, n), types.ModuleType)]

@@ -135,8 +135,8 @@ def test_a_byte_order_mark_is_harmless(write: Write) -> None:
 @pytest.mark.parametrize(
     ("mirror", "option", "extra"),
     [
-        # layers are spelled otherwise; a recipe removes units, and no blocks
-        (PruneStage, Budget, {"criterion", "exclude", "layers", "blocks"}),
+        # layers are spelled otherwise
+        (PruneStage, Budget, {"criterion", "exclude", "layers", "structure"}),
         (QuantizeStage, Int8, set()),
         (TargetOptions, Target, set()),
     ],
@@ -148,6 +148,25 @@ def test_options_mirror_their_values(
     fields = {f.name: f.default for f in dataclasses.fields(option) if f.name not in extra}
     mirrored = {n: f.default for n, f in mirror.model_fields.items() if n not in extra}
     assert mirrored == fields
+
+
+def test_blocks_and_units_as_a_recipe_names_them(write: Write) -> None:
+    text = NAMES + "stages: {{prune: {{{}, structure: {}}}}}\n"
+    alone = load_recipe(write(text.format("blocks: 2", "depth"))).stages.prune
+    both = load_recipe(write(text.format("macs: 0.5", "[channel, depth]"))).stages.prune
+    assert alone is not None
+    assert both is not None
+    assert (alone.structure, alone.budget()) == ("depth", Budget(blocks=2))
+    assert both.structure == ("channel", "depth")
+
+
+@pytest.mark.parametrize(
+    ("options", "informed"),
+    [({}, True), ({"criterion": "magnitude"}, False), ({"criterion": "taylor"}, True),
+     ({"criterion": "magnitude", "structure": "depth"}, True)],
+)  # fmt: skip
+def test_what_is_chosen_on_examples(options: dict[str, str], informed: bool) -> None:
+    assert PruneStage(macs=0.5, **options).informed is informed
 
 
 @pytest.mark.parametrize("number", ["1e-3", "1E-3", "1.0e-3", "+1e-3", ".1e-2", "0.001", "10.e-4"])
@@ -228,6 +247,15 @@ def test_all_problems_are_listed_at_once_in_order(write: Write) -> None:
         (NAMES + "stages:\n", "recipe.yaml:4: stages: must be a mapping of options"),
         (NAMES + "stages: {repair: }\n", "stages.repair: is empty; write false"),
         (NAMES + "stages: {prune: {macs: 1, criterion: magic}}\n", "prune.criterion: "),
+        (NAMES + "stages: {prune: {macs: 1, structure: '2:4'}}\n", "stages.prune.structure"),
+        (
+            NAMES + "stages: {prune: {blocks: 2}}\n",
+            "stages.prune: a number of blocks can be removed only where nothing else is",
+        ),
+        (
+            NAMES + "stages: {prune: {latency: 0.5, structure: [channel, depth]}}\n",
+            "stages.prune: blocks go by what they save",
+        ),
         (NAMES + "stages: {prune: {}}\n", "stages.prune: exactly one of macs, params"),
         (NAMES + "stages: {prune: {macs: 0.5, params: 0.5}}\n", "exactly one of macs, params"),
         (NAMES + "stages: {prune: {macs: 1, exclude: a}}\n", "exclude: must be a list"),

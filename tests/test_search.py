@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -23,7 +24,9 @@ INPUTS = torch.zeros(2, 8)
 def simulated(monkeypatch: pytest.MonkeyPatch) -> None:
     """Latency and size in proportion to the share; shares below 0.3 are impossible."""
 
-    def small(model: nn.Module, example_inputs: Inputs, budget: Budget) -> nn.Module:
+    def small(
+        model: nn.Module, example_inputs: Inputs, budget: Budget, **options: Any
+    ) -> nn.Module:
         assert budget.macs is not None
         if budget.macs < 0.3:
             raise BudgetError("prune", "out of reach", "Keep more")
@@ -61,25 +64,25 @@ def simulated(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_largest_share_that_reaches_the_target(
     target: Target, share: float, outcome: str
 ) -> None:
-    found, note = reachable_budget(perceptron(), INPUTS, target, None, None)
+    found, note = reachable_budget(perceptron(), INPUTS, target, [INPUTS], None)
     assert found == share
     assert outcome in note
     assert f"budget of {share:g} of the MACs" in note
 
 
 def test_where_no_share_is_possible_pruning_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: object) -> nn.Module:
+    def refuse(*_: object, **options: Any) -> nn.Module:
         raise BudgetError("prune", "out of reach", "Keep more")
 
     monkeypatch.setattr(rarefy.search, "prune", refuse)
-    share, note = reachable_budget(perceptron(), INPUTS, Target(size=2), None, None)
+    share, note = reachable_budget(perceptron(), INPUTS, Target(size=2), [INPUTS], None)
     assert share == SHARES[0]
     assert "none reaches" in note
 
 
 def test_a_size_is_really_reached(tmp_path: Path) -> None:
     model = perceptron()
-    share, note = reachable_budget(model, INPUTS, Target(size=1.5), None, None)
+    share, note = reachable_budget(model, INPUTS, Target(size=1.5), [INPUTS], None)
     small = prune(model, INPUTS, Budget(macs=share))
     before, after = (save(m, tmp_path / "m").stat().st_size for m in (model, small))
     assert before / after >= 1.5, note

@@ -358,13 +358,23 @@ def test_constant_activations_and_too_few_examples(convolutions, value) -> None:
     assert "too few" in found.sparsified.fallback["head.weight"]
 
 
+def test_data_reconstruct_where_no_criterion_is_given(convolutions) -> None:
+    found, expected = (
+        rf.prune(convolutions, DATA[0], structure="2:4", data=DATA, **given)
+        for given in ({}, {"criterion": "sparsegpt"})
+    )
+    assert found.sparsified.errors
+    for got, wanted in zip(found.parameters(), expected.parameters(), strict=True):
+        assert torch.equal(got, wanted)
+
+
 def test_bad_data_are_refused(convolutions) -> None:
     options = {"structure": "2:4", "criterion": "sparsegpt"}
     x = DATA[0]
     with pytest.raises(InputError, match="needs calibration data"):
         rf.prune(convolutions, x, **options)
     with pytest.raises(InputError, match="no use of data"):
-        rf.prune(convolutions, x, structure="2:4", data=DATA)
+        rf.prune(convolutions, x, structure="2:4", criterion="magnitude", data=DATA)
     with pytest.raises(InputError, match="no criterion of single weights"):
         rf.prune(convolutions, x, structure="2:4", criterion="wandas")
     with pytest.raises(InputError, match="no criterion"):

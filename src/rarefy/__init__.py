@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from rarefy.storage.format import inspect as inspect
     from rarefy.storage.format import load as load
     from rarefy.storage.format import save as save
+    from rarefy.students import student as student
     from rarefy.training.distill import distill as distill
     from rarefy.training.evaluate import evaluate as evaluate
     from rarefy.training.teachers import Earlier as Earlier
@@ -93,6 +94,7 @@ _HOME = {
     "rewind": "rarefy.pruning.sparsity.masks",
     "save": "rarefy.storage.format",
     "sensitivity": "rarefy.pruning.sensitivity",
+    "student": "rarefy.students",
     "taps": "rarefy.distillation.taps",
     "trace": "rarefy.graph.trace",
     "train": "rarefy.training.train",

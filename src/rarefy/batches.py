@@ -13,7 +13,7 @@ import random
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
 import numpy as np
@@ -160,6 +160,15 @@ def take(inputs: Inputs, n: int) -> Inputs:
     return map_tensors(first, inputs)  # type: ignore[no-any-return]
 
 
+def between(value: Any, start: int, stop: int, size: int) -> Any:
+    """Some examples of inputs or targets; tensors that are not of ``size`` examples as they are."""
+
+    def part(tensor: Tensor) -> Tensor:
+        return tensor[start:stop] if tensor.ndim and len(tensor) == size else tensor
+
+    return map_tensors(part, value)
+
+
 def doubled(inputs: Inputs) -> Inputs:
     """The inputs with every tensor of batch size 1 twice; others, such as masks, as they are."""
     twice: Inputs = map_tensors(lambda t: torch.cat([t, t]) if is_single(t) else t, inputs)
@@ -198,6 +207,39 @@ def batches(data: Data, where: str) -> Iterator[tuple[Inputs, Tensor | None]]:
             "Check the data function; a generator can be read only once, a DataLoader any number "
             "of times",
         )
+
+
+@dataclass(frozen=True)
+class Leading:
+    """The first examples of some data, batch by batch, anew at every reading.
+
+    Args:
+        data: batches, labelled or not.
+        examples: how many, at most; None for all.
+        where: the call that errors name.
+        labelled: whether labels are kept, where there are any.
+
+    Example:
+        >>> [tuple(x.shape) for x, _ in Leading([torch.zeros(4, 2)] * 3, 6, "f(data)")]
+        [(4, 2), (2, 2)]
+    """
+
+    data: Data
+    examples: int | None
+    where: str
+    labelled: bool = True
+
+    def __iter__(self) -> Iterator[tuple[Inputs, Any]]:
+        missing = self.examples
+        for inputs, targets in batches(self.data, self.where):
+            size = batch_size(inputs)
+            kept = targets if self.labelled else None
+            if missing is not None and missing < size:
+                inputs, kept = (between(v, 0, missing, size) for v in (inputs, kept))
+            yield inputs, kept
+            missing = None if missing is None else missing - size
+            if missing is not None and missing <= 0:
+                return
 
 
 @contextmanager

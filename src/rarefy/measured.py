@@ -86,11 +86,12 @@ def prune(
             ``served`` then is a :class:`Served` record, and a result that is not faster is warned
             of. ``"onnxruntime"`` where the budget is latency.
         threads: intra-op threads of the runtime.
-        criterion: how important a unit is. By the weights alone: ``"magnitude"``, ``"l1"``,
-            ``"random"``, ``"norm_scale"``, ``"lamp"``, ``"fpgm"``. On data: ``"gradient"``,
-            ``"taylor"``, ``"taylor2"``, ``"fisher"``, ``"obd"``, ``"obs"``, ``"reconstruction"``,
-            ``"wanda"``, ``"activation"``. Or one of the frozen values of ``rarefy.criteria`` with
-            other options, or a function
+        criterion: how important a unit is; None for ``"fisher"`` on unlabelled data where data are
+            given (``"sparsegpt"`` where single weights go), else ``"magnitude"``. By the weights
+            alone: ``"magnitude"``, ``"l1"``, ``"random"``, ``"norm_scale"``, ``"lamp"``,
+            ``"fpgm"``. On data: ``"gradient"``, ``"taylor"``, ``"taylor2"``, ``"fisher"``,
+            ``"obd"``, ``"obs"``, ``"reconstruction"``, ``"wanda"``, ``"activation"``. Or one of the
+            frozen values of ``rarefy.criteria`` with other options, or a function
             (:data:`~rarefy.pruning.scoring.criteria.Criterion`). ``"compensated"`` measures on
             data how much each group may lose
             (:class:`~rarefy.pruning.scoring.compensated.Compensated`).
@@ -106,11 +107,12 @@ def prune(
             single ones, ``"2:4"`` two of every four, ``"1x4"`` blocks of them; or a value such as
             ``Block(8, 8)`` (:mod:`rarefy.pruning.sparsity.patterns`,
             :func:`~rarefy.pruning.sparsity.sparsify.sparsify`).
-        data: batches with which units are scored, all of them, where the criterion asks for it
+        data: batches with which units are scored where the criterion asks for it
             (labelled where it needs gradients), and with which the smaller network is repaired by
             least squares, its BatchNorm statistics moved along
             (:func:`~rarefy.pruning.repair.repair`); they also tell how much each block does
             (:mod:`~rarefy.pruning.scoring.influence`). Or with which weights are chosen.
+        samples: how many of the first examples of ``data`` are used; None for all.
         loss: (logits, targets) -> mean loss of a batch, for criteria that need gradients; cross
             entropy if not given.
         heal: whether the smaller network is repaired where data are given.

@@ -13,7 +13,7 @@ import numpy as np
 from rich.console import Console
 from torch import Tensor, nn
 
-from rarefy.batches import batch_size, batches, seeded, take
+from rarefy.batches import Leading, seeded, take
 from rarefy.copies import fingerprint
 from rarefy.deployment.export import export
 from rarefy.deployment.measure import settled, speedup
@@ -36,7 +36,6 @@ from rarefy.process import replayable
 from rarefy.pruning.checks import check_finite
 from rarefy.pruning.narrow import Pruned
 from rarefy.pruning.repair import repair
-from rarefy.pruning.scoring.judging import on_data
 from rarefy.quantization.quantize import quantize
 from rarefy.recipe.options import PruneStage, Stages
 from rarefy.reporting.files import write
@@ -225,13 +224,13 @@ def _teacher(job: _Job, before: Mapping[str, nn.Module]) -> Made:
 
 def _pruned(job: _Job, before: Mapping[str, nn.Module]) -> Made:
     options, notes = _prune_options(job, before["teacher"])
-    asks = on_data(options.criterion)
     small = prune(
         before["teacher"],
         job.example_inputs,
         options.budget(),
+        structure=options.structure,
         criterion=options.criterion,
-        data=_limited(job.train, SCORING, labelled=True) if asks else None,
+        data=_limited(job.train, SCORING, labelled=True) if options.informed else None,
         heal=False,
         exclude=options.exclude,
     )
@@ -250,9 +249,9 @@ def _prune_options(job: _Job, teacher: nn.Module) -> tuple[PruneStage, tuple[str
     if job.target is None or (job.target.speedup is None and job.target.size is None):
         return PruneStage(macs=0.5), ()
     job.console.print("searching for the largest network that reaches the target ...")
-    calibration = _limited(job.train, 64) if job.stages.quantize is not None else None
     scheme = None if job.stages.quantize is None else job.stages.quantize.int8()
-    share, note = reachable_budget(teacher, job.example_inputs, job.target, calibration, scheme)
+    examples = _limited(job.train, SCORING)
+    share, note = reachable_budget(teacher, job.example_inputs, job.target, examples, scheme)
     return PruneStage(macs=share), (note,)
 
 
@@ -462,12 +461,4 @@ def _identity(model: nn.Module, stages: Stages, target: Target | None, seed: int
 
 def _limited(data: Data, examples: int, *, labelled: bool = False) -> list[Batch]:
     """Batches of at most so many examples, unlabelled unless labels are asked for."""
-    found: list[Batch] = []
-    missing = examples
-    for inputs, targets in batches(data, "compress(train)"):
-        part = take(inputs, missing)
-        found.append((part, take(targets, missing) if labelled and targets is not None else None))
-        missing -= batch_size(part)
-        if missing <= 0:
-            break
-    return found
+    return list(Leading(data, examples, "compress(train)", labelled))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torch import nn
 
-from rarefy.batches import take
+from rarefy.batches import Leading, take
 from rarefy.deployment.export import export
 from rarefy.deployment.measure import compare, speedup
 from rarefy.errors import BudgetError
@@ -20,6 +20,9 @@ from rarefy.types import Budget, Data, Inputs, Int8, Target
 SHARES = (0.9, 0.7, 0.5, 0.35, 0.25, 0.15, 0.1, 0.05)
 """Shares of the MACs that are tried."""
 
+CALIBRATION = 64
+"""Examples that trials are quantized on."""
+
 MARGIN = 1.1
 """How far a trial must exceed the target: the final measurement is another one."""
 
@@ -28,7 +31,7 @@ def reachable_budget(
     model: nn.Module,
     example_inputs: Inputs,
     target: Target,
-    calibration: Data | None,
+    data: Data,
     scheme: Int8 | None,
 ) -> tuple[float, str]:
     """Share of the MACs to keep so that latency and size reach the target.
@@ -41,14 +44,14 @@ def reachable_budget(
         model: the trained network.
         example_inputs: what it is called with.
         target: a speed-up, a size, or both.
-        calibration: batches to quantize on; None where the result stays in float.
+        data: batches to score units on, and to quantize on.
         scheme: how to quantize; None where the result stays in float.
 
     Returns:
         The share, and a sentence on how it was found.
     """
     with tempfile.TemporaryDirectory(prefix="rarefy-") as folder:
-        trial = _Trial(model, example_inputs, target, calibration, scheme, Path(folder))
+        trial = _Trial(model, example_inputs, target, data, scheme, Path(folder))
         found = _first(trial.reaches)
     reached = found < trial.possible
     share = SHARES[max(min(found, trial.possible - 1), 0)]
@@ -77,12 +80,13 @@ class _Trial:
         model: nn.Module,
         example_inputs: Inputs,
         target: Target,
-        calibration: Data | None,
+        data: Data,
         scheme: Int8 | None,
         folder: Path,
     ) -> None:
         self.model, self.example_inputs, self.target = model, example_inputs, target
-        self.calibration, self.scheme, self.folder = calibration, scheme, folder
+        self.data, self.scheme, self.folder = data, scheme, folder
+        self.few = Leading(data, CALIBRATION, "compress(train)", labelled=False)
         self.tried: dict[float, str] = {}
         self.possible = len(SHARES)  # shares from this position on cannot be reached
         self.before = self._write(model, "before")
@@ -90,13 +94,14 @@ class _Trial:
     def reaches(self, position: int) -> bool:
         share = SHARES[position]
         try:
-            small = prune(self.model, self.example_inputs, Budget(macs=share))
+            budget = Budget(macs=share)
+            small = prune(self.model, self.example_inputs, budget, data=self.data, heal=False)
         except BudgetError:
             self.tried[share] = "not possible"
             self.possible = min(self.possible, position)
             return True  # nor is any smaller share: look among the larger ones
-        if self.calibration is not None:
-            small = quantize(small, self.calibration, self.scheme)
+        if self.scheme is not None:
+            small = quantize(small, self.few, self.scheme)
         after = self._write(small, "after")
         one = take(self.example_inputs, 1)
         first, second = compare([self.before[0], after[0]], one, rounds=100)

@@ -25,7 +25,8 @@ class Block:
         name: path of the module that it is, or of the largest module in it.
         add: node that adds the branch to the trunk.
         trunk: node that is left in place of the sum.
-        branch: node whose value is added, zero when the block goes.
+        branch: node whose value is added, zero when the block goes; empty for a whole layer, whose
+            output ``add`` is and whose input is ``trunk``.
         nodes: names of all nodes that nothing but the branch needs, in order.
         tensors: paths of the parameters and buffers that nothing but the branch reads.
         macs: multiply-accumulate operations of one example.
@@ -106,7 +107,7 @@ def find_blocks(graph: Graph, parameters: Collection[str]) -> Depth:
 SUMS = frozenset(("add", "add_", "sub", "sub_"))
 """Operators that give their first operand where the second is zero; sums also the other way."""
 
-_SAME = frozenset(
+SAME = frozenset(
     "dropout feature_dropout alpha_dropout contiguous clone detach alias to view reshape expand "
     "lift_fresh _to_copy view_as expand_as type_as".split()
 )
@@ -261,7 +262,7 @@ class _Finder:
             same = [n for n in operands if self.graph.by_name[n].value == node.value]
             if node.kind in SUMS:
                 pending += same
-            elif node.kind.removesuffix("_") in _SAME:
+            elif node.kind.removesuffix("_") in SAME:
                 pending += same[:1]
         return found
 

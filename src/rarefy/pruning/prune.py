@@ -9,6 +9,7 @@ from typing import Any, TypedDict, cast
 
 from torch import nn
 
+from rarefy.batches import Leading
 from rarefy.copies import copied
 from rarefy.errors import BudgetError, InputError
 from rarefy.graph.capture import check_runs
@@ -21,7 +22,7 @@ from rarefy.pruning.scoring.compensated import Compensated, Response
 from rarefy.pruning.scoring.criteria import Criterion
 from rarefy.pruning.scoring.curves import Sensitivity
 from rarefy.pruning.scoring.gather import LossFunction
-from rarefy.pruning.scoring.judging import judged
+from rarefy.pruning.scoring.judging import Rule, judged
 from rarefy.pruning.selection.accounts import account
 from rarefy.pruning.selection.costs import Costs
 from rarefy.pruning.selection.limits import concerning
@@ -38,9 +39,10 @@ Timing = Callable[[Network], Costs]
 class PruneOptions(TypedDict, total=False):
     """Options of :func:`prune` that every kind of budget leaves to the user."""
 
-    criterion: str | Criterion | Compensated | ElementCriterion
+    criterion: str | Criterion | Compensated | ElementCriterion | None
     structure: str | Pattern | Sequence[str]
     data: Data | None
+    samples: int | None
     loss: LossFunction | None
     heal: bool
     exclude: Sequence[str]
@@ -53,9 +55,10 @@ def prune(
     example_inputs: Inputs,
     budget: Budget | None = None,
     *,
-    criterion: str | Criterion | Compensated | ElementCriterion = "magnitude",
+    criterion: str | Criterion | Compensated | ElementCriterion | None = None,
     structure: str | Pattern | Sequence[str] = "channel",
     data: Data | None = None,
+    samples: int | None = 1024,
     loss: LossFunction | None = None,
     heal: bool = True,
     exclude: Sequence[str] = (),
@@ -75,6 +78,7 @@ def prune(
         criterion: how important a unit or weight is.
         structure: what is removed.
         data: batches to score and to repair with.
+        samples: how many of their first examples; None for all.
         loss: (logits, targets) -> mean loss of a batch.
         heal: whether the smaller network is repaired where data are given.
         exclude: paths or patterns of what keeps its width.
@@ -91,6 +95,7 @@ def prune(
     check_arguments(model, budget, exclude, Budget if removed else Budget | None)
     check_finite(model)
     check_copies(model)
+    data = _leading(data, samples)
     if not removed:
         _check_sensitivity(structure, sensitivity)
         given: dict[str, Any] = {"criterion": criterion, "data": data, "loss": loss}
@@ -99,12 +104,10 @@ def prune(
     assert budget is not None
     if "depth" in removed:
         _check_sensitivity(structure, sensitivity)
-    _check_fit(structure, removed, budget)
+    check_fit(structure, budget)
     network = trace(model, example_inputs)
     check_runs(model, example_inputs)
-    judge = partial(
-        judged, criterion=cast("str | Criterion | Compensated", criterion), data=data, loss=loss
-    )
+    judge = partial(judged, criterion=cast("Rule | None", criterion), data=data, loss=loss)
     response = judge(model, network)
     if sensitivity is not None:
         response = replace(response, losses=sensitivity.losses(network.groups))
@@ -119,7 +122,7 @@ def prune(
         small = short.model
         if width:
             small = _narrowed(model, example_inputs, network, budget, short, judge, options)
-        small = _recorded(model, network, short, small)
+        small = recorded(model, network, short, small)
     else:
         small = narrow(model, example_inputs, network, budget, response, costs=timed, **options)
     return small if data is None or not heal else repair(model, small, data)
@@ -127,6 +130,16 @@ def prune(
 
 REMOVED = ("channel", "depth")
 """Structures that are really removed, alone or together: units, residual blocks."""
+
+
+def _leading(data: Data | None, samples: int | None) -> Data | None:
+    if samples is not None and not (isinstance(samples, int) and samples >= 1):
+        raise InputError(
+            f"prune(samples={samples!r})",
+            "it is the number of examples that data give",
+            "Use a few hundred, or None for all of them",
+        )
+    return None if data is None else Leading(data, samples, "prune(data)")
 
 
 def removes(structure: object) -> frozenset[str]:
@@ -146,13 +159,14 @@ def _check_sensitivity(structure: object, sensitivity: object) -> None:
         )
 
 
-def _check_fit(structure: object, removed: frozenset[str], budget: Budget) -> None:
-    """Refuse budgets that do not fit what is to be removed.
+def check_fit(structure: object, budget: Budget) -> None:
+    """Refuse budgets that do not fit the units or blocks that are to be removed.
 
     Raises:
         BudgetError: a number of blocks where not only these go; one that units and blocks cannot
             share; latency; limits of layers where no units go.
     """
+    removed = removes(structure)
     where = f"prune(structure={structure!r}, budget=Budget({budget.kind}={budget.share:g}))"
     if budget.blocks is not None and removed != {"depth"}:
         raise BudgetError(
@@ -228,7 +242,7 @@ def _left(network: Network, model: nn.Module, budget: Budget) -> float:
     return found.before
 
 
-def _recorded(model: nn.Module, network: Network, short: Shortened, small: nn.Module) -> nn.Module:
+def recorded(model: nn.Module, network: Network, short: Shortened, small: nn.Module) -> nn.Module:
     """The result with the record of what went from ``model``, blocks and units."""
     held: Any = small.pruned if small is not short.model else None
     small = copied(model).eval() if small is model else small  # nothing went

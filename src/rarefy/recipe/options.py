@@ -18,17 +18,16 @@ from pydantic import (
 )
 
 from rarefy.errors import InputError
-from rarefy.pruning.scoring.judging import named
-from rarefy.types import COUNTED, MEASURED, Budget, Int8, Limit, Target
+from rarefy.pruning.prune import check_fit, removes
+from rarefy.pruning.scoring.judging import named, on_data
+from rarefy.types import KINDS, Budget, Int8, Limit, Target
 
 Count = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Text = Annotated[str, Field(min_length=1)]
 
-SHARES = (*COUNTED, *MEASURED)
-"""The fields of a budget of which one is given."""
-
+Structure = Literal["channel", "depth"]
 
 IN_A_FILE = "file"
 """Context of a validation: the options are written in a file, not in Python."""
@@ -81,7 +80,11 @@ class LimitOptions(_Options):
 
 
 class PruneStage(_Options):
-    """What may remain (the fields of :class:`~rarefy.types.Budget`) and how units are scored."""
+    """What may remain (the fields of :class:`~rarefy.types.Budget`), of what, and how it is scored.
+
+    ``structure`` is ``"channel"``, ``"depth"`` or both; without ``criterion`` units are scored by
+    the Fisher information on training examples.
+    """
 
     macs: float | None = None
     params: float | None = None
@@ -93,27 +96,37 @@ class PruneStage(_Options):
     max_drop: float = 0.95
     round_to: int | Literal["auto"] = 1
     layers: dict[str, float | LimitOptions] = {}
-    criterion: Text = "magnitude"
+    blocks: int | None = None
+    structure: Structure | tuple[Structure, ...] = "channel"
+    criterion: Text | None = None
     exclude: tuple[str, ...] = ()
 
-    @field_validator(*SHARES, "scope", "min_keep", "max_drop", "round_to")
+    @field_validator(*KINDS, "scope", "min_keep", "max_drop", "round_to")
     @classmethod
     def _each(cls, value: Any, info: ValidationInfo) -> Any:
-        share = {} if info.field_name in SHARES else {"macs": 1.0}
+        share = {} if info.field_name in KINDS else {"macs": 1.0}
         if value is not None:
             _allowed(Budget, **share, **{str(info.field_name): value})
         return value
 
     @field_validator("criterion")
     @classmethod
-    def _criterion(cls, value: str) -> str:
-        _allowed(named, criterion=value)
+    def _criterion(cls, value: str | None) -> str | None:
+        if value is not None:
+            _allowed(named, criterion=value)
         return value
 
     @model_validator(mode="after")
     def _together(self) -> Self:
         _allowed(self.budget)
+        _allowed(lambda: check_fit(self.structure, self.budget()))
         return self
+
+    @property
+    def informed(self) -> bool:
+        """Whether examples help to choose what goes."""
+        by_units = self.criterion is None or on_data(self.criterion)
+        return by_units or "depth" in removes(self.structure)
 
     def budget(self) -> Budget:
         """The budget that these options describe."""
@@ -121,7 +134,7 @@ class PruneStage(_Options):
             path: limit if isinstance(limit, float) else limit.limit()
             for path, limit in self.layers.items()
         }
-        own = self.model_dump(exclude={"criterion", "exclude", "layers"})
+        own = self.model_dump(exclude={"criterion", "exclude", "layers", "structure"})
         return Budget(**own, layers=held)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
 from math import prod
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -45,15 +44,6 @@ def collect(data: Data, samples: int, where: str = "repair(data)") -> tuple[Inpu
             raise DataError(where, "inputs are NaN or infinite", "Clean the data")
     assert single is not None  # or batches() would have raised
     return result, single
-
-
-def between(value: Any, start: int, stop: int, size: int) -> Any:
-    """Some examples of inputs or targets; tensors that are not of ``size`` examples as they are."""
-
-    def part(tensor: Tensor) -> Tensor:
-        return tensor[start:stop] if tensor.ndim and len(tensor) == size else tensor
-
-    return map_tensors(part, value)
 
 
 def affordable(model: GraphModel, wanted: int) -> int:

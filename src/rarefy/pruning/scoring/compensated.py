@@ -21,14 +21,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from rarefy.batches import batch_size, seeded
+from rarefy.batches import batch_size, between, seeded
 from rarefy.errors import DataError, InputError, first_line
 from rarefy.graph.count import count
 from rarefy.graph.groups import Group
 from rarefy.graph.program import Graph, GraphModel
 from rarefy.graph.trace import Network
 from rarefy.pruning.plan import Scores
-from rarefy.pruning.running.examples import affordable, between, collect, distance
+from rarefy.pruning.running.examples import affordable, collect, distance
 from rarefy.pruning.running.lockstep import Run
 from rarefy.pruning.running.taps import Runner, Watched
 from rarefy.pruning.scoring.criteria import CRITERIA, scored

@@ -304,7 +304,8 @@ class Gate(Scaled):
     * ``"fisher"``: ``E[s_n^2] / 2``, second order at a minimum, the Hessian approximated by the
       Fisher information, Theis et al. 2018, https://arxiv.org/abs/1801.05787; with coupled layers
       summed before squaring, Liu et al. 2021, https://arxiv.org/abs/2108.00708. Of unlabelled data
-      it is the true Fisher information, with labels drawn from the network's own probabilities;
+      it is the true Fisher information, with labels drawn from the network's own probabilities, or
+      of a normal distribution around outputs that are no logits ``(B, C)`` or ``(B, L, C)``;
     * ``"taylor2"``: ``|-E[s_n] + E[s_n^2] / 2|``, both orders.
 
     All are changes of the same loss, so that groups are comparable as they are.

@@ -14,12 +14,20 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from rarefy.batches import batch_size, batches, call, logits, map_tensors, seeded
-from rarefy.distillation.losses import CrossEntropy, class_dim
+from rarefy.batches import (
+    batch_size,
+    batches,
+    between,
+    call,
+    logits,
+    map_tensors,
+    seeded,
+    tensors,
+)
+from rarefy.distillation.losses import CrossEntropy
 from rarefy.errors import DataError, InputError, RarefyError, first_line
 from rarefy.graph.program import Ref
 from rarefy.graph.trace import Network
-from rarefy.pruning.running.examples import between
 from rarefy.pruning.running.inputs import Product, matrix, products, rows, squares
 from rarefy.pruning.running.taps import End, Runner, Watched, tapped
 from rarefy.pruning.scoring.evidence import LABELS, Evidence, Gates, Gram
@@ -64,10 +72,11 @@ class _Job:
 
     def losses(self, running: Watched, inputs: Inputs, targets: Tensor | None) -> Tensor:
         """The mean loss of a batch."""
-        answers = logits(self.outputs(running, inputs))
+        answers = self.outputs(running, inputs)
         if targets is None:
-            targets = self._drawn(answers.detach())
-        found = self._loss(answers, targets)
+            found = self._surprise(answers)
+        else:
+            found = self._loss(logits(answers), targets)
         if not isinstance(found, Tensor) or found.ndim:
             raise InputError(
                 "prune(loss=...)", "it did not return a scalar tensor", "Return the mean loss"
@@ -88,20 +97,58 @@ class _Job:
                 "Give a function (logits, targets) -> mean loss of a batch",
             ) from error
 
-    def _drawn(self, answers: Tensor) -> Tensor:
-        """Labels drawn from the probabilities that the network gives them."""
+    def _surprise(self, answers: Any) -> Tensor:
+        """The loss against targets drawn from what the network predicts.
+
+        Its squared gradients are the Fisher information, on average: of the labels where the
+        network gives logits, else of a normal distribution around every output.
+        """
         if self.labelled or self.loss is not None:
             raise DataError(
                 WHERE,
                 "a batch is unlabelled, and this criterion asks for the gradient of the loss",
                 "Yield (inputs, targets); criterion='fisher' takes unlabelled data, without loss=",
             )
-        last = answers.float().movedim(class_dim(WHERE, answers, None), -1).softmax(-1)
+        scores = _class_scores(answers)
+        if scores is None:
+            return self._noise(answers)
+        last = scores.detach().float().softmax(-1)
+        if bool(last.isnan().any()):
+            raise DataError(WHERE, "the network's outputs are NaN or infinite", "Check the data")
         drawn = torch.multinomial(last.flatten(0, -2).cpu(), 1, generator=self.generator)
-        return drawn.view(last.shape[:-1]).to(answers.device)
+        return CrossEntropy()(scores, drawn.view(last.shape[:-1]).to(scores.device))
+
+    def _noise(self, answers: Any) -> Tensor:
+        """For ``t = y + e * rms(y)`` with normal ``e`` the squared error's gradient is that of
+        ``e * y / rms(y)``; all outputs of a network count alike, whatever their size."""
+        found = [t for t in tensors(answers) if t.is_floating_point() and t.numel()]
+        if not found:
+            raise InputError(
+                "prune(data)", "the network returns no numbers", "Use criterion='magnitude'"
+            )
+        total = torch.zeros((), dtype=torch.float64)
+        for tensor in found:
+            noise = torch.randn(tensor.shape, generator=self.generator).to(tensor)
+            scale = tensor.detach().square().sum().sqrt().clamp_min(_SMALLEST)
+            examples = len(tensor) if tensor.ndim else 1
+            total = total + ((noise * tensor).sum() / (scale * examples**0.5)).double().cpu()
+        return total
+
+
+def _class_scores(answers: Any) -> Tensor | None:
+    """The logits ``(B, C)`` or ``(B, L, C)`` among a network's outputs, None where it has none."""
+    try:
+        found = logits(answers)
+    except InputError:
+        return None
+    classes = found.ndim in (2, 3) and found.shape[-1] > 1 and found.is_floating_point()
+    return found if classes else None
 
 
 WHERE = "prune(data)"
+
+_SMALLEST = 1e-12
+"""Norm below which outputs are not divided by it."""
 
 
 def gather(
@@ -115,12 +162,14 @@ def gather(
 ) -> Evidence:
     """Find out on data what a criterion needs to know.
 
+    Where labels need not and are not given, they are drawn from the probabilities that the network
+    itself gives them; where its outputs are no logits, noise takes their place.
+
     Args:
         model: the network.
         network: its trace.
         needs: kinds of evidence, attributes of :class:`Evidence`; ``"labels"`` where labels must
-            be given. Where they need not and are not given, they are drawn from the probabilities
-            that the network itself gives them.
+            be given.
         data: batches; all of them are used.
         loss: (logits, targets) -> mean loss of a batch; cross entropy if not given.
         seed: of labels that are drawn.

@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import warnings
+from typing import TypeAlias
+
 from torch import nn
 
-from rarefy.batches import evaluating
-from rarefy.errors import InputError
+from rarefy.batches import Leading, evaluating
+from rarefy.errors import DataError, InputError
 from rarefy.graph.trace import Network
 from rarefy.pruning.scoring import criteria
 from rarefy.pruning.scoring.compensated import Compensated, Response, respond
 from rarefy.pruning.scoring.criteria import Criterion, needs, scored
-from rarefy.pruning.scoring.gather import LossFunction, gather
+from rarefy.pruning.scoring.gather import WHERE, LossFunction, gather
 from rarefy.types import Data
 
 COMPENSATED = "compensated"
 """Shorthand of :class:`~rarefy.pruning.scoring.compensated.Compensated`."""
 
 
-def named(criterion: str | Criterion | Compensated) -> Criterion | Compensated:
+Rule: TypeAlias = str | Criterion | Compensated
+"""A criterion in any form."""
+
+
+def named(criterion: Rule) -> Criterion | Compensated:
     """A criterion from its shorthand, or itself.
 
     Raises:
@@ -30,7 +37,7 @@ def named(criterion: str | Criterion | Compensated) -> Criterion | Compensated:
     return criteria.named(criterion, (COMPENSATED,))
 
 
-def on_data(criterion: str | Criterion | Compensated) -> bool:
+def on_data(criterion: Rule) -> bool:
     """Whether a criterion asks for data.
 
     Example:
@@ -44,7 +51,7 @@ def on_data(criterion: str | Criterion | Compensated) -> bool:
 def judged(
     model: nn.Module,
     network: Network,
-    criterion: str | Criterion | Compensated,
+    criterion: Rule | None = None,
     data: Data | None = None,
     loss: LossFunction | None = None,
 ) -> Response:
@@ -53,7 +60,8 @@ def judged(
     Args:
         model: the network.
         network: its trace.
-        criterion: in any form.
+        criterion: in any form; None for ``"fisher"`` on unlabelled data and, where there are none
+            or that cannot be had (with a warning), ``"magnitude"``.
         data: batches, where the criterion asks for them.
         loss: (logits, targets) -> mean loss of a batch; cross entropy if not given.
 
@@ -61,6 +69,8 @@ def judged(
         InputError: the name is none, or data are needed and not given.
         DataError: the data cannot be used.
     """
+    if criterion is None:
+        return _by_default(model, network, data, loss)
     chosen = named(criterion)
     if not isinstance(chosen, Compensated):
         evidence = gather(model, network, needs(chosen), data, loss)
@@ -73,3 +83,24 @@ def judged(
         )
     with evaluating(model):
         return respond(model, network, data, chosen)
+
+
+def _by_default(
+    model: nn.Module, network: Network, data: Data | None, loss: LossFunction | None
+) -> Response:
+    """Units by the Fisher information where there are data, by magnitude where there are none."""
+    if data is None:
+        return judged(model, network, "magnitude")
+    if loss is not None:
+        return judged(model, network, "fisher", data, loss)
+    try:
+        return judged(model, network, "fisher", Leading(data, None, WHERE, labelled=False))
+    except DataError:
+        raise
+    except InputError as error:
+        warnings.warn(
+            f"units are scored by magnitude, since data tell nothing: {error.where}: {error.what}",
+            RuntimeWarning,
+            stacklevel=4,
+        )
+        return judged(model, network, "magnitude")

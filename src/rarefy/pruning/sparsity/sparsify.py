@@ -54,7 +54,7 @@ def sparsify(
     structure: str | Pattern = "weight",
     *,
     example_inputs: Inputs | None = None,
-    criterion: str | ElementCriterion = "magnitude",
+    criterion: str | ElementCriterion | None = None,
     data: Data | None = None,
     loss: LossFunction | None = None,
     exclude: Sequence[str] = (),
@@ -76,7 +76,8 @@ def sparsify(
         budget: ``Budget(sparsity=...)``; may be left out for N:M, which fixes the share.
         structure: a :data:`~rarefy.pruning.sparsity.patterns.Pattern` or its shorthand.
         example_inputs: needed except for single weights chosen without data.
-        criterion: an :data:`~rarefy.pruning.sparsity.elements.ElementCriterion` or its shorthand.
+        criterion: an :data:`~rarefy.pruning.sparsity.elements.ElementCriterion` or its shorthand;
+            None for SparseGPT where data are given, else magnitude.
         data: batches, where the criterion needs them: all of them for evidence
             (:func:`~gather`), labelled where it asks for gradients of the
             loss; some hundred examples for SparseGPT.
@@ -94,6 +95,8 @@ def sparsify(
         DataError: the data yield nothing, are not finite or not labelled where labels are needed,
             or the network does not run on them.
     """
+    if criterion is None:
+        criterion = "magnitude" if data is None else "sparsegpt"
     pattern, rule = named(structure), elements.named(criterion)
     share = _share(pattern, budget)
     _check_evidence(rule, criterion, data, loss)

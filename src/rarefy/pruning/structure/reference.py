@@ -62,11 +62,18 @@ def masked(model: nn.Module, network: Network, plan: Plan) -> nn.Module:
 
 
 def without_branches(model: nn.Module, network: Network, plan: Plan) -> GraphModel:
-    """The captured network in which the branches of the plan's blocks give zeros."""
+    """The captured network in which the branches of the plan's blocks give zeros.
+
+    What leaves a block without a branch, a whole layer, is a copy of what enters it.
+    """
     graph = network.captured.graph
-    adds = {block.add: block.branch for block in plan.blocks}
+    adds = {block.add: block.branch for block in plan.blocks if block.branch}
+    whole = {block.add: block.trunk for block in plan.blocks if not block.branch}
     nodes: list[Node] = []
     for node in graph.nodes:
+        if node.name in whole:
+            given = (Ref(whole[node.name]),)
+            node = replace(node, op="aten.clone.default", args=given, kwargs={})
         if node.name in adds:
             branch = graph.by_name[adds[node.name]]
             name = f"{node.name}_without_branch"

@@ -1,0 +1,229 @@
+"""Accuracy after pruning and an equal budget of training, Torch-Pruning beside.
+
+Run it: python benchmarks/fine_tuning.py --subject resnet20 --macs 0.5 0.33 --epochs 1 3 --seeds 3
+
+Every method starts from the same trained network, keeps the same share of its multiply-accumulates,
+and is then trained with the same optimizer, learning rate, batches and number of epochs: on the
+labels alone, or on the original's soft labels, too. The original itself, trained as long on the
+labels, is the first row.
+"""
+
+import argparse
+import copy
+import statistics
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import cifar
+import speech
+import text
+import torch
+from one_shot import STEPS
+from torch import Tensor, nn
+
+import rarefy as rf
+from rarefy.graph.count import count
+
+SAMPLES = 1024
+"""Unlabelled training examples that pruning and repair see."""
+
+
+@dataclass(frozen=True)
+class Shuffled:
+    """Labelled batches in a new order at every reading, images shifted and mirrored on request."""
+
+    x: Tensor
+    y: Tensor
+    batch: int = 128
+    augmented: bool = False
+
+    def __len__(self) -> int:
+        return len(self.x) // self.batch
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        order = torch.randperm(len(self.x))[: len(self) * self.batch]
+        for part in order.split(self.batch):
+            x = self.x[part]
+            yield (moved(x) if self.augmented else x), self.y[part]
+
+
+def moved(x: Tensor) -> Tensor:
+    """Each image shifted by up to four pixels either way, and mirrored at random."""
+    side = x.shape[-1]
+    padded = nn.functional.pad(x, (4, 4, 4, 4))
+    down, right = torch.randint(9, (2, len(x), 1, 1, 1))
+    rows, columns = torch.arange(side)[:, None], torch.arange(side)[None]
+    columns = torch.where(torch.rand(len(x), 1, 1, 1) < 0.5, columns, side - 1 - columns)
+    example = torch.arange(len(x))[:, None, None, None]
+    channel = torch.arange(x.shape[1])[None, :, None, None]
+    return padded[example, channel, rows + down, columns + right]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A trained network, its data, and how to train it on.
+
+    Attributes:
+        model: the network.
+        train: labelled batches.
+        test: labelled batches.
+        unlabelled: examples that pruning and repair see.
+        options: of the optimizer.
+        inner: layers that Torch-Pruning leaves alone, besides the last, where its authors choose
+            the inner channels of residual blocks by hand.
+        last: path of the last layer.
+    """
+
+    model: nn.Module
+    train: Shuffled
+    test: list[tuple[Tensor, Tensor]]
+    unlabelled: Tensor
+    options: Mapping[str, Any]
+    last: str
+    inner: tuple[str, ...] = ()
+    example: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "example", self.unlabelled[:2])
+
+
+def _resnet(depth: int, limit: int | None) -> Subject:
+    model = cifar.network(depth)
+    x, y = cifar.images("train")
+    held_x, held_y = cifar.images("test", limit)
+    inner = ["conv1", *(n for n, _ in model.named_modules() if n.endswith(".conv2"))]
+    test = list(zip(held_x.split(250), held_y.split(250), strict=True))
+    options = {"lr": 0.02, "weight_decay": 5e-4}
+    return Subject(
+        model, Shuffled(x, y, 128, True), test, x[:SAMPLES], options, "linear", tuple(inner)
+    )
+
+
+def _trained(model: nn.Module, parts: Any, last: str, epochs: int) -> Subject:
+    (x, y), (held_x, held_y) = parts
+    options = {"optimizer": "adamw", "lr": 1e-3, "weight_decay": 0.05}
+    data = Shuffled(x, y, 64)
+    model = rf.train(model, data, epochs=epochs, progress=False, **options)
+    test = list(zip(held_x.split(250), held_y.split(250), strict=True))
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))[:SAMPLES]
+    return Subject(model, data, test, x[order], {**options, "lr": 5e-4}, last)
+
+
+SUBJECTS: Mapping[str, Callable[[int | None], Subject]] = {
+    "resnet20": partial(_resnet, 20),
+    "resnet56": partial(_resnet, 56),
+    "speech": lambda _: _trained(speech.network(), speech.digits(), "17", 20),
+    "text": lambda _: _trained(text.Transformer(), text.questions(), "head", 20),
+}
+
+
+def by_rarefy(criterion: str, subject: Subject, share: float) -> nn.Module:
+    """rarefy, repaired."""
+    data = [subject.unlabelled]
+    given = {} if criterion == "magnitude" else {"data": data}
+    small = rf.prune(
+        subject.model,
+        subject.example,
+        rf.Budget(macs=share),
+        criterion=criterion,
+        heal=False,
+        **given,
+    )
+    return rf.repair(subject.model, small, data, samples=SAMPLES)
+
+
+def by_torch_pruning(subject: Subject, share: float, *, inner: bool) -> nn.Module:
+    """Torch-Pruning, iterated to the share of the MACs."""
+    import torch_pruning as tp
+
+    small = copy.deepcopy(subject.model)
+    left = [small.get_submodule(subject.last)]
+    left += [small.get_submodule(name) for name in subject.inner] if inner else []
+    heads = {m: m.num_heads for m in small.modules() if isinstance(m, nn.MultiheadAttention)}
+    pruner = tp.pruner.MagnitudePruner(
+        small,
+        subject.example,
+        importance=tp.importance.MagnitudeImportance(p=2, normalizer="mean"),
+        global_pruning=True,
+        pruning_ratio=0.95,
+        iterative_steps=STEPS,
+        ignored_layers=left,
+        num_heads=heads,
+    )
+    whole = count(subject.model, subject.example).macs
+    for _ in range(STEPS):
+        if count(small, subject.example).macs <= share * whole:
+            break
+        pruner.step()
+    return small.eval()
+
+
+Method = Callable[[Subject, float], nn.Module]
+
+METHODS: Mapping[str, Method] = {
+    "rarefy, fisher": partial(by_rarefy, "fisher"),
+    "rarefy, compensated": partial(by_rarefy, "compensated"),
+    "rarefy, magnitude": partial(by_rarefy, "magnitude"),
+    "Torch-Pruning": partial(by_torch_pruning, inner=False),
+    "Torch-Pruning, inner channels": partial(by_torch_pruning, inner=True),
+}
+
+
+def trained(subject: Subject, small: nn.Module, epochs: int, seed: int, *, soft: bool) -> float:
+    """Top-1 after that many epochs."""
+    options: dict[str, Any] = {**subject.options, "epochs": epochs, "seed": seed, "progress": False}
+    if soft:
+        small = rf.distill(subject.model, small, subject.train, label_weight=0.1, **options)
+    else:
+        small = rf.train(small, subject.train, **options)
+    return rf.evaluate(small, subject.test)
+
+
+def row(name: str, targets: str, share: float, epochs: int, found: list[float]) -> str:
+    """A row of the table: the mean, and every seed."""
+    each = " ".join(f"{100 * value:.2f}" for value in found)
+    mean = statistics.mean(found)
+    return f"| {name} | {targets} | {share:.3f} | {epochs} | {mean:.2%} | {each} |"
+
+
+def main() -> None:
+    """Print one row per method, share and number of epochs, as a table in Markdown."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--subject", choices=list(SUBJECTS), default="resnet20")
+    parser.add_argument("--macs", type=float, nargs="+", default=[0.5])
+    parser.add_argument("--epochs", type=int, nargs="+", default=[1, 3])
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--test", type=int, help="test images; all if not given")
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
+    parser.add_argument("--targets", nargs="+", default=["labels", "soft labels"])
+    chosen = parser.parse_args()
+
+    subject = SUBJECTS[chosen.subject](chosen.test)
+    whole, seeds = count(subject.model, subject.example).macs, range(chosen.seeds)
+    base = rf.evaluate(subject.model, subject.test)
+    print(f"{chosen.subject}: {sum(len(y) for _, y in subject.test)} test examples", end="")
+    print(f", unpruned {base:.2%}\n\n| method | targets | MACs kept | epochs | top-1 | each seed |")
+    print("| --- " * 6 + "|", flush=True)
+    for epochs in chosen.epochs:
+        kept = [trained(subject, subject.model, epochs, seed, soft=False) for seed in seeds]
+        print(row("unpruned", "labels", 1.0, epochs, kept), flush=True)
+    for share in chosen.macs:
+        for name in chosen.methods:
+            try:
+                small = METHODS[name](subject, share)
+                left = count(small, subject.example).macs / whole
+                print(row(name, "none", left, 0, [rf.evaluate(small, subject.test)]), flush=True)
+            except Exception as error:  # noqa: BLE001 - a peer may raise anything
+                print(f"| {name} | none | {share:g} | fails: {str(error)[:80]} | | |", flush=True)
+                continue
+            for targets in chosen.targets:
+                for epochs in chosen.epochs:
+                    soft = targets == "soft labels"
+                    found = [trained(subject, small, epochs, seed, soft=soft) for seed in seeds]
+                    print(row(name, targets, left, epochs, found), flush=True)
+
+
+if __name__ == "__main__":
+    main()
