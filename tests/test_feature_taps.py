@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from rarefy.distillation.taps import exits, taps
+from rarefy.distillation.taps import taps
 from rarefy.errors import InputError
 from rarefy.graph.capture import capture, graph_model
 
@@ -153,7 +153,7 @@ def test_a_graph_has_the_paths_of_its_original() -> None:
     for path in paths:
         assert torch.allclose(found[path], wanted[path], atol=1e-6), path
     assert "step" not in vars(graph)
-    assert set(exits(graph.graph)) == {*paths, "block.2"}
+    assert set(graph.graph.exits) == {*paths, "block.2"}
     with pytest.raises(InputError, match=r"'blok'.*block"), taps(graph, ["blok"]):
         pass
     with pytest.raises(RuntimeError), taps(graph, ["stem"]):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from rarefy.batches import call, evaluating, seeded
 from rarefy.distillation.losses import layer_map
-from rarefy.distillation.taps import exits, unwrapped
+from rarefy.distillation.taps import unwrapped
 from rarefy.errors import InputError
 from rarefy.graph.program import GraphModel
 from rarefy.types import Inputs
@@ -129,7 +129,7 @@ def outputs(model: nn.Module, inputs: Inputs) -> list[Output]:
 
 
 def _of_graph(network: GraphModel) -> list[Output]:
-    leaving = exits(network.graph)
+    leaving = network.graph.exits
     rank = {node.name: rank for rank, node in enumerate(network.graph.nodes)}
     inner_first = sorted(leaving, key=lambda path: (rank[leaving[path].name], -path.count(".")))
     whole = {path.rpartition(".")[0] for path in leaving}

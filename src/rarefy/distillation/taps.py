@@ -5,16 +5,18 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
 from rarefy.batches import tensors
 from rarefy.errors import InputError
-from rarefy.graph.program import Graph, GraphModel, Node, Spec
+from rarefy.graph.program import GraphModel, Node
 from rarefy.paths import remedy
 
 _INDEXED = re.compile(r"(?P<module>.+)\[(?P<key>[^\[\]]+)\]")
+
+Found = TypeVar("Found")
 
 _INNER = ("module", "_orig_mod")
 """Where wrappers keep the network: those of several devices, and that of ``torch.compile``."""
@@ -118,11 +120,9 @@ def taps(model: nn.Module, paths: Iterable[str], *, where: str = "taps") -> Iter
         if isinstance(network, GraphModel):
             stack.enter_context(_watched(network, paths, found, where))
         else:
-            known = dict(network.named_modules(remove_duplicate=False))
             for path in dict.fromkeys(paths):
-                module, key = split(path, known, where)
-                handle = known[module].register_forward_hook(_hook(found, path, key))
-                stack.callback(handle.remove)
+                module, key = _located(path, _finder(network), lambda: _names(network), where)
+                stack.callback(module.register_forward_hook(_hook(found, path, key)).remove)
         yield found
 
 
@@ -135,18 +135,40 @@ def unwrapped(model: nn.Module) -> nn.Module:
         (model,) = inner
 
 
-def split(path: str, known: Iterable[str], where: str) -> tuple[str, str | None]:
-    """The module of a path, and the index or name of one of its outputs.
+def _located(
+    path: str,
+    find: Callable[[str], Found | None],
+    known: Callable[[], Iterable[str]],
+    where: str,
+) -> tuple[Found, str | None]:
+    """What a path names, and the index or name of one of its outputs.
 
     Raises:
-        InputError: no module has that path; the message has the nearest ones.
+        InputError: nothing has that path; the message has the nearest ones.
     """
-    modules = {name for name in known if name}
-    indexed = None if path in modules else _INDEXED.fullmatch(path)
-    module, key = (indexed["module"], indexed["key"]) if indexed else (path, None)
-    if module not in modules:
-        raise InputError(where, f"no module has the path {module!r}", remedy(module, modules))
-    return module, key
+    readings: list[tuple[str, str | None]] = [(path, None)]
+    if indexed := _INDEXED.fullmatch(path):
+        readings.append((indexed["module"], indexed["key"]))
+    for name, key in readings:
+        found = find(name)
+        if found is not None:
+            return found, key
+    name = readings[-1][0]
+    raise InputError(where, f"no module has the path {name!r}", remedy(name, known()))
+
+
+def _finder(network: nn.Module) -> Callable[[str], nn.Module | None]:
+    def find(path: str) -> nn.Module | None:
+        try:
+            return network.get_submodule(path) if path else None
+        except AttributeError:
+            return None
+
+    return find
+
+
+def _names(network: nn.Module) -> list[str]:
+    return [path for path, _ in network.named_modules(remove_duplicate=False) if path]
 
 
 def _hook(found: Taps, path: str, key: str | None) -> Callable[[nn.Module, Any, Any], None]:
@@ -156,32 +178,14 @@ def _hook(found: Taps, path: str, key: str | None) -> Callable[[nn.Module, Any, 
 # --- networks that are a graph -----------------------------------------------------------------
 
 
-def exits(graph: Graph) -> Mapping[str, Node]:
-    """Path of a module to the node whose value leaves it: the last that is read outside of it.
-
-    Modules of which nothing is left in the graph, or that compute no tensor, are not among them.
-    """
-    found: dict[str, Node] = {}
-    for node in graph.calls:
-        if not isinstance(node.value, Spec):
-            continue
-        parts = node.scope.split(".") if node.scope else []
-        for count in range(len(parts), 0, -1):
-            path = ".".join(parts[:count])
-            if all(f"{user.scope}.".startswith(f"{path}.") for user in graph.users[node.name]):
-                break  # what does not leave a module does not leave those around it either
-            found[path] = node
-    return found
-
-
 @contextmanager
 def _watched(network: GraphModel, paths: Iterable[str], found: Taps, where: str) -> Iterator[None]:
     """Note values of nodes; the network's way to run a step is its own again afterwards."""
-    leaving = exits(network.graph)
+    leaving = network.graph.exits
     wanted: dict[str, list[str]] = {}
     for path in dict.fromkeys(paths):
-        module, _ = split(path, leaving, where)
-        wanted.setdefault(leaving[module].name, []).append(path)
+        node, _ = _located(path, leaving.get, lambda: leaving, where)
+        wanted.setdefault(node.name, []).append(path)
     plain = network.step
 
     def step(node: Node, function: Callable[..., Any], values: Mapping[str, Any]) -> Any:

@@ -189,6 +189,22 @@ class Graph:
         return (n for n in self.nodes if n.op not in ("input", "tensor", "output"))
 
     @cached_property
+    def exits(self) -> Mapping[str, Node]:
+        """Path of a module to the node whose tensor leaves it: the last that is read outside of it.
+
+        Modules of which nothing is left, or that compute no tensor, are not among them.
+        """
+        found: dict[str, Node] = {}
+        for node in self.calls:
+            parts = node.scope.split(".") if node.scope and isinstance(node.value, Spec) else []
+            for count in range(len(parts), 0, -1):
+                path = ".".join(parts[:count])
+                if all(f"{user.scope}.".startswith(f"{path}.") for user in self.users[node.name]):
+                    break  # what does not leave a module does not leave those around it either
+                found[path] = node
+        return found
+
+    @cached_property
     def tensor_paths(self) -> frozenset[str]:
         """Paths of all parameters, buffers and constants that are read."""
         return frozenset(n.path for n in self.nodes if n.op == "tensor")

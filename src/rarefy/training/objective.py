@@ -58,6 +58,7 @@ class Objective(nn.Module):
         self.where, self.network, self.tutor = where, network, tutor
         self.loss, self.label_weight = _own(loss), label_weight
         self.label_loss = _own(label_loss or CrossEntropy())
+        self.scheduled = any(at_step(x, 0) is not x for x in (self.loss, self.label_loss))
         self.heads, self.notes = nn.ModuleDict(), tuple[str, ...]()
         places = bindings(loss)
         self.ours = tuple(path for place in places for path in paths_of(place.student))
@@ -65,7 +66,9 @@ class Objective(nn.Module):
 
     def forward(self, inputs: Inputs, labels: Any, step: int = 0) -> Tensor:
         """The loss of a batch at a step of the optimizer, a scalar."""
-        loss = at_step(self.loss, step)
+        loss, label_loss = self.loss, self.label_loss
+        if self.scheduled:
+            loss, label_loss = at_step(loss, step), at_step(label_loss, step)
         if self.tutor is None and not isinstance(labels, Answered):
             student = logits(call(self.network, inputs))
             value: Tensor = loss(student, self._labels(loss, labels, student))
@@ -74,7 +77,6 @@ class Objective(nn.Module):
         value = of_outputs(loss, batch)
         if ours is not None and theirs is not None:
             value = value + of_features(loss, self.heads, ours, theirs, batch.padding)
-        label_loss = at_step(self.label_loss, step)
         total = self._mixed(value, label_loss, batch)
         if self.tutor is not None and self.tutor.learns:
             batch = batch.swapped()
