@@ -16,15 +16,9 @@ if TYPE_CHECKING:
     from rarefy.deployment.export import export as export
     from rarefy.deployment.measure import measure as measure
     from rarefy.distillation import losses as losses
+    from rarefy.distillation import soft_labels as soft_labels
     from rarefy.distillation.pairing import pairs as pairs
     from rarefy.distillation.soft_labels.read import SoftLabels as SoftLabels
-    from rarefy.distillation.soft_labels.records import Dense as Dense
-    from rarefy.distillation.soft_labels.records import Outputs as Outputs
-    from rarefy.distillation.soft_labels.records import Sampled as Sampled
-    from rarefy.distillation.soft_labels.records import TopK as TopK
-    from rarefy.distillation.soft_labels.views import CutMix as CutMix
-    from rarefy.distillation.soft_labels.views import Mixup as Mixup
-    from rarefy.distillation.soft_labels.views import Replay as Replay
     from rarefy.distillation.soft_labels.write import write_soft_labels as write_soft_labels
     from rarefy.distillation.taps import taps as taps
     from rarefy.graph.trace import trace as trace
@@ -47,11 +41,9 @@ if TYPE_CHECKING:
     from rarefy.storage.format import load as load
     from rarefy.storage.format import save as save
     from rarefy.students import student as student
+    from rarefy.training import teachers as teachers
     from rarefy.training.distill import distill as distill
     from rarefy.training.evaluate import evaluate as evaluate
-    from rarefy.training.teachers import Earlier as Earlier
-    from rarefy.training.teachers import Ensemble as Ensemble
-    from rarefy.training.teachers import Peer as Peer
     from rarefy.training.train import train as train
     from rarefy.types import Budget as Budget
     from rarefy.types import Int8 as Int8
@@ -60,25 +52,15 @@ if TYPE_CHECKING:
 
 _HOME = {
     "Budget": "rarefy.types",
-    "CutMix": "rarefy.distillation.soft_labels.views",
-    "Dense": "rarefy.distillation.soft_labels.records",
-    "Earlier": "rarefy.training.teachers",
-    "Ensemble": "rarefy.training.teachers",
     "GradualPruning": "rarefy.pruning.gradual",
     "GradualUnits": "rarefy.pruning.gradual",
     "Int8": "rarefy.types",
     "Limit": "rarefy.types",
-    "Mixup": "rarefy.distillation.soft_labels.views",
     "Movement": "rarefy.pruning.scoring.movement",
-    "Outputs": "rarefy.distillation.soft_labels.records",
-    "Peer": "rarefy.training.teachers",
-    "Replay": "rarefy.distillation.soft_labels.views",
-    "Sampled": "rarefy.distillation.soft_labels.records",
     "Sensitivity": "rarefy.pruning.scoring.curves",
     "SoftLabels": "rarefy.distillation.soft_labels.read",
     "Stages": "rarefy.recipe.options",
     "Target": "rarefy.types",
-    "TopK": "rarefy.distillation.soft_labels.records",
     "compress": "rarefy.pipeline",
     "distill": "rarefy.training.distill",
     "evaluate": "rarefy.training.evaluate",
@@ -107,6 +89,8 @@ _MODULES = {
     "metrics": "rarefy.metrics",
     "patterns": "rarefy.pruning.sparsity.patterns",
     "regularize": "rarefy.pruning.sparsity.regularize",
+    "soft_labels": "rarefy.distillation.soft_labels",
+    "teachers": "rarefy.training.teachers",
 }
 
 __all__ = sorted([*_HOME, *_MODULES])

@@ -74,9 +74,10 @@ def distill(
     more for that, so that what does not fit is known at once.
 
     Args:
-        teacher: the network to learn from, which is not changed; or ``rf.Ensemble([...])`` for
-            several, ``rf.Earlier()`` for the student itself as it was, ``rf.Peer(network)`` for one
-            that learns along, ``rf.SoftLabels(path)`` for stored answers, where no teacher runs.
+        teacher: the network to learn from, which is not changed; or one of ``rf.teachers``,
+            ``Ensemble([...])`` for several, ``Earlier()`` for the student itself as it was,
+            ``Peer(network)`` for one that learns along; or ``rf.SoftLabels(path)`` for stored
+            answers, where no teacher runs.
         student: the network to train; it is not changed.
         data: batches, labelled or not, see :mod:`rarefy.batches`; read once per epoch.
         loss: ``loss(student_logits, teacher_logits)`` to a scalar, with ``mask=`` where there is

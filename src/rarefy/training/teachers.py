@@ -151,7 +151,8 @@ def as_teacher(given: Any, where: str) -> Teacher:
     raise InputError(
         where,
         f"a {type(given).__name__} is no teacher",
-        "Give a network, rf.Ensemble([...]), rf.Earlier(), rf.Peer(network) or rf.SoftLabels(path)",
+        "Give a network, Ensemble([...]), Earlier() or Peer(network) of rf.teachers, or "
+        "rf.SoftLabels(path)",
     )
 
 

@@ -229,7 +229,7 @@ class SoftLabels:
                 f"the input with id {ids[0]}, view {view} is another than the one that the teacher "
                 f"answered ({self.manifest.data.transform or 'without a transform'})",
                 "Give the data in the order and with the preprocessing of the store; random "
-                "transforms belong into rf.Replay(dataset, transform)",
+                "transforms belong into rf.soft_labels.Replay(dataset, transform)",
             )
 
     def _refuse(self, what: str, count: int) -> None:

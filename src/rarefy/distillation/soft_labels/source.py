@@ -88,7 +88,7 @@ def source(data: Data, views: int, where: str) -> Source:
         raise DataError(
             where,
             f"{views} views were asked for, and these data have no augmentation to replay",
-            "Give a DataLoader over rf.Replay(dataset, transform), outside of any Subset",
+            "Give a DataLoader over rf.soft_labels.Replay(dataset, transform), in no Subset",
         )
     return found
 
@@ -287,7 +287,7 @@ def probed_hashes(data: Source) -> dict[str, str]:
         raise DataError(
             getattr(data, "where", "data"),
             "the same examples are others when they are read again",
-            "Keep random transforms out of the data set and give them to rf.Replay(dataset, "
-            "transform), and give batches in an order that does not change",
+            "Keep random transforms out of the data set and give them to "
+            "rf.soft_labels.Replay(dataset, transform), and batches in an order that does not change",
         )
     return once
