@@ -20,7 +20,7 @@ def example(**changes: object) -> Manifest:
         "views": 1,
         "kind": "top-k",
         "options": {"k": 2},
-        "request": "mass=0.99",
+        "request": "mass=0.99, temperature=4.0",
         "kept_mass": 0.995,
         "shape": (4,),
         "dim": -1,

@@ -158,12 +158,12 @@ def test_outputs_beyond_half_precision_are_refused() -> None:
         stored(torch.tensor([[1e6]]), Outputs())
 
 
-@given(st.integers(0, 99), st.floats(0.05, 1.0), st.floats(0.3, 6))
+@given(st.integers(0, 99), st.floats(0.05, 1.0), st.floats(0.3, 6), st.floats(0.5, 9))
 @settings(max_examples=40, deadline=None)
-def test_k_is_the_fewest_that_keep_the_mass(seed, mass, scale) -> None:
+def test_k_is_the_fewest_that_keep_the_mass(seed, mass, scale, temperature) -> None:
     logits = torch.randn(6, 3, 30, generator=torch.Generator().manual_seed(seed)) * scale
-    k, kept = smallest_k(logits, mass)
-    ranked = np.sort(reference(logits).reshape(-1, 30))[:, ::-1]
+    k, kept = smallest_k(logits, mass, temperature)
+    ranked = np.sort(reference(logits / temperature).reshape(-1, 30))[:, ::-1]
     of = [ranked[:, :n].sum(axis=1).mean() for n in range(31)]
     assert kept == pytest.approx(of[k], abs=1e-5)
     assert k == 30 or of[k] >= mass - 1e-5
@@ -172,11 +172,17 @@ def test_k_is_the_fewest_that_keep_the_mass(seed, mass, scale) -> None:
 
 def test_few_classes_are_dense_and_many_are_not() -> None:
     torch.manual_seed(0)
-    assert form_for(torch.randn(8, 1, 10), 0.99) == (Dense(), 1.0)
-    form, kept = form_for(torch.randn(8, 1, 1000) * 8, 0.99)
+    assert form_for(torch.randn(8, 1, 10), 0.99, 1.0) == (Dense(), 1.0)
+    form, kept = form_for(torch.randn(8, 1, 1000) * 8, 0.99, 1.0)
     assert isinstance(form, TopK)
     assert kept >= 0.99
-    assert form_for(torch.zeros(8, 1, 1000), 0.99)[0] == Dense()
+    assert form_for(torch.zeros(8, 1, 1000), 0.99, 1.0)[0] == Dense()
+
+
+def test_a_high_temperature_needs_the_classes_that_a_low_one_does_not() -> None:
+    sure = torch.tensor([[[9.0, 2.0, 1.0, *[0.0] * 7]]])
+    assert form_for(sure, 0.99, 1.0)[0] == TopK(1)
+    assert form_for(sure, 0.99, 4.0)[0] == Dense()
 
 
 @pytest.mark.parametrize("form", [Dense(), TopK(3), Sampled(6), Outputs()])

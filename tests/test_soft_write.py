@@ -164,7 +164,7 @@ def test_a_teacher_that_changes_while_it_answers(tmp_path: Path) -> None:
 def test_top_k_follows_the_mass(tmp_path: Path) -> None:
     sharp = nn.Sequential(nn.Flatten(), nn.Linear(48, 400))
     nn.init.normal_(sharp[1].weight)
-    stores = {m: write(tmp_path / str(m), model=sharp, mass=m) for m in (0.5, 0.99)}
+    stores = {m: write(tmp_path / str(m), model=sharp, mass=m, temperature=1) for m in (0.5, 0.99)}
     assert stores[0.5].options["k"] < stores[0.99].options["k"]
     assert all(m <= store.kept_mass < 1 for m, store in stores.items())
     found, exact = SoftLabels(tmp_path / "0.99").answers(), expected(sharp, images())
@@ -208,7 +208,7 @@ MISMATCHES = {
     "teacher": ({"model": nn.Sequential(nn.Flatten(), nn.Linear(48, CLASSES))}, "teacher: "),
     "length": ({"data": loader(dataset(90))}, "number of examples: the store has 100"),
     "order": ({"data": list(images().flip(0).split(16))}, "ids: "),
-    "form": ({"form": Dense()}, r"form: the store has mass=0\.99, this is Dense"),
+    "form": ({"form": Dense()}, r"form: the store has mass=0\.99, temperature=4\.0, this is Dense"),
     "seed": ({"seed": 5}, "seed: the store has 0, this is 5"),
     "transform": ({"data": loader(Replay(dataset()))}, "transform: the store has none"),
     "preprocessing": ({"data": loader(TensorDataset(2 * images()))}, "inputs: .*other inputs"),

@@ -100,7 +100,9 @@ class Derived:
             lines.append(f"not the teacher's class: {self.reason}")
         for stack in self.layers:
             kept, gone = (", ".join(map(str, n)) for n in (stack.kept, stack.gone))
-            lines.append(f"{stack.path}: layers {kept} stay" + (f", {gone} go" if gone else ""))
+            lines.append(
+                f"{stack.path or 'network'}: layers {kept} stay" + (f", {gone} go" if gone else "")
+            )
         wide = max([9, *(len(c.path) for c in self.copied)])
         lines += ["", f"{'parameter':<{wide}}  teacher -> student"]
         for c in self.copied:

@@ -80,6 +80,22 @@ class Trained:
     resumed: int | None
     peer: nn.Module | None = field(default=None, repr=False, compare=False)
 
+    def __str__(self) -> str:
+        lines = [f"{'epoch':>5} {'loss':>10} {'lr':>10} {self.metric:>10} {'s':>8}"]
+        for e in self.epochs:
+            val = "" if e.val is None else f"{e.val:.4f}"
+            lines.append(f"{e.number:5} {e.loss:10.4f} {e.lr:10.2g} {val:>10} {e.seconds:8.1f}")
+        lines.append(f"{self.steps:,} steps in {self.seconds:.0f} s; weights of epoch {self.kept}")
+        if self.best is not None:
+            lines[-1] += f" of {self.last}, best epoch {self.best}"
+        fits = {"student" if self.teachers else "network": self.student, **self.teachers}
+        for name, fit in fits.items():
+            if fit is not None:
+                lines.append(f"{name}: {self.metric} on val {fit.val:.4f}")
+                if fit.train is not None:
+                    lines[-1] += f", on training data {fit.train:.4f}, gap {fit.gap:+.4f}"
+        return "\n".join(lines)
+
     @property
     def last(self) -> int:
         """The last epoch that was trained, from 1."""

@@ -203,8 +203,11 @@ class Ensemble(Teacher):
     dim: int | None = None
 
     def __post_init__(self) -> None:
-        if not self.networks or not all(isinstance(n, nn.Module) for n in self.networks):
-            raise InputError("Ensemble(networks)", "it holds no network", "Give a list of networks")
+        strange = [n for n in self.networks if not isinstance(n, nn.Module)]
+        if strange or not self.networks:
+            what = f"a {type(strange[0]).__name__} is no network" if strange else "it is empty"
+            remedy = "Give a list of networks, and their weights as weights=[...]"
+            raise InputError("Ensemble(networks)", what, remedy)
         weights = self.weights
         fits = weights is None or len(weights) == len(self.networks)
         if not fits or not all(0 < w < math.inf for w in weights or ()):

@@ -248,17 +248,18 @@ FORMS: Mapping[str, type[Form]] = {form.kind: form for form in (Dense, TopK, Sam
 """Name in the manifest to form."""
 
 
-def smallest_k(outputs: Tensor, mass: float) -> tuple[int, float]:
-    """The fewest classes that keep this mass on average over ``(N, P)``, and what they keep."""
-    ranked = torch.softmax(outputs, dim=-1).sort(dim=-1, descending=True).values
+def smallest_k(outputs: Tensor, mass: float, temperature: float) -> tuple[int, float]:
+    """The fewest classes that keep this mass of the softened probabilities, on average over
+    ``(N, P)``, and what they keep."""
+    ranked = torch.softmax(outputs / temperature, dim=-1).sort(dim=-1, descending=True).values
     kept = ranked.double().cumsum(dim=-1).flatten(0, -2).mean(dim=0)
     k = min(int((kept < mass).sum()) + 1, len(kept))
     return k, float(kept[k - 1])
 
 
-def form_for(outputs: Tensor, mass: float) -> tuple[Form, float]:
+def form_for(outputs: Tensor, mass: float, temperature: float) -> tuple[Form, float]:
     """The smaller of :class:`Dense` and :class:`TopK`, and the mass that it keeps."""
-    k, kept = smallest_k(outputs, mass)
+    k, kept = smallest_k(outputs, mass, temperature)
     candidates: list[Form] = [Dense(), TopK(k)]
     chosen = min(candidates, key=lambda form: record_size(form, outputs.shape[-1]))
     return chosen, 1.0 if isinstance(chosen, Dense) else kept

@@ -287,7 +287,7 @@ def probed_hashes(data: Source) -> dict[str, str]:
         raise DataError(
             getattr(data, "where", "data"),
             "the same examples are others when they are read again",
-            "Give random transforms to rf.soft_labels.Replay(dataset, transform) instead, and batches "
+            "Give random transforms to rf.soft_labels.Replay(dataset, transform), and batches "
             "in an order that does not change",
         )
     return once

@@ -53,6 +53,7 @@ def write_soft_labels(
     views: int = 1,
     form: Form | None = None,
     mass: float = 0.99,
+    temperature: float = 4.0,
     dim: int | None = None,
     seed: int = 0,
     resume: bool = True,
@@ -77,9 +78,11 @@ def write_soft_labels(
             ``DataLoader`` over a :class:`Replay`.
         form: :class:`Dense`, :class:`TopK`, :class:`Sampled` or :class:`Outputs`, of
             ``rarefy.distillation.soft_labels.records``; None for the smaller of Dense and TopK.
-        mass: share of the probability (temperature 1) that the k of TopK keeps, on average over
-            one batch of examples: spread evenly over a data set, or the first of other batches.
-            In (0, 1]; counts where ``form`` is None.
+        mass: share of the probability that the k of TopK keeps, on average over one batch of
+            examples: spread evenly over a data set, or the first of other batches. In (0, 1];
+            counts where ``form`` is None.
+        temperature: the highest at which the labels will be used, above 0: the higher, the more
+            classes it takes to keep that mass. Counts where ``form`` is None.
         dim: dimension of the classes in a batch of outputs; None for the last one of ``(N, C)``
             and ``(N, L, C)``. Others, such as ``(N, C, H, W)``, are named: ``dim=1``.
         seed: of the draws of Sampled, at least 0 and below 2^32.
@@ -107,7 +110,7 @@ def write_soft_labels(
         >>> store.data.samples, store.shape, store.kind
         (16, (3,), 'dense')
     """
-    _check(views, form, mass, seed, ranks)
+    _check(views, form, mass, temperature, seed, ranks)
     folder = Path(path)
     with ExitStack() as stack:
         stack.enter_context(seeded(seed))
@@ -126,7 +129,7 @@ def write_soft_labels(
             if rank == 0:
                 _remove(folder)
             accelerator.wait_for_everyone()
-        request = _Request(views, form, mass, dim, seed, count)
+        request = _Request(views, form, mass, temperature, dim, seed, count)
         store = _begun(folder, _draft(model, found, accelerator.device, request), resume)
         mine = [s for s in _shards(folder, store) if s.index % count == rank and not s.complete]
         _fill(model, found, accelerator.device, store, mine, progress and rank == 0)
@@ -142,18 +145,31 @@ class _Request:
     views: int
     form: Form | None
     mass: float
+    temperature: float
     dim: int | None
     seed: int
     ranks: int
 
+    @property
+    def words(self) -> str:
+        """The form, or by what it is to be chosen."""
+        chosen_by = f"mass={self.mass}, temperature={self.temperature}"
+        return repr(self.form) if self.form else chosen_by
+
 
 def _check(
-    views: int, form: Form | None, mass: float, seed: int, ranks: tuple[int, int] | None
+    views: int,
+    form: Form | None,
+    mass: float,
+    temperature: float,
+    seed: int,
+    ranks: tuple[int, int] | None,
 ) -> None:
     rules: tuple[tuple[str, object, bool, str], ...] = (
         ("views", views, isinstance(views, int) and views >= 1, "a whole number, at least 1"),
         ("form", form, form is None or isinstance(form, Form), "Dense(), TopK(k) or the like"),
         ("mass", mass, 0 < mass <= 1, "a share, above 0 and at most 1"),
+        ("temperature", temperature, 0 < temperature < math.inf, "a number above 0"),
         ("seed", seed, 0 <= seed < 2**32, "a whole number, at least 0 and below 2^32"),
         ("ranks", ranks, ranks is None or 0 <= ranks[0] < ranks[1], "(rank, number of ranks)"),
     )
@@ -175,7 +191,7 @@ def _draft(model: nn.Module, data: Source, device: torch.device, request: _Reque
     require_usable(outputs, every, rows, f"{WHERE}(teacher)")
     chosen, kept = request.form, None
     if chosen is None:
-        chosen, kept = form_for(every.flat(outputs), request.mass)
+        chosen, kept = form_for(every.flat(outputs), request.mass, request.temperature)
     layout = Layout(chosen, shape, dim)
     return Manifest(
         teacher=Teacher(class_name=type(model).__name__, fingerprint=fingerprint(model)),
@@ -188,7 +204,7 @@ def _draft(model: nn.Module, data: Source, device: torch.device, request: _Reque
         views=request.views,
         kind=chosen.kind,
         options=chosen.options,
-        request=repr(request.form) if request.form else f"mass={request.mass}",
+        request=request.words,
         kept_mass=kept,
         shape=shape,
         dim=dim,
