@@ -110,6 +110,7 @@ def distill(
         TrainingError: the loss or a weight is no longer finite, or the teacher changed.
 
     Example:
+        >>> import torch
         >>> student = distill(nn.Linear(4, 2), nn.Linear(4, 2), [torch.zeros(8, 4)],
         ...                   epochs=1, progress=False)
     """
