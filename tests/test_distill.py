@@ -450,6 +450,15 @@ def test_zeros_stay() -> None:
 # --- what is refused before the first step -------------------------------------------------------
 
 
+def test_networks_that_do_not_take_the_data_are_named() -> None:
+    data = images()
+    other = nn.Linear(7, 3)
+    with pytest.raises(InputError, match=r"distill\(student\): it does not run on the first batch"):
+        distill(conv(), other, data, epochs=1, progress=False)
+    with pytest.raises(InputError, match=r"distill\(teacher\): it does not run on the first batch"):
+        distill(other, conv(), data, epochs=1, progress=False)
+
+
 def test_a_teacher_that_answers_with_nan() -> None:
     class Bad(nn.Module):
         def forward(self, x):

@@ -3,18 +3,28 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
-from rarefy.batches import batches, device_of, evaluating, moved, seeded, unchanged
+from rarefy.batches import (
+    batches,
+    call,
+    device_of,
+    evaluating,
+    logits,
+    moved,
+    seeded,
+    tensors,
+    unchanged,
+)
 from rarefy.copies import own_copy
 from rarefy.distillation.losses import KD
 from rarefy.distillation.soft_labels.read import SoftLabels
-from rarefy.errors import InputError
+from rarefy.errors import InputError, RarefyError, first_line
 from rarefy.metrics import Metric, Top1
 from rarefy.process import replayable, set_epoch
 from rarefy.training.job import AfterStep, Job, Penalty, Trackers
@@ -207,6 +217,8 @@ def _objective(
             "it compares features, and a store holds outputs alone",
             "Give the teacher itself, or a loss of outputs",
         )
+    with unchanged(student):
+        _answers("distill(student)", student, lambda: logits(call(student, inputs)), inputs)
     objective = Objective("distill", student, loss, tutor, label_weight, label_loss)
     objective.heads, objective.notes = heads, notes
     with evaluating(objective), unchanged(student):
@@ -215,8 +227,7 @@ def _objective(
 
 
 def _require_numbers(tutor: Tutor, inputs: Inputs) -> None:
-    with evaluating(tutor):
-        answers = tutor(inputs)
+    answers = _answers("distill(teacher)", tutor, lambda: tutor(inputs), inputs)
     if answers.isnan().any():
         raise InputError(
             "distill(teacher)",
@@ -224,3 +235,26 @@ def _require_numbers(tutor: Tutor, inputs: Inputs) -> None:
             "gives for the first batch are NaN",
             "Check the teacher, its precision and the inputs",
         )
+
+
+def _answers(
+    where: str, network: nn.Module, answer: Callable[[], Tensor], inputs: Inputs
+) -> Tensor:
+    """What a network says to the first batch.
+
+    Raises:
+        InputError: it does not run on it, or holds no logits.
+    """
+    try:
+        with evaluating(network):
+            return answer()
+    except RarefyError:
+        raise
+    except Exception as error:
+        shapes = ", ".join(f"{tuple(t.shape)} {t.dtype}" for t in tensors(inputs))
+        raise InputError(
+            where,
+            f"it does not run on the first batch ({shapes.replace('torch.', '')}): "
+            f"{first_line(error)}",
+            "Give a network that takes what the data yield",
+        ) from error
