@@ -30,24 +30,32 @@ class Average:
     def __init__(self, model: nn.Module, decay: float, *, zeros: bool) -> None:
         self.source, self.decay, self.zeros = model, decay, zeros
         self.model = copy.deepcopy(model).requires_grad_(False)
-        moving = {n for n, p in model.named_parameters() if p.requires_grad}
-        self.learned = [n for n, _ in model.named_parameters() if n in moving]
-        floats = [n for n, b in model.named_buffers() if b.is_floating_point()]
-        self.names = [*self.learned, *floats]
-        self.others = [n for n, _ in model.named_buffers() if n not in floats]
+        self.learned = [n for n, p in model.named_parameters() if p.requires_grad]
 
     @torch.no_grad()
     def update(self, step: int) -> None:
         """Move towards the network after its so-many-th step, from 1."""
+        follow(self.model, self.source, 1 - min(self.decay, (1 + step) / (10 + step)))
         ours, theirs = dict(tensors_of(self.model)), dict(tensors_of(self.source))
-        share = 1 - min(self.decay, (1 + step) / (10 + step))
-        averages = [ours[n] for n in self.names]
-        torch._foreach_lerp_(averages, [theirs[n] for n in self.names], share)
-        for name in self.others:
-            ours[name].copy_(theirs[name])
         for name in self.learned if self.zeros else ():
             ours[name].masked_fill_(theirs[name] == 0, 0.0)
 
     def state_dict(self) -> Mapping[str, Tensor]:
         """All averaged tensors by name."""
         return dict(tensors_of(self.model))
+
+
+@torch.no_grad()
+def follow(average: nn.Module, network: nn.Module, share: float) -> None:
+    """Move all tensors of an average by a share of the way to those of its network.
+
+    Tensors that are not of floating point are copied.
+    """
+    moves: tuple[list[Tensor], list[Tensor]] = ([], [])
+    for (_, own), (_, its) in zip(tensors_of(average), tensors_of(network), strict=True):
+        if own.is_floating_point():
+            moves[0].append(own)
+            moves[1].append(its)
+        else:
+            own.copy_(its)
+    torch._foreach_lerp_(*moves, share)

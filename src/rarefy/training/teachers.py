@@ -19,7 +19,8 @@ from rarefy.batches import call, logits
 from rarefy.copies import fingerprint, own_copy
 from rarefy.distillation.losses import class_dim
 from rarefy.errors import InputError, TrainingError
-from rarefy.training.networks import require_finite, tensors_of
+from rarefy.training.average import follow
+from rarefy.training.networks import require_finite
 from rarefy.types import Inputs
 
 
@@ -316,10 +317,10 @@ class Earlier(Teacher):
     def start(self, student: nn.Module, where: str) -> Tutor:
         if self.decay is None:
             return One(student).start(student, where)
-        return Average(own_copy(student, where), self.decay)
+        return MovingAverage(own_copy(student, where), self.decay)
 
 
-class Average(Tutor):
+class MovingAverage(Tutor):
     """A moving average of the student.
 
     Args:
@@ -340,19 +341,10 @@ class Average(Tutor):
         """The average."""
         return self.average
 
-    @torch.no_grad()
     def after_step(self, student: nn.Module) -> None:
         """Move towards the student."""
         self.steps += 1
-        share = max(1 - self.decay, 1 / (int(self.steps) + 1))
-        moves: tuple[list[Tensor], list[Tensor]] = ([], [])
-        for (_, own), (_, its) in zip(tensors_of(self.average), tensors_of(student), strict=True):
-            if own.is_floating_point():
-                moves[0].append(own)
-                moves[1].append(its)
-            else:
-                own.copy_(its)
-        torch._foreach_lerp_(*moves, share)
+        follow(self.average, student, max(1 - self.decay, 1 / (int(self.steps) + 1)))
 
 
 @dataclass(frozen=True)
