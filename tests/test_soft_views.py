@@ -17,6 +17,7 @@ from torchvision.transforms import Compose, RandomCrop, RandomHorizontalFlip
 
 from rarefy.distillation.soft_labels.views import CutMix, Mixup, Replay
 from rarefy.errors import DataError, InputError
+from rarefy.training.train import train
 
 IMAGES = torch.randn(20, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 DATA = TensorDataset(IMAGES, torch.arange(20) % 5)
@@ -40,6 +41,20 @@ def test_an_input_depends_on_view_and_id_alone(transform) -> None:
     assert not (views[0] == views[1]).all()
     others = [Replay(DATA, transform, seed=4)[0, i][0] for i in range(20)]
     assert not (torch.stack(others) == views[0]).all()
+
+
+def test_every_epoch_of_a_training_has_a_view_of_its_own() -> None:
+    replay, seen = Replay(DATA, TRANSFORM), []
+
+    class Net(torch.nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            seen.append(x.clone())
+            return super().forward(x.flatten(1))
+
+    train(Net(192, 5), DataLoader(replay, batch_size=20), epochs=3, progress=False)
+    for epoch, found in enumerate(seen[-3:]):
+        assert (found == torch.stack([replay[epoch, i][0] for i in range(20)])).all()
+    assert (replay[4][0] == replay[0, 4][0]).all()
 
 
 def test_workers_and_batches_make_no_difference() -> None:

@@ -87,11 +87,16 @@ def generators(*data: Data | None) -> Sequence[torch.Generator]:
 
 @contextmanager
 def replayable(*data: Data | None) -> Iterator[None]:
-    """The generators of data loaders have the same state afterwards, so that runs repeat."""
+    """The generators of data loaders, and what knows of epochs, are as before afterwards, so that
+    runs repeat."""
     states = [(g, g.get_state()) for g in generators(*data)]
+    told = [part for one in data for part in _epochs(one)]
+    epochs = [(p, p.epoch) for p in told if isinstance(getattr(p, "epoch", None), int)]
     try:
         yield
     finally:
+        for part, epoch in epochs:
+            part.set_epoch(epoch)
         for generator, state in states:
             generator.set_state(state)
 
@@ -102,11 +107,14 @@ def set_epoch(data: Data, epoch: int) -> None:
     The convention of PyTorch's ``DistributedSampler``: a method ``set_epoch`` of the data, or of a
     loader's samplers or data set.
     """
+    for part in _epochs(data):
+        part.set_epoch(epoch)
+
+
+def _epochs(data: Data | None) -> list[Any]:
+    """Data and their parts that can be told of an epoch."""
     parts = (data, *(getattr(data, n, None) for n in ("batch_sampler", "sampler", "dataset")))
-    for part in parts:
-        method = getattr(part, "set_epoch", None)
-        if callable(method):
-            method(epoch)
+    return [part for part in parts if callable(getattr(part, "set_epoch", None))]
 
 
 def random_states(own: Sequence[torch.Generator]) -> dict[str, Any]:

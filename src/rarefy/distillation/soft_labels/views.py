@@ -116,9 +116,11 @@ class Replay(Dataset[Any]):
     """A map-style data set whose random transform gives the same for the same view and id.
 
     An item of ``dataset`` is an input, or a tuple of an input and more; the transform is applied
-    to the input. ``replay[i]`` is that of view 0, ``replay[view, i]`` that of any view. The
-    transform may draw from the global generators of Python, NumPy and torch (CPU), whose states
-    are restored after.
+    to the input. ``replay[view, i]`` is that of any view, ``replay[i]`` that of view 0, and once
+    :meth:`set_epoch` was told of another epoch, as ``rf.train`` and ``rf.distill`` do, that of the
+    view of this number. (Workers that persist over epochs do not hear of it.) The transform may
+    draw from the global generators of Python, NumPy and torch (CPU), whose states are restored
+    after.
 
     With ``mix`` an example is mixed with a partner that (seed, view, id) decides, transformed with
     a seed of its own; so a mixture, too, has one soft label, in whatever batch it is.
@@ -142,6 +144,7 @@ class Replay(Dataset[Any]):
     transform: Callable[[Any], Any] | None
     seed: int
     mix: Mix | None
+    epoch: int
 
     def __init__(
         self,
@@ -158,6 +161,11 @@ class Replay(Dataset[Any]):
                 "Give a map-style data set; views cannot be replayed on a stream",
             )
         self.dataset, self.transform, self.seed, self.mix = dataset, transform, seed, mix
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """From now on, items by index alone are of the view of this number."""
+        self.epoch = epoch
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -166,7 +174,7 @@ class Replay(Dataset[Any]):
         return self.__getitems__([key])[0]
 
     def __getitems__(self, keys: Sequence[int | Key]) -> list[Any]:
-        pairs = [key if isinstance(key, tuple) else (0, int(key)) for key in keys]
+        pairs = [key if isinstance(key, tuple) else (self.epoch, int(key)) for key in keys]
         with _restored():  # once a batch: it takes longer than to seed
             return [self._item(view, index) for view, index in pairs]
 
