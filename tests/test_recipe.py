@@ -253,7 +253,7 @@ def test_all_problems_are_listed_at_once_in_order(write: Write) -> None:
             "stages.prune: a number of blocks can be removed only where nothing else is",
         ),
         (
-            NAMES + "stages: {prune: {latency: 0.5, structure: [channel, depth]}}\n",
+            NAMES + "stages: {prune: {sparsity: 0.5, structure: [channel, depth]}}\n",
             "stages.prune: blocks go by what they save",
         ),
         (NAMES + "stages: {prune: {}}\n", "stages.prune: exactly one of macs, params"),
