@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from rarefy.errors import DataError, FormatError, InputError, OutputError
 from rarefy.pruning.gradual import GradualPruning
 from rarefy.schedules import Cubic
-from rarefy.training.checkpoint import Checkpoints, decode, encode
+from rarefy.training.checkpoint import Checkpoints, decode, encode, read
 from rarefy.training.distill import distill
 from rarefy.training.train import train
 from training_networks import Augmented, conv, mlp, random_batches, same
@@ -293,3 +293,17 @@ def test_plain_values_come_back_as_they_were() -> None:
     assert found[3][1] == value[3][1]
     with pytest.raises(InputError, match="a set is in the state"):
         encode({"a": {1}}, {})
+
+
+def test_damage_anywhere_is_noticed(tmp_path) -> None:
+    """A bit of the header's text is as much under the checksum as one of the numbers."""
+    data = [(torch.eye(4), torch.tensor([0, 1, 0, 1]))]
+    train(nn.Linear(4, 2), data, epochs=2, checkpoint=tmp_path, progress=False)
+    newest = sorted(tmp_path.iterdir())[-1]
+    whole = newest.read_bytes()
+    length = int.from_bytes(whole[:8], "little")
+    begin = whole.index(b'"state"')
+    for place in range(begin, min(8 + length, len(whole)), 37):
+        newest.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        with pytest.raises(FormatError):
+            read(newest)

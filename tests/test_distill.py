@@ -450,7 +450,39 @@ def test_zeros_stay() -> None:
 # --- what is refused before the first step -------------------------------------------------------
 
 
+class Overwriting(nn.Module):
+    """Computes on its input in place."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return self.inner(x.mul_(0.5))
+
+
+class Halving(Overwriting):
+    """The same without that."""
+
+    def forward(self, x):
+        return self.inner(x * 0.5)
+
+
+def test_networks_that_overwrite_their_inputs_spoil_nothing() -> None:
+    data = [x for x, _ in images()]
+    before = [x.clone() for x in data]
+    found = [
+        distill(kind(conv(seed=1)), kind(conv()), data, epochs=2, progress=False)
+        for kind in (Overwriting, Halving)
+    ]
+    losses = [[epoch.loss for epoch in net.trained.epochs] for net in found]
+    assert losses[0] == losses[1]
+    assert all(torch.equal(a, b) for a, b in zip(before, data, strict=True))
+
+
 def test_networks_that_do_not_take_the_data_are_named() -> None:
+    with pytest.raises(InputError, match="a str is no network"):
+        distill(conv(), "student", images(), epochs=1, progress=False)
     data = images()
     other = nn.Linear(7, 3)
     with pytest.raises(InputError, match=r"distill\(student\): it does not run on the first batch"):

@@ -127,8 +127,8 @@ def tensors(inputs: Any) -> list[Tensor]:
 
 
 def moved(inputs: Any, device: torch.device) -> Any:
-    """Inputs of any of the three forms with their tensors on a device."""
-    return map_tensors(lambda t: t.to(device, non_blocking=True), inputs)
+    """A copy on a device of inputs of any of the three forms: some networks overwrite theirs."""
+    return map_tensors(lambda t: t.to(device, non_blocking=True, copy=True), inputs)
 
 
 def device_of(model: nn.Module) -> torch.device:

@@ -65,7 +65,7 @@ def repair(
 
     What stays as it is: widths; the zeros of weights that were set to zero; the grids of quantized
     weights and activations. A quantized network's layers are held against the original's with
-    their BatchNorms; zeros that the original's weights have there, too, stay zero.
+    their BatchNorms; zeros of a sparse network that was quantized stay zero, too.
 
     Args:
         original: the network before.

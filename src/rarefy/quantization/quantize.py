@@ -93,6 +93,8 @@ def quantize(model: nn.Module, calibration: Data, scheme: Int8 | None = None) ->
     with evaluating(net, quantized):
         noise = _noise(net, quantized, placement, take(first, COMPARED))
     quantized.quantization = QuantizationSummary(noise, placement.left)  # type: ignore[assignment]
+    if hasattr(model, "sparsified"):  # its zeros are zeros here, and are to stay so
+        quantized.sparsified = model.sparsified
     return quantized
 
 

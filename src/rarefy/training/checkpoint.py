@@ -100,7 +100,7 @@ class Checkpoints:
 
         tensors: dict[str, Tensor] = {}
         header = {"format": FORMAT, "state": json.dumps(encode(state, tensors))}
-        header["crc32"] = str(checksum(tensors))
+        header["crc32"] = str(checksum(header["state"], tensors))
         target = self.path / f"step-{steps:09d}.safetensors"
         try:
             with replacing(target) as draft:
@@ -132,8 +132,8 @@ def read(file: Path) -> dict[str, Any]:
         raise FormatError(str(file), f"it cannot be read ({first_line(error)})", remedy) from error
     if header.get("format") != FORMAT:
         raise FormatError(str(file), "it is no checkpoint of a training", remedy)
-    if header.get("crc32") != str(checksum(tensors)):
-        raise FormatError(str(file), "its numbers do not fit their checksum", remedy)
+    if header.get("crc32") != str(checksum(header.get("state", ""), tensors)):
+        raise FormatError(str(file), "what it holds does not fit its checksum", remedy)
     try:
         state: dict[str, Any] = decode(json.loads(header["state"]), tensors)
     except (KeyError, TypeError, ValueError) as error:
@@ -141,9 +141,9 @@ def read(file: Path) -> dict[str, Any]:
     return state
 
 
-def checksum(tensors: Mapping[str, Tensor]) -> int:
-    """CRC-32 of the bytes of all tensors, in the order of their names."""
-    found = 0
+def checksum(text: str, tensors: Mapping[str, Tensor]) -> int:
+    """CRC-32 of a text, then of the bytes of all tensors, in the order of their names."""
+    found = zlib.crc32(text.encode())
     for name in sorted(tensors):
         found = zlib.crc32(tensors[name].reshape(-1).view(torch.uint8).numpy().data, found)
     return found

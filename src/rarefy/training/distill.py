@@ -78,7 +78,7 @@ def distill(
     Where the inputs are a mapping with an ``attention_mask`` (B, L), padding counts for nothing in
     logits and features (B, L, C). Labels of sequences must stand at the position of their
     prediction: nothing is shifted. Dense outputs (B, C, H, W) take losses that name the classes,
-    ``KD(dim=1)``; image-to-image networks take ``loss=MSE(), label_loss=nn.functional.l1_loss``.
+    ``KD(dim=1)``; image-to-image networks take ``loss=L2(), label_loss=nn.functional.l1_loss``.
 
     Before the first step the whole objective is computed on the first batch, which is read once
     more for that, so that what does not fit is known at once.
@@ -124,7 +124,7 @@ def distill(
         >>> student = distill(nn.Linear(4, 2), nn.Linear(4, 2), [torch.zeros(8, 4)],
         ...                   epochs=1, progress=False)
     """
-    _require_sensible(loss, label_weight)
+    _require_sensible(student, loss, label_weight)
     chosen = with_changes("distill", options, changes)
     if chosen.lr is None:
         chosen = replace(chosen, lr=OPTIMIZERS[chosen.optimizer].gentle)
@@ -152,7 +152,11 @@ def distill(
     return _ended(fit(objective, taught, job), tutor)
 
 
-def _require_sensible(loss: Any, label_weight: float) -> None:
+def _require_sensible(student: object, loss: Any, label_weight: float) -> None:
+    if not isinstance(student, nn.Module):
+        raise InputError(
+            "distill(student)", f"a {type(student).__name__} is no network", "Give an nn.Module"
+        )
     if not 0 <= label_weight <= 1:
         raise InputError(
             f"distill(label_weight={label_weight!r})", "it is a share, 0 to 1", "Write 0.1"

@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from rarefy.batches import call, logits
+from rarefy.batches import call, logits, map_tensors
 from rarefy.copies import fingerprint, own_copy
 from rarefy.distillation.losses import class_dim
 from rarefy.errors import InputError, TrainingError
@@ -59,9 +59,9 @@ class Tutor(nn.Module, ABC):
         """The network that answers, whose features can be compared."""
 
     def forward(self, inputs: Inputs) -> Tensor:
-        """The answers to a batch: logits."""
+        """The answers to a batch: logits. The inputs are as they were for the student."""
         with torch.set_grad_enabled(self.learns and torch.is_grad_enabled()):
-            return logits(call(self.network, inputs))
+            return logits(call(self.network, map_tensors(torch.clone, inputs)))
 
     def train(self, mode: bool = True) -> Tutor:
         """Training mode for those who learn; eval mode always for the others."""

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from rarefy.batches import batch_size, call, evaluating, logits, map_tensors, unchanged
+from rarefy.batches import batch_size, call, evaluating, logits, moved, unchanged
 from rarefy.copies import copied
 from rarefy.distillation.soft_labels.records import Array, Layout
 from rarefy.errors import DataError, InputError
@@ -40,8 +40,7 @@ def answer(teacher: nn.Module, inputs: Inputs, device: torch.device, where: str)
     Raises:
         InputError: they are not of one row for each example.
     """
-    placed = map_tensors(lambda t: t.to(device, non_blocking=True), inputs)
-    outputs = logits(call(teacher, placed))
+    outputs = logits(call(teacher, moved(inputs, device)))
     size = batch_size(inputs)
     if not outputs.ndim or len(outputs) != size:
         raise InputError(
