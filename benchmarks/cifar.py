@@ -78,3 +78,10 @@ def images(split: str, count: int | None = None) -> tuple[Tensor, Tensor]:
     x = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255
     x = (x - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
     return x.contiguous(), torch.from_numpy(labels).long()
+
+
+def kept_whole(model: nn.Module, *, inner: bool) -> list[str]:
+    """Layers that Torch-Pruning leaves alone: the classifier; where only the inner channels of
+    blocks are to go, as its authors choose by hand, also the stem and what ends a block."""
+    ends = [name for name, _ in model.named_modules() if name.endswith(".conv2")]
+    return ["linear", "conv1", *ends] if inner else ["linear"]

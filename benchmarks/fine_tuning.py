@@ -9,18 +9,17 @@ labels, is the first row.
 """
 
 import argparse
-import copy
 import statistics
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import cifar
+import peers
 import speech
 import text
 import torch
-from one_shot import STEPS
 from torch import Tensor, nn
 
 import rarefy as rf
@@ -71,9 +70,8 @@ class Subject:
         test: labelled batches.
         unlabelled: examples that pruning and repair see.
         options: of the optimizer.
-        inner: layers that Torch-Pruning leaves alone, besides the last, where its authors choose
-            the inner channels of residual blocks by hand.
-        last: path of the last layer.
+        whole: layers that Torch-Pruning leaves alone.
+        whole_inner: those where only the inner channels of residual blocks are to go.
     """
 
     model: nn.Module
@@ -81,8 +79,8 @@ class Subject:
     test: list[tuple[Tensor, Tensor]]
     unlabelled: Tensor
     options: Mapping[str, Any]
-    last: str
-    inner: tuple[str, ...] = ()
+    whole: Sequence[str]
+    whole_inner: Sequence[str]
     example: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
@@ -93,12 +91,11 @@ def _resnet(depth: int, limit: int | None) -> Subject:
     model = cifar.network(depth)
     x, y = cifar.images("train")
     held_x, held_y = cifar.images("test", limit)
-    inner = ["conv1", *(n for n, _ in model.named_modules() if n.endswith(".conv2"))]
+    whole, whole_inner = (cifar.kept_whole(model, inner=inner) for inner in (False, True))
     test = list(zip(held_x.split(250), held_y.split(250), strict=True))
     options = {"lr": 0.02, "weight_decay": 5e-4}
-    return Subject(
-        model, Shuffled(x, y, 128, True), test, x[:SAMPLES], options, "linear", tuple(inner)
-    )
+    data = Shuffled(x, y, 128, True)
+    return Subject(model, data, test, x[:SAMPLES], options, whole, whole_inner)
 
 
 def _trained(model: nn.Module, parts: Any, last: str, epochs: int) -> Subject:
@@ -108,7 +105,7 @@ def _trained(model: nn.Module, parts: Any, last: str, epochs: int) -> Subject:
     model = rf.train(model, data, epochs=epochs, progress=False, **options)
     test = list(zip(held_x.split(250), held_y.split(250), strict=True))
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))[:SAMPLES]
-    return Subject(model, data, test, x[order], {**options, "lr": 5e-4}, last)
+    return Subject(model, data, test, x[order], {**options, "lr": 5e-4}, [last], [last])
 
 
 SUBJECTS: Mapping[str, Callable[[int | None], Subject]] = {
@@ -136,28 +133,8 @@ def by_rarefy(criterion: str, subject: Subject, share: float) -> nn.Module:
 
 def by_torch_pruning(subject: Subject, share: float, *, inner: bool) -> nn.Module:
     """Torch-Pruning, iterated to the share of the MACs."""
-    import torch_pruning as tp
-
-    small = copy.deepcopy(subject.model)
-    left = [small.get_submodule(subject.last)]
-    left += [small.get_submodule(name) for name in subject.inner] if inner else []
-    heads = {m: m.num_heads for m in small.modules() if isinstance(m, nn.MultiheadAttention)}
-    pruner = tp.pruner.MagnitudePruner(
-        small,
-        subject.example,
-        importance=tp.importance.MagnitudeImportance(p=2, normalizer="mean"),
-        global_pruning=True,
-        pruning_ratio=0.95,
-        iterative_steps=STEPS,
-        ignored_layers=left,
-        num_heads=heads,
-    )
-    whole = count(subject.model, subject.example).macs
-    for _ in range(STEPS):
-        if count(small, subject.example).macs <= share * whole:
-            break
-        pruner.step()
-    return small.eval()
+    whole = subject.whole_inner if inner else subject.whole
+    return peers.torch_pruning(subject.model, subject.example, share, whole)
 
 
 Method = Callable[[Subject, float], nn.Module]

@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 
 import cifar
+import peers
 import torch
 from torch import Tensor, nn
 
@@ -24,9 +25,6 @@ import rarefy as rf
 from rarefy.graph.count import count
 
 EXAMPLE = torch.zeros(2, 3, 32, 32)
-STEPS = 100
-"""Steps in which Torch-Pruning goes towards 95 % of all units, and stops where the share is met."""
-
 Method = Callable[[nn.Module, float, Tensor], nn.Module]
 """(network, share of the MACs, images) -> smaller network."""
 
@@ -40,27 +38,7 @@ def by_criterion(criterion: str, model: nn.Module, share: float, images: Tensor)
 
 def torch_pruning(model: nn.Module, share: float, images: Tensor, *, inner: bool) -> nn.Module:
     """Torch-Pruning, iterated to the share of the MACs."""
-    import torch_pruning as tp
-
-    small = copy.deepcopy(model)
-    whole, _ = tp.utils.count_ops_and_params(small, EXAMPLE)
-    left = [small.linear]
-    if inner:
-        left += [small.conv1] + [m for n, m in small.named_modules() if n.endswith("conv2")]
-    pruner = tp.pruner.MagnitudePruner(
-        small,
-        EXAMPLE,
-        importance=tp.importance.MagnitudeImportance(p=2, normalizer="mean"),
-        global_pruning=True,
-        pruning_ratio=0.95,
-        iterative_steps=STEPS,
-        ignored_layers=left,
-    )
-    for _ in range(STEPS):
-        if tp.utils.count_ops_and_params(small, EXAMPLE)[0] <= share * whole:
-            break
-        pruner.step()
-    return small.eval()
+    return peers.torch_pruning(model, EXAMPLE, share, cifar.kept_whole(model, inner=inner))
 
 
 METHODS: Mapping[str, Method] = {

@@ -28,14 +28,6 @@ class KilledError(Exception):
     """Stands for what ends a process."""
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def recorded(call, dies=0):
     """The losses of a training that dies in a step, and its result."""
     losses = []

@@ -25,14 +25,6 @@ from training_networks import QUICK, Unsized, conv, mlp, random_batches, same
 STEADY = {**QUICK, "schedule": "constant", "warmup": 0}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def close(a, b):
     pairs = zip(a.state_dict().values(), b.state_dict().values(), strict=True)
     return all(torch.allclose(x, y, atol=1e-6) for x, y in pairs)

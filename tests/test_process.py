@@ -25,14 +25,6 @@ from training_networks import (
 )
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def test_runs_repeat_bit_for_bit_and_the_seed_matters() -> None:
     runs = [train(conv(), loader(), seed=seed, **QUICK) for seed in (3, 3, 4)]
     assert same(runs[0], runs[1])

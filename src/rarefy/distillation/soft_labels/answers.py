@@ -27,13 +27,6 @@ def answering(teacher: nn.Module, device: torch.device) -> Iterator[nn.Module]:
         yield here
 
 
-def device_of(teacher: nn.Module) -> torch.device:
-    """Where the teacher is."""
-    return next(
-        (t.device for t in (*teacher.parameters(), *teacher.buffers())), torch.device("cpu")
-    )
-
-
 def answer(teacher: nn.Module, inputs: Inputs, device: torch.device, where: str) -> Tensor:
     """Outputs of the teacher for a batch.
 

@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from rarefy.distillation.soft_labels.answers import answer, answering, device_of, require_usable
+from rarefy.batches import device_of
+from rarefy.distillation.soft_labels.answers import answer, answering, require_usable
 from rarefy.distillation.soft_labels.manifest import Manifest
 from rarefy.distillation.soft_labels.records import Array, Outputs
 from rarefy.distillation.soft_labels.source import Source, input_hashes
