@@ -15,6 +15,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import cifar
@@ -23,17 +24,16 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import rarefy as rf
-from rarefy.distillation.losses import AT, CRD, DIST, DKD, KD, SP, FitNet, Standardized
+from rarefy.distillation.losses import AT, CRD, DIST, DKD, KD, SP, FitNet, Loss, Standardized
 
 OPTIONS: Mapping[str, Any] = {"lr": 0.1, "weight_decay": 5e-4, "progress": False}
 
 
-def crop_and_flip(example: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """An image shifted by up to four pixels either way and mirrored at random, and its label."""
-    image, label = example
+def crop_and_flip(image: Tensor) -> Tensor:
+    """An image (3, 32, 32), shifted by up to four pixels either way and mirrored at random."""
     down, right = torch.randint(9, (2,)).tolist()
     moved = nn.functional.pad(image, (4, 4, 4, 4))[:, down : down + 32, right : right + 32]
-    return (moved.flip(-1) if torch.rand(()) < 0.5 else moved), label
+    return moved.flip(-1) if torch.rand(()) < 0.5 else moved
 
 
 def scratch(_: nn.Module, seed: int) -> nn.Module:
@@ -55,12 +55,17 @@ STUDENTS: Mapping[str, Callable[[nn.Module, int], nn.Module]] = {
     "cut from the teacher": cut,
 }
 
+STANDARDIZED = 9
+"""The weight that its authors give to the loss of standardized logits."""
+
+PEER = "torchdistill"
+
 LOSSES: Mapping[str, Callable[[], Any]] = {
     "none": lambda: None,
     "KD": lambda: KD(4),
     "DKD": lambda: DKD(temperature=4),
     "DIST": lambda: DIST(),
-    "standardized KD": lambda: Standardized(KD(2)),
+    "standardized KD": lambda: STANDARDIZED * Standardized(KD(2)),
     "KD + AT": lambda: KD(4) + 100 * AT().at("layer3"),
     "KD + SP": lambda: KD(4) + 100 * SP().at("layer3"),
     "KD + FitNet": lambda: KD(4) + FitNet().at("layer3"),
@@ -69,30 +74,47 @@ LOSSES: Mapping[str, Callable[[], Any]] = {
 """Name to the loss against the teacher; half the weight is that of the labels."""
 
 
+@dataclass(frozen=True)
+class Theirs(Loss):
+    """A loss of torchdistill, called as its training boxes call it.
+
+    Attributes:
+        module: reads logits at the path ``"."`` of both networks.
+        mixes: whether it adds the loss against the labels itself.
+    """
+
+    against = "teacher"
+    needs_labels = True
+
+    module: Any
+    mixes: bool = False
+
+    def __call__(self, logits: Any, reference: Any, mask: Any = None, labels: Any = None) -> Tensor:
+        """The loss of student logits against the teacher's, both (B, C), a scalar."""
+        outputs = ({".": {"output": logits}}, {".": {"output": reference}})
+        value: Tensor = self.module(*outputs, targets=labels)
+        return value
+
+
 def peers() -> dict[str, Callable[[], Any]]:
-    """torchdistill's KD and DIST as losses of ours, where it is installed."""
+    """torchdistill's KD, DIST and standardized KD, where it is installed.
+
+    Both of its KD losses mix in the labels themselves, with the same share as ours; DIST is mixed
+    with them by the loop, as ours is.
+    """
     try:
-        from torchdistill.losses.mid_level import DISTLoss, KDLoss
+        from torchdistill.losses.mid_level import DISTLoss, KDLoss, LogitStdKDLoss
     except ImportError:
         return {}
-    place = {"module_path": ".", "io": "output"}
-    options = {"student_module_path": ".", "student_module_io": "output"}
-    options |= {"teacher_module_path": ".", "teacher_module_io": "output"}
-
-    def bound(loss: nn.Module) -> Callable[..., Tensor]:
-        def call(student: Tensor, teacher: Tensor, **_: Any) -> Tensor:
-            value: Tensor = loss(
-                {place["module_path"]: {place["io"]: student}},
-                {place["module_path"]: {place["io"]: teacher}},
-                targets=None,
-            )
-            return value
-
-        return call
-
+    paths = {f"{side}_module_path": "." for side in ("student", "teacher")}
+    paths |= {f"{side}_module_io": "output" for side in ("student", "teacher")}
     return {
-        "torchdistill, KD": lambda: bound(KDLoss(temperature=4, **options)),
-        "torchdistill, DIST": lambda: bound(DISTLoss(beta=1, gamma=1, tau=1, **options)),
+        f"{PEER}, KD": lambda: Theirs(KDLoss(temperature=4, alpha=0.5, **paths), mixes=True),
+        f"{PEER}, DIST": lambda: Theirs(DISTLoss(**paths)),
+        f"{PEER}, standardized KD": lambda: Theirs(
+            LogitStdKDLoss(temperature=2, alpha=0.5, beta=0.5 * STANDARDIZED, **paths),
+            mixes=True,
+        ),
     }
 
 
@@ -114,7 +136,8 @@ def trained(
         return rf.train(student, data, **given)
     features = getattr(loss, "terms", ()) and any(t.against == "features" for _, t in loss.terms)
     source = teacher if features else rf.SoftLabels(store)
-    return rf.distill(source, student, data, loss=loss, label_weight=0.5, **given)
+    share = 0.0 if getattr(loss, "mixes", False) else 0.5
+    return rf.distill(source, student, data, loss=loss, label_weight=share, **given)
 
 
 def accuracy(teacher: nn.Module, store: str, chosen: Any) -> None:

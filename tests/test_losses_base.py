@@ -11,6 +11,7 @@ from typing import ClassVar
 
 import pytest
 import torch
+from torch import nn
 
 import rarefy
 from loss_cases import pair
@@ -154,6 +155,21 @@ def test_a_loss_of_the_users_own_adds_too() -> None:
     student, teacher = pair((4, 5))
     loss = (0.5 * Mine() + KD()).at_step(3)
     wanted = 0.5 * (student - teacher).abs().mean() + KD()(student, teacher)
+    assert loss(student, teacher).item() == pytest.approx(wanted.item())
+
+
+def test_a_module_within_a_loss_is_no_schedule() -> None:
+    @dataclass(frozen=True)
+    class Wrapped(Loss):
+        module: nn.Module
+        against = "teacher"
+
+        def __call__(self, logits, reference, mask=None):
+            return self.module(logits, reference)
+
+    student, teacher = pair((4, 5))
+    loss = (2 * Wrapped(nn.MSELoss())).at_step(3)
+    wanted = 2 * (student - teacher).square().mean()
     assert loss(student, teacher).item() == pytest.approx(wanted.item())
 
 

@@ -32,8 +32,8 @@ Path: TypeAlias = str | tuple[str, ...]
 class Loss(ABC):
     """Base of all losses: what makes them add, scale and follow schedules.
 
-    Subclasses are frozen dataclasses. A field that holds a callable other than a loss is a schedule
-    of the number that it stands for.
+    Subclasses are frozen dataclasses. A field that holds a callable other than a loss or a module
+    is a schedule of the number that it stands for.
 
     Attributes:
         against: what the second argument is: the ``"teacher"``'s outputs, true ``"labels"``, or the
@@ -103,7 +103,7 @@ def _at_step(value: Any, step: float) -> Any:
     if isinstance(value, tuple):
         found = tuple(_at_step(item, step) for item in value)
         return value if all(a is b for a, b in zip(found, value, strict=True)) else found
-    return value(step) if callable(value) else value
+    return value(step) if callable(value) and not isinstance(value, nn.Module) else value
 
 
 def _times(factor: Number, weight: Number) -> Number:
