@@ -189,14 +189,14 @@ def damage(file, how):
 
 
 @pytest.mark.parametrize("how", ["truncated", "flipped", "empty"])
-def test_a_damaged_checkpoint_is_passed_over(tmp_path, how, capsys) -> None:
+def test_a_damaged_checkpoint_is_passed_over(tmp_path, how) -> None:
     options = {"epochs": 3, "checkpoint": tmp_path}
     whole = train(mlp(), random_batches(), progress=False, **options)
     folder = Checkpoints(tmp_path, "train")
     damage(folder.files()[0], how)
-    found = train(mlp(), random_batches(), resume=True, **options)
+    with pytest.warns(RuntimeWarning, match="passed over a damaged checkpoint, step-"):
+        found = train(mlp(), random_batches(), resume=True, progress=False, **options)
     assert same(found, whole)
-    assert "passed over a damaged checkpoint" in capsys.readouterr().err
     for file in folder.files():
         damage(file, how)
     with pytest.raises(FormatError, match="no checkpoint can be read"):

@@ -210,6 +210,28 @@ def test_metrics_that_fail_are_named_before_training() -> None:
     assert not stepped
 
 
+def test_what_is_wrong_with_val_is_said_of_val() -> None:
+    bare = [x for x, _ in VAL]
+    with pytest.raises(DataError, match=r"train\(val\): evaluate\(data\): a batch is unlabelled"):
+        train(mlp(), random_batches(), val=bare, **QUICK)
+
+
+def test_a_teacher_that_breaks_later_is_named() -> None:
+    class Breaking(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = mlp()
+
+        def forward(self, x):
+            return torch.where(x.sum() == 13, torch.nan, self.inner(x))
+
+    x, y = random_batches()[0]
+    last = torch.zeros_like(x)
+    last[0, 0] = 13
+    with pytest.raises(TrainingError, match=r"epoch 1, step 2: the teacher's answers hold NaN"):
+        distill(Breaking(), mlp(), [(x, y), (last, y)], **QUICK)
+
+
 def test_data_that_can_be_read_once_are_no_val() -> None:
     with pytest.raises(DataError, match=r"train\(val\): a list_iterator"):
         train(mlp(), random_batches(), val=iter(VAL), **QUICK)

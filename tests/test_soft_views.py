@@ -65,6 +65,15 @@ def test_workers_and_batches_make_no_difference() -> None:
     assert (plain == torch.stack([replay[i][0] for i in range(20)])).all()
 
 
+def test_workers_that_persist_see_every_view() -> None:
+    replay = Replay(DATA, of_all_generators)
+    loader = DataLoader(replay, batch_size=10, num_workers=1, persistent_workers=True)
+    for epoch in range(3):
+        replay.set_epoch(epoch)
+        found = torch.cat([x for x, _ in loader])
+        assert (found == torch.stack([replay[epoch, i][0] for i in range(20)])).all()
+
+
 def test_the_states_of_all_generators_are_restored() -> None:
     states = (torch.get_rng_state(), random.getstate(), np.random.get_state()[1])  # noqa: NPY002
     Replay(DATA, of_all_generators, mix=Mixup())[2, 3]

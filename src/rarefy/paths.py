@@ -25,6 +25,10 @@ def matches(pattern: str, known: frozenset[str]) -> frozenset[str]:
     return found or frozenset(path for path in known if fnmatchcase(path, pattern))
 
 
+SHOWN = 6
+"""How many paths an error shows where none is near to the one that was given."""
+
+
 def matching(pattern: str, among: Iterable[str], where: str) -> frozenset[str]:
     """The paths that a name means: itself, or all that a pattern with ``*?[]`` matches.
 
@@ -58,8 +62,11 @@ def remedy(pattern: str, known: Iterable[str]) -> str:
         >>> remedy("layer1", {"layers.1", "head"})
         'Did you mean layers.1'
     """
-    near = difflib.get_close_matches(pattern, sorted(known), 3)
-    return f"Did you mean {' or '.join(near)}" if near else "See model.named_modules()"
+    names = sorted(known)
+    if near := difflib.get_close_matches(pattern, names, 3):
+        return f"Did you mean {' or '.join(near)}"
+    some = ", ".join(names[:SHOWN]) + (", ..." if len(names) > SHOWN else "")
+    return f"There are {some}; see model.named_modules()" if names else "See model.named_modules()"
 
 
 def within(path: str, modules: Iterable[str]) -> bool:

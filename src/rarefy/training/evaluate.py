@@ -59,7 +59,9 @@ def measured(
         try:
             if shared and isinstance(metric, Ratio):
                 assert accelerator is not None
-                value = _joint(model, data, metric, accelerator)
+                value = _joint(model, data, metric, where, accelerator)
+            elif isinstance(metric, Ratio):
+                value = metric.over(predictor(model), data, where)
             else:
                 value = float(metric(model, data))
         except RarefyError:
@@ -81,9 +83,11 @@ def measured(
     return value
 
 
-def _joint(model: nn.Module, data: Data, metric: Ratio, accelerator: Accelerator) -> float:
+def _joint(
+    model: nn.Module, data: Data, metric: Ratio, where: str, accelerator: Accelerator
+) -> float:
     part, parts = accelerator.process_index, accelerator.num_processes
-    own = metric.totals(predictor(model), data, "evaluate", part, parts)
+    own = metric.totals(predictor(model), data, where, part, parts)
     sums = torch.tensor(own, dtype=torch.float64, device=accelerator.device)
     total, count = accelerator.reduce(sums, "sum").tolist()
-    return metric.final("evaluate", total, count)
+    return metric.final(where, total, count)

@@ -174,7 +174,8 @@ class _Loop:
 
     def measure(self, network: nn.Module, data: Data) -> float:
         """The metric on data."""
-        return measured(network, data, self.job.metric, self.job.where, self.accelerator)
+        where = f"{self.job.where}(val): evaluate"
+        return measured(network, data, self.job.metric, where, self.accelerator)
 
     def look(self) -> None:
         """Evaluate all networks before the first step."""
@@ -317,7 +318,11 @@ class _Loop:
         self.accelerator.wait_for_everyone()
         state, damaged = self.checkpoints.newest()
         for text in damaged:
-            self.display.note(f"passed over a damaged checkpoint, {text}")
+            warnings.warn(
+                f"{self.job.where}(resume=True) passed over a damaged checkpoint, {text}",
+                RuntimeWarning,
+                stacklevel=2,
+            )
         if state is None:
             return False
         self.require_same(state["identity"])

@@ -43,6 +43,7 @@ class Objective(nn.Module):
     Attributes:
         heads: what terms of features train along, by the number of the term.
         notes: what to tell the user before the first step.
+        heard: what the teacher said to the last batch.
     """
 
     def __init__(
@@ -60,6 +61,7 @@ class Objective(nn.Module):
         self.label_loss = _own(label_loss or CrossEntropy())
         self.scheduled = any(at_step(x, 0) is not x for x in (self.loss, self.label_loss))
         self.heads, self.notes = nn.ModuleDict(), tuple[str, ...]()
+        self.heard: Tensor | None = None
         places = bindings(loss)
         self.ours = tuple(path for place in places for path in paths_of(place.student))
         self.theirs = tuple(path for place in places for path in paths_of(place.teacher))
@@ -95,11 +97,12 @@ class Objective(nn.Module):
         with self._tapped(self.network, self.ours) as ours:
             student = logits(call(self.network, inputs))
         needed = getattr(self.loss, "needs_labels", False)
-        if needed or (labels is not None and self.label_weight):
+        if labels is not None and (needed or self.label_weight):
             labels = self._labels(self.label_loss, labels, student)
         padding = inputs.get("attention_mask") if isinstance(inputs, Mapping) else None
         padding = padding if isinstance(padding, Tensor) else None
         answers = answers.to(student.device, non_blocking=True)
+        self.heard = answers
         return Batch(student, answers, _mask(padding, student), labels, padding), ours, theirs
 
     def _mixed(self, value: Tensor, label_loss: LossFunction, batch: Batch) -> Tensor:
@@ -122,6 +125,10 @@ class Objective(nn.Module):
         """What follows the network does so, after a step of the optimizer."""
         if self.tutor is not None:
             self.tutor.after_step(self.network)
+
+    def misheard(self) -> bool:
+        """Whether the last answers of the teacher hold NaN: then no student can learn from them."""
+        return self.heard is not None and bool(self.heard.isnan().any())
 
     @property
     def teachers(self) -> Mapping[str, nn.Module]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -30,6 +30,8 @@ Example: TypeAlias = tuple[Inputs, Tensor | None]
 
 DIVERGED = "Lower lr, set clip_norm=1.0 or a longer warmup, and check the inputs for NaN"
 
+MISHEARD = "Check the teacher, its precision, and the inputs for NaN"
+
 PENDING = 32
 """Losses on a device that are fetched at once."""
 
@@ -41,10 +43,15 @@ class Meter:
     CPU wait for the device, so it is done every ``PENDING`` steps, and before anything is shown,
     saved or returned: then weights that a NaN has reached are dropped, with an error that names the
     step; the caller's network and all checkpoints are from before it.
+
+    Args:
+        where: the call that errors name.
+        accelerator: where the losses are.
+        misheard: whether the teacher's last answers are to blame.
     """
 
-    def __init__(self, where: str, accelerator: Accelerator) -> None:
-        self.where, self.accelerator = where, accelerator
+    def __init__(self, where: str, accelerator: Accelerator, misheard: Callable[[], bool]) -> None:
+        self.where, self.accelerator, self.misheard = where, accelerator, misheard
         self.every = 1 if accelerator.device.type == "cpu" else PENDING
         self.alone = accelerator.num_processes == 1
         self.pending: list[tuple[Tensor, int, int]] = []
@@ -69,6 +76,8 @@ class Meter:
         for value, (_, epoch, step) in zip(values, noted, strict=True):
             if not math.isfinite(value):
                 where = f"{self.where}, epoch {epoch + 1}, step {step + 1}"
+                if self.misheard():
+                    raise TrainingError(where, "the teacher's answers hold NaN", MISHEARD)
                 raise TrainingError(where, f"the loss is {value}", DIVERGED)
             self.total, self.count, self.last = self.total + value, self.count + 1, value
 
@@ -99,7 +108,7 @@ class Stepper:
         self.peak = self.built.param_groups[0]["lr"]
         self.needs_two = has_batch_norm(self.model)
         self.left_out = False
-        self.meter = Meter(job.where, accelerator)
+        self.meter = Meter(job.where, accelerator, objective.misheard)
         decay, zeros = self.options.ema, job.after_step is not None
         self.average = None if decay is None else Average(self.model, decay, zeros=zeros)
 

@@ -182,6 +182,9 @@ class Ensemble(Teacher):
     mean, also where outputs are no classes. With probabilities the answers are the logarithms of
     the means, from which any temperature can be taken.
 
+    A loss of features names modules of the first network as ``"networks.0.layer3"``, of the second
+    as ``"networks.1.layer3"``, and so on.
+
     Args:
         networks: at least one; none is changed.
         weights: of each, above 0; they are divided by their sum. None for equal ones.

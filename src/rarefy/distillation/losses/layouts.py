@@ -30,7 +30,8 @@ def class_dim(where: str, logits: Tensor, dim: int | None) -> int:
         raise InputError(
             f"{where}(dim={dim})",
             f"logits of shape {tuple(logits.shape)} do not say which dimension is the classes",
-            f"Give (B, C) or (B, L, C), or name the dimension: {where}(dim=1) for (B, C, H, W)",
+            f"Give (B, C) or (B, L, C), or name the dimension: {where}(dim=1) for (B, C, H, W); "
+            "outputs that are no classes, such as images, are compared by L2() or L1()",
         )
     return dim % logits.ndim
 

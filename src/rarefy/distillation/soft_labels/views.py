@@ -118,9 +118,8 @@ class Replay(Dataset[Any]):
     An item of ``dataset`` is an input, or a tuple of an input and more; the transform is applied
     to the input. ``replay[view, i]`` is that of any view, ``replay[i]`` that of view 0, and once
     :meth:`set_epoch` was told of another epoch, as ``rf.train`` and ``rf.distill`` do, that of the
-    view of this number. (Workers that persist over epochs do not hear of it.) The transform may
-    draw from the global generators of Python, NumPy and torch (CPU), whose states are restored
-    after.
+    view of this number, in the workers of a loader, too. The transform may draw from the global
+    generators of Python, NumPy and torch (CPU), whose states are restored after.
 
     With ``mix`` an example is mixed with a partner that (seed, view, id) decides, transformed with
     a seed of its own; so a mixture, too, has one soft label, in whatever batch it is.
@@ -144,7 +143,6 @@ class Replay(Dataset[Any]):
     transform: Callable[[Any], Any] | None
     seed: int
     mix: Mix | None
-    epoch: int
 
     def __init__(
         self,
@@ -161,7 +159,16 @@ class Replay(Dataset[Any]):
                 "Give a map-style data set; views cannot be replayed on a stream",
             )
         self.dataset, self.transform, self.seed, self.mix = dataset, transform, seed, mix
-        self.epoch = 0
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+
+    @property
+    def epoch(self) -> int:
+        """The view of items by index alone; workers that persist over epochs see it change."""
+        return int(self._epoch)
+
+    @epoch.setter
+    def epoch(self, epoch: int) -> None:
+        self._epoch.fill_(epoch)
 
     def set_epoch(self, epoch: int) -> None:
         """From now on, items by index alone are of the view of this number."""
