@@ -22,7 +22,7 @@ SKIPPED_TORCHVISION = ("quantized_",)
 
 TORCHVISION_SIZES: Mapping[str, tuple[int, ...]] = {
     "inception_v3": (3, 96, 96),
-    "ssd300": (3, 160, 160),
+    "ssd300": (3, 300, 300),
     "vit_h_14": (3, 56, 56),
     "maxvit": (3, 224, 224),
     "s3d": (3, 16, 224, 224),

@@ -112,7 +112,7 @@ def test_a_branch_that_gives_nothing_has_no_influence() -> None:
 
 def test_data_that_do_not_fit_are_refused(traced) -> None:
     model, network = traced
-    with pytest.raises(DataError, match="does not run on its batches"):
+    with pytest.raises(DataError, match="does not run on a batch"):
         influences(model, network, [torch.zeros(2, 5)])
     with pytest.raises(DataError):
         influences(model, network, [])

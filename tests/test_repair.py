@@ -310,7 +310,7 @@ def test_a_network_of_one_batch_size_is_repaired_on_one_batch() -> None:
 def test_data_that_the_network_does_not_take_are_refused() -> None:
     net, x = settled()
     small = rf.prune(net, x, HALF)
-    with pytest.raises(DataError, match="does not run on its first batch"):
+    with pytest.raises(DataError, match="does not run on a batch"):
         repair(net, small, [x[:, :2]])
 
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from rarefy.errors import DataError, InputError
+from rarefy.errors import DataError, InputError, first_line
 from rarefy.types import Batch, Data, Inputs
 
 
@@ -249,6 +249,23 @@ def _located(where: str) -> Iterator[None]:
         yield
     except DataError as error:
         raise DataError(where, error.what, error.remedy) from None
+
+
+@contextmanager
+def answering(where: str) -> Iterator[None]:
+    """Whatever a network raises on data says so: these are not data that it was traced with.
+
+    Raises:
+        DataError: instead of any other error.
+    """
+    try:
+        yield
+    except Exception as error:
+        raise DataError(
+            where,
+            f"the network does not run on a batch: {first_line(error)}",
+            "Yield inputs like those that the network was traced with",
+        ) from error
 
 
 @contextmanager

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from rarefy.batches import batch_size, call, evaluating, map_tensors, seeded, take
+from rarefy.batches import answering, batch_size, call, evaluating, map_tensors, seeded, take
 from rarefy.copies import copied
 from rarefy.errors import DataError, InputError, first_line
 from rarefy.graph.capture import Capture, capture, graph_model
@@ -108,7 +108,8 @@ def repair(
                 raise
             except Exception as error:  # noqa: BLE001 - forward may raise anything
                 failure = error
-    _check_taken(original, single)
+    with evaluating(original), answering("repair(data)"):
+        call(original, map_tensors(torch.clone, single))
     same = copied(pruned)
     reason = f"the networks do not run side by side on the data: {first_line(failure)}"
     same.repaired = Repaired({}, {"": reason}, 0)  # type: ignore[assignment]
@@ -180,19 +181,6 @@ def _distances(runs: Runs, plain: GraphModel, divided: list[Inputs]) -> tuple[fl
         one.values.clear()
         two.values.clear()
     return before.relative, after.relative
-
-
-def _check_taken(model: nn.Module, inputs: Inputs) -> None:
-    """Refuse data that the network itself does not take."""
-    try:
-        with evaluating(model):
-            call(model, map_tensors(torch.clone, inputs))
-    except Exception as error:
-        raise DataError(
-            "repair(data)",
-            f"the network does not run on its first batch: {first_line(error)}",
-            "Yield inputs like those that the network was traced with",
-        ) from error
 
 
 def _held_out(examples: int) -> Tensor:

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from rarefy.batches import arguments, batch_size, call, map_tensors, take, tensors
-from rarefy.errors import DataError, first_line
+from rarefy.batches import answering, arguments, batch_size, call, map_tensors, take, tensors
+from rarefy.errors import DataError
 from rarefy.graph.equations import equation
 from rarefy.graph.flow import every
 from rarefy.graph.program import Graph, GraphModel, Node, Spec, is_view
@@ -122,14 +122,8 @@ class Runner:
                 "the graph does not run on batches of this form",
                 "Give inputs of the shapes that the network was captured with",
             )
-        try:
+        with answering(self._where):
             return trace(self._model, inputs)
-        except Exception as error:
-            raise DataError(
-                self._where,
-                f"the network does not run on a batch: {first_line(error)}",
-                "Yield inputs like those that the network was traced with",
-            ) from error
 
     def _made(self, network: Network, inputs: Inputs) -> Watched:
         made = Watched(self._model, network, trainable=self._trainable)

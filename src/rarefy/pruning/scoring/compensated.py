@@ -21,8 +21,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from rarefy.batches import batch_size, between, seeded
-from rarefy.errors import DataError, InputError, first_line
+from rarefy.batches import answering, batch_size, between, seeded
+from rarefy.errors import DataError, InputError
 from rarefy.graph.count import count
 from rarefy.graph.groups import Group
 from rarefy.graph.program import Graph, GraphModel
@@ -155,14 +155,8 @@ def _running(
 
 
 def _check(running: GraphModel, parts: Sequence[Inputs]) -> None:
-    try:
+    with answering("prune(data)"):
         Run(running, parts[0]).rest({}, {})
-    except Exception as error:
-        raise DataError(
-            "prune(data)",
-            f"the network does not run on a batch: {first_line(error)}",
-            "Yield inputs like those that the network was traced with",
-        ) from error
 
 
 def _parts(running: GraphModel, inputs: Inputs, shown: int | None = None) -> list[Inputs]:

@@ -22,13 +22,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from rarefy.batches import batch_size, batches, call, evaluating, take
-from rarefy.errors import DataError, first_line
+from rarefy.batches import answering, batch_size, batches, call, evaluating, take
 from rarefy.graph.blocks import Block
 from rarefy.graph.capture import graph_model
 from rarefy.graph.program import GraphModel, Node
 from rarefy.graph.trace import Network
-from rarefy.types import Data, Inputs
+from rarefy.types import Data
 
 SAMPLES = 512
 """Examples on which the influence of blocks is measured."""
@@ -108,23 +107,13 @@ def influences(model: nn.Module, network: Network, data: Data) -> NDArray[np.flo
             try:
                 call(watched, part)
             except Exception:  # noqa: BLE001 - a graph of one batch size takes a batch as it comes
-                _run(watched, inputs)
+                with answering("prune(data)"):
+                    call(watched, inputs)
             seen += batch_size(part)
             if seen >= SAMPLES:
                 break
     found = [watched.turned[block.add] / watched.rows[block.add] for block in network.blocks]
     return np.array(found)
-
-
-def _run(model: nn.Module, inputs: Inputs) -> None:
-    try:
-        call(model, inputs)
-    except Exception as error:
-        raise DataError(
-            "prune(data)",
-            f"the network does not run on its batches: {first_line(error)}",
-            "Yield inputs like those that the network was traced with",
-        ) from error
 
 
 class _Watched(GraphModel):

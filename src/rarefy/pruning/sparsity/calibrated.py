@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from rarefy.batches import batch_size, batches, evaluating, take, tensors
+from rarefy.batches import answering, batch_size, batches, evaluating, take, tensors
 from rarefy.errors import DataError, first_line
 from rarefy.graph.program import GraphModel, Node, Ref
 from rarefy.pruning.running.examples import live
@@ -132,16 +132,10 @@ class Calibration:
     def _layer(
         self, node: Node, layer: Layer, runs: Sequence[tuple[Run, Run]], held: Sequence[Tensor]
     ) -> None:
-        try:
+        with answering(WHERE):
             for one, two in runs:
                 one.through(node)
                 two.before(node)
-        except Exception as error:
-            raise DataError(
-                WHERE,
-                f"the network does not run on them: {first_line(error)}",
-                "Yield inputs like the example inputs",
-            ) from error
         pairs = [
             (two.values[operand(node, 0).name], one.values[node.name], seen)
             for (one, two), seen in zip(runs, held, strict=True)
