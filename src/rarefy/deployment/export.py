@@ -20,6 +20,7 @@ from torch.utils import _pytree as pytree
 from rarefy.batches import arguments, call, evaluating, map_tensors, tensors
 from rarefy.deployment.rewrite import rewrite
 from rarefy.deployment.runtimes import OnnxSession, load_onnx, load_onnxruntime
+from rarefy.deployment.translations import translations
 from rarefy.errors import ExportError, MissingExtraError, OutputError, RarefyError, first_line
 from rarefy.files import replacing
 from rarefy.graph.program import GraphModel
@@ -239,7 +240,12 @@ def _input_names(model: nn.Module, inputs: Inputs, placeholders: list[str]) -> t
 
 def _translate(model: nn.Module, traced: Traced) -> Any:
     try:
-        return torch.onnx.export(traced.program, dynamo=True, verbose=False)
+        return torch.onnx.export(
+            traced.program,
+            dynamo=True,
+            verbose=False,
+            custom_translation_table=translations(traced.program),
+        )
     except Exception as error:
         operator = _failed_operator(error)
         where = _scope(model, traced.program, operator)
