@@ -9,8 +9,8 @@ import pytest
 import rarefy
 
 PUBLIC = """
-Budget GradualPruning GradualUnits Int8 Limit Movement Sensitivity SoftLabels Stages Target
-compress criteria distill errors evaluate export hold inspect load losses measure metrics pairs
+Budget GradualPruning GradualUnits Half Int8 Limit Movement Sensitivity SoftLabels Stages Target
+WeightOnly compress criteria distill errors evaluate export hold inspect load losses measure metrics pairs
 patterns prune quantize regularize repair rewind save sensitivity soft_labels student taps teachers
 trace train write_soft_labels
 """.split()
