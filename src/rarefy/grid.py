@@ -71,8 +71,9 @@ class Grid:
             return values
         if values.ndim == 1:
             return values.reshape([-1 if d == self.axis else 1 for d in range(len(shape))])
-        assert self.group is not None
-        each = values.repeat_interleave(self.group, 1)[:, : columns(shape, self.axis)]
+        count = columns(shape, self.axis)
+        size = min(self.group or count, count)  # whatever a file says, no more than is needed
+        each = values.repeat_interleave(size, 1)[:, :count]
         return as_weight(each, shape, self.axis)
 
     def steps(self, tensor: Tensor) -> Tensor:

@@ -37,7 +37,9 @@ def _check_numbers(options: object, names: str, kind: type[int] | type[float]) -
 
 def _check_choice(options: object, name: str, choices: tuple[object, ...]) -> None:
     value = getattr(options, name)
-    if not any(value is choice or (isinstance(value, str) and value == choice) for choice in choices):
+    if not any(
+        value is choice or (isinstance(value, str) and value == choice) for choice in choices
+    ):
         raise InputError(
             f"{type(options).__name__}({name}={value!r})",
             f"unknown {name}",

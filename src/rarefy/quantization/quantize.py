@@ -59,11 +59,11 @@ def quantize(
     ``WeightOnly`` and ``Half`` return an instance of the network's own class whose weights alone
     take fewer values: :func:`rarefy.save` stores them in as few bits, and nothing is faster.
 
-    With ``Int8``, activations become unsigned 8-bit with one range per tensor, found on the calibration data;
-    weights of convolutions and linear layers become signed 8-bit with a scale per output channel.
-    BatchNorms are folded. The forward of the result *is* the quantized network, computed in float
-    with rounded values; ``rarefy.export`` turns it into integers. Gradients pass the rounding
-    straight through, so that the result can be trained.
+    With ``Int8``, activations become unsigned 8-bit with one range per tensor, found on the
+    calibration data; weights of convolutions and linear layers become signed 8-bit with a scale
+    per output channel. BatchNorms are folded. The forward of the result *is* the quantized
+    network, computed in float with rounded values; ``rarefy.export`` turns it into integers.
+    Gradients pass the rounding straight through, so that the result can be trained.
 
     Args:
         model: any module that can be captured, in float; left as it is.

@@ -15,6 +15,9 @@ from rarefy.pruning.sparsity.gram import rows
 from rarefy.quantization.affine import sqnr
 from rarefy.types import Inputs
 
+ROWS = 1 << 14
+"""Rows of a layer's inputs that its mean squares are taken of, drawn at random."""
+
 
 def readers(graph: Graph, paths: Collection[str]) -> Iterator[tuple[Node, str]]:
     """The calls that compute with weights, in order, each with the path of one that it reads."""
@@ -64,6 +67,11 @@ def _multiplies(graph: Graph, node: Node, path: str) -> bool:
     return source is not None and source.op == "tensor" and source.path == path
 
 
+def _outputs(node: Node) -> int:
+    """Dimension of the outputs in what a layer gives."""
+    return 1 if node.kind.startswith("conv") else -1
+
+
 def mean_squares(
     model: GraphModel, weights: Mapping[str, Tensor], parts: Sequence[Inputs], where: str
 ) -> dict[str, Tensor]:
@@ -80,7 +88,7 @@ def mean_squares(
     """
     sums: dict[str, Tensor] = {}
     counts: dict[str, int] = {}
-    generator = torch.Generator()  # of no draw: all rows count
+    generator = torch.Generator().manual_seed(0)
     solvable = [
         (node, path)
         for node, path in readers(model.graph, weights.keys())
@@ -92,8 +100,10 @@ def mean_squares(
             for node, path in solvable:
                 run.through(node)
                 x, y = run.values[operand(node, 0).name], run.values[node.name]
-                for left, _, index in rows(node, x, y, weights[path], 1.0, generator):
-                    added = left.double().square().sum(1)
+                every = y.numel() // node.shape[_outputs(node)] * len(parts)
+                share = min(1.0, ROWS / max(every, 1))
+                for left, _, index in rows(node, x, y, weights[path], share, generator):
+                    added = left.square().sum(1).double()
                     sums[path] = sums[path] + added if path in sums else added
                     counts[path] = counts.get(path, 0) + len(index)
     for path, total in sums.items():

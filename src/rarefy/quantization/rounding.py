@@ -32,7 +32,8 @@ def grid_for(
             meets; None for ones.
     """
     shape = tuple(weight.shape)
-    size = scheme.group or max(columns(shape, axis), 1)
+    whole = max(columns(shape, axis), 1)
+    size = min(scheme.group or whole, whole)
     blocks = _blocks(as_matrix(weight.detach().float(), axis), size)
     counted = torch.ones_like(blocks) if importance is None else _blocks(importance.float(), size)
     shares = SHRINKAGES if scheme.observer == "mse" else SHRINKAGES[:1]
@@ -44,8 +45,7 @@ def grid_for(
         better = error < best
         best = torch.where(better, error, best)
         scale, zero = (
-            torch.where(better, new, old)
-            for new, old in zip(candidate, (scale, zero), strict=True)
+            torch.where(better, new, old) for new, old in zip(candidate, (scale, zero), strict=True)
         )
     if scheme.group is None:
         scale, zero = scale[:, 0], zero[:, 0]

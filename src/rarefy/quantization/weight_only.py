@@ -158,6 +158,7 @@ def _graph(model: nn.Module, result: nn.Module, shown: Inputs) -> GraphModel:
     return graph_model(result, capture(model, shown))
 
 
+@torch.no_grad()
 def _weight_noise(model: nn.Module, weights: Sequence[Weight]) -> dict[str, float]:
     """SQNR of the weights themselves, the worst of a layer's."""
     found: dict[str, float] = {}
