@@ -50,7 +50,7 @@ def kmeans(values: Tensor, number: int) -> Tensor:
         number: of centroids.
     """
     ordered = values.sort().values
-    distinct = ordered.unique_consecutive()
+    distinct: Tensor = ordered.unique_consecutive()  # type: ignore[no-untyped-call]
     if len(distinct) <= number:
         return distinct
     sums = torch.cat([ordered.new_zeros(1), ordered.cumsum(0)])
