@@ -57,10 +57,15 @@ TRAINING = (
     "checkpoint shares tracking steps loop train distill"
 ).split()
 
+QUANTIZATION = (
+    "affine fold placement observers calibration scaling insertion dynamic bias summary mixed "
+    "quantize"
+).split()
 SOFT_LABELS = "seeds records shards manifest views source answers verify read write".split()
 ORDERS = {
     "graph": GRAPH,
     "pruning": PRUNING,
+    "quantization": QUANTIZATION,
     "distillation.losses": LOSSES,
     "distillation.soft_labels": SOFT_LABELS,
     "training": TRAINING,

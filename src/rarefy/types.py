@@ -35,6 +35,18 @@ def _check_numbers(options: object, names: str, kind: type[int] | type[float]) -
         raise error(where, what, f"Write {name}={'8' if kind is int else '0.5'} or the like")
 
 
+def _check_choice(options: object, name: str, choices: tuple[object, ...]) -> None:
+    value = getattr(options, name)
+    if not any(
+        value is choice or (isinstance(value, str) and value == choice) for choice in choices
+    ):
+        raise InputError(
+            f"{type(options).__name__}({name}={value!r})",
+            f"unknown {name}",
+            f"Use {', '.join(map(repr, choices[:-1]))} or {choices[-1]!r}",
+        )
+
+
 def _check_share(owner: str, name: str, value: float | None) -> None:
     if value is not None and not 0 < value <= 1:
         raise BudgetError(
@@ -230,13 +242,28 @@ def _limits(layers: object) -> tuple[tuple[str, Limit], ...]:
     return tuple(found)
 
 
+OBSERVERS = ("minmax", "average", "percentile", "mse", "entropy")
+"""How activation ranges are found."""
+
+
 @dataclass(frozen=True)
 class Int8:
-    """Static int8: unsigned 8-bit activations, signed 8-bit weights with a scale per channel.
+    """Int8: unsigned 8-bit activations, signed 8-bit weights with a scale per channel.
 
     Args:
-        observer: how activation ranges are found: ``"minmax"``, ``"percentile"`` or ``"mse"``.
+        observer: how activation ranges are found: ``"minmax"``, ``"average"`` (of each batch's
+            extremes, later ones counting more), ``"percentile"``, ``"mse"`` or ``"entropy"``.
         percentile: the share of values that ``"percentile"`` keeps, in (0.5, 1].
+        symmetric: whether ranges that go below 0 reach as far below it as above.
+        activations: ``"static"`` for ranges from the calibration data; ``"dynamic"`` for ranges
+            of each call, of linear layers alone: no calibration, more work per call, and the
+            examples of one call share their range.
+        smooth: strength of SmoothQuant between a norm and the linear layers that read it, in
+            [0, 1]; None for none.
+        equalize: whether weights of consecutive layers are equalized over channels.
+        correct_bias: whether the mean error of every layer is taken into its bias.
+        skip: paths or patterns with ``*?[]`` of layers, or of modules around them, that stay in
+            float.
 
     Example:
         >>> Int8(observer="mse").observer
@@ -245,21 +272,37 @@ class Int8:
 
     observer: str = "mse"
     percentile: float = 0.9999
+    symmetric: bool = False
+    activations: str = "static"
+    smooth: float | None = 0.5
+    equalize: bool = False
+    correct_bias: bool = False
+    skip: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        _check_numbers(self, "percentile", float)
-        if self.observer not in ("minmax", "percentile", "mse"):
-            raise InputError(
-                f"Int8(observer={self.observer!r})",
-                "unknown observer",
-                "Use 'minmax', 'percentile' or 'mse'",
-            )
+        _check_numbers(self, "percentile smooth", float)
+        _check_choice(self, "observer", OBSERVERS)
+        _check_choice(self, "activations", ("static", "dynamic"))
+        for name in ("symmetric", "equalize", "correct_bias"):
+            _check_choice(self, name, (True, False))
         if not 0.5 < self.percentile <= 1:
             raise InputError(
                 f"Int8(percentile={self.percentile!r})",
                 "the share of values kept must be above 0.5 and at most 1",
                 "Write percentile=0.9999",
             )
+        if self.smooth is not None and not 0 <= self.smooth <= 1:
+            raise InputError(
+                f"Int8(smooth={self.smooth!r})",
+                "the strength of smoothing is between 0 and 1",
+                "Write smooth=0.5, or None for none",
+            )
+        given = self.skip
+        if isinstance(given, str) or not all(isinstance(pattern, str) for pattern in given):
+            raise InputError(
+                f"Int8(skip={given!r})", "it is no list of paths", "Write skip=['head', 'stem.*']"
+            )
+        object.__setattr__(self, "skip", tuple(given))
 
 
 @dataclass(frozen=True)

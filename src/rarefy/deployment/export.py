@@ -24,7 +24,7 @@ from rarefy.errors import ExportError, MissingExtraError, OutputError, RarefyErr
 from rarefy.files import replacing
 from rarefy.graph.program import GraphModel
 from rarefy.graph.stubs import plain_graph, stubs
-from rarefy.quantization.quantize import QuantizationSummary
+from rarefy.quantization.summary import QuantizationSummary
 from rarefy.types import Inputs
 
 
@@ -215,14 +215,18 @@ def _program(
 @contextlib.contextmanager
 def _fake_quantize_shapes() -> Iterator[None]:
     """Teach PyTorch the shape of its fake quantization, without which no batch can be free."""
-    name = "fake_quantize_per_tensor_affine_cachemask"
+    names = (
+        "fake_quantize_per_tensor_affine_cachemask",
+        "_fake_quantize_per_tensor_affine_cachemask_tensor_qparams",
+    )
     with torch.library._scoped_library("aten", "IMPL") as library:
-        if not torch._C._dispatch_has_kernel_for_dispatch_key(f"aten::{name}", "Meta"):
-            library.impl(
-                name,
-                lambda x, *_: (torch.empty_like(x), torch.empty_like(x, dtype=torch.bool)),
-                "Meta",
-            )
+        for name in names:
+            if not torch._C._dispatch_has_kernel_for_dispatch_key(f"aten::{name}", "Meta"):
+                library.impl(
+                    name,
+                    lambda x, *_: (torch.empty_like(x), torch.empty_like(x, dtype=torch.bool)),
+                    "Meta",
+                )
         yield
 
 
