@@ -27,6 +27,7 @@ STAGES = [
     {"storage"},
     {"deployment"},
     {"measured"},
+    {"gains"},
     {"reporting", "run_folder", "recipe", "preflight", "search"},
     {"pipeline"},
     {"integrations", "tasks"},

@@ -137,7 +137,7 @@ def test_a_byte_order_mark_is_harmless(write: Write) -> None:
     [
         # layers are spelled otherwise
         (PruneStage, Budget, {"criterion", "exclude", "layers", "structure"}),
-        (QuantizeStage, Int8, set()),
+        (QuantizeStage, Int8, {"max_drop", "epochs", "lr", "temperature", "label_weight"}),
         (TargetOptions, Target, set()),
     ],
 )

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from rarefy.distillation.soft_labels.read import SoftLabels as SoftLabels
     from rarefy.distillation.soft_labels.write import write_soft_labels as write_soft_labels
     from rarefy.distillation.taps import taps as taps
+    from rarefy.gains import quantize as quantize
     from rarefy.graph.trace import trace as trace
     from rarefy.measured import prune as prune
     from rarefy.pipeline import compress as compress
@@ -35,7 +36,6 @@ if TYPE_CHECKING:
     from rarefy.pruning.sparsity import regularize as regularize
     from rarefy.pruning.sparsity.masks import hold as hold
     from rarefy.pruning.sparsity.masks import rewind as rewind
-    from rarefy.quantization.quantize import quantize as quantize
     from rarefy.recipe.options import Stages as Stages
     from rarefy.storage.format import inspect as inspect
     from rarefy.storage.format import load as load
@@ -71,7 +71,7 @@ _HOME = {
     "measure": "rarefy.deployment.measure",
     "pairs": "rarefy.distillation.pairing",
     "prune": "rarefy.measured",
-    "quantize": "rarefy.quantization.quantize",
+    "quantize": "rarefy.gains",
     "repair": "rarefy.pruning.repair",
     "rewind": "rarefy.pruning.sparsity.masks",
     "save": "rarefy.storage.format",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import TypedDict
 
 from torch import nn
 
@@ -29,6 +30,15 @@ COMPARED = 8
 
 SENSED = 64
 """Examples on which each layer's sensitivity is measured."""
+
+
+class QuantizeOptions(TypedDict, total=False):
+    """Arguments of :func:`quantize` by keyword."""
+
+    evaluate: Evaluate | None
+    max_drop: float
+    higher_is_better: bool
+    costs: Mapping[str, float] | None
 
 
 def quantize(
