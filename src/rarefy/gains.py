@@ -103,7 +103,7 @@ def quantize(
         result = quantization.quantize(model, calibration, chosen, **options)
         before, after, share = contest.beside(contest.written(model), contest.written(result))
     summary: Any = result.quantization
-    result.quantization = replace(summary, left={**summary.left, **reasons})  # type: ignore[assignment]
+    result.quantization = replace(summary, left={**summary.left, **reasons})
     faster = share.high < 1
     result.served = Served(before, after, share.value, faster, share.noise)  # type: ignore[assignment]
     if not faster:
