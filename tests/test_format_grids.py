@@ -12,8 +12,8 @@ from torch import nn
 import rarefy as rf
 from rarefy.errors import FormatError
 from rarefy.grid import Grid, grids, put_grids
+from rarefy.schemes import WeightOnly
 from rarefy.storage.format import inspect, load, load_tensor, save
-from rarefy.types import WeightOnly
 from test_format_attacks import rewritten, state
 
 

@@ -15,7 +15,7 @@ ROOT = Path(rarefy.__file__).parent
 STAGES = [
     {"errors"},
     {"types", "schedules", "files", "environment", "progress", "process", "drawing"},
-    {"batches"},
+    {"batches", "schemes"},
     {"copies", "paths", "grid"},
     {"graph"},
     {"distillation"},
@@ -27,6 +27,7 @@ STAGES = [
     {"storage"},
     {"deployment"},
     {"measured"},
+    {"gains"},
     {"reporting", "run_folder", "recipe", "preflight", "search"},
     {"pipeline"},
     {"integrations", "tasks"},
@@ -57,10 +58,15 @@ TRAINING = (
     "checkpoint shares tracking steps loop train distill"
 ).split()
 
+QUANTIZATION = (
+    "affine fold placement observers calibration scaling insertion dynamic bias summary mixed "
+    "quantize"
+).split()
 SOFT_LABELS = "seeds records shards manifest views source answers verify read write".split()
 ORDERS = {
     "graph": GRAPH,
     "pruning": PRUNING,
+    "quantization": QUANTIZATION,
     "distillation.losses": LOSSES,
     "distillation.soft_labels": SOFT_LABELS,
     "training": TRAINING,

@@ -35,7 +35,7 @@ from rarefy.graph.count import count
 from rarefy.metrics import top1
 from rarefy.pipeline import Compressed, _repeatable, compress
 from rarefy.preflight import check_data
-from rarefy.recipe.options import DistillStage, PruneStage, Stages
+from rarefy.recipe.options import DistillStage, PruneStage, QuantizeStage, Stages
 from rarefy.reporting.summary import as_dict
 from rarefy.storage.format import load
 from rarefy.training.evaluate import evaluate
@@ -358,6 +358,22 @@ def test_two_inputs_and_a_mapping_of_outputs(tmp_path: Path) -> None:
     )
     _, pruned, quantized = result.report.stages
     assert quantized.accuracy == pytest.approx(pruned.accuracy, abs=0.1)
+
+
+def test_the_quantized_network_is_trained_and_layers_stay_in_float(tmp_path: Path) -> None:
+    options = {"skip": ("5",), "max_drop": 0.5}
+    first = ALL.model_copy(update={"train": None, "repair": None, "distill": None})
+    found = {}
+    for epochs in (0, 2):
+        stage = QuantizeStage(**options, epochs=epochs, lr=0.1)
+        stages = first.model_copy(update={"quantize": stage})
+        found[epochs] = run(tmp_path / str(epochs), stages=stages)
+    plain, trained = (load(found[n].folder / "quantized.safetensors") for n in (0, 2))
+    assert fingerprint(plain) != fingerprint(trained)
+    scale = "0.weight_scale"
+    assert torch.equal(plain.get_buffer(scale), trained.get_buffer(scale))
+    for result in found.values():
+        assert "5 left in float: left in float by choice" in result.report.stages[-1].notes
 
 
 # --- what a run refuses, before it writes anything

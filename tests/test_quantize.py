@@ -11,8 +11,10 @@ from rarefy.batches import call, tensors
 from rarefy.errors import DataError, InputError
 from rarefy.graph.program import GraphModel
 from rarefy.quantization.affine import sqnr
-from rarefy.quantization.quantize import PER_CHANNEL, PER_TENSOR, QuantizationSummary, quantize
-from rarefy.types import Int8
+from rarefy.quantization.insertion import PER_CHANNEL, PER_TENSOR
+from rarefy.quantization.quantize import quantize
+from rarefy.quantization.summary import QuantizationSummary
+from rarefy.schemes import Int8
 
 
 @pytest.mark.parametrize("name", NETWORKS)

@@ -14,7 +14,8 @@ from torch import nn
 
 from rarefy.errors import DataError, InputError, RecipeError
 from rarefy.recipe import PruneStage, QuantizeStage, Recipe, TargetOptions, load_recipe, resolve
-from rarefy.types import Budget, Int8, Limit, Target
+from rarefy.schemes import Int8
+from rarefy.types import Budget, Limit, Target
 
 NAMES = "source: net.py\nmodel: make_model\ndata: make_data\n"
 
@@ -137,7 +138,7 @@ def test_a_byte_order_mark_is_harmless(write: Write) -> None:
     [
         # layers are spelled otherwise
         (PruneStage, Budget, {"criterion", "exclude", "layers", "structure"}),
-        (QuantizeStage, Int8, set()),
+        (QuantizeStage, Int8, {"max_drop", "epochs", "lr", "temperature", "label_weight"}),
         (TargetOptions, Target, set()),
     ],
 )

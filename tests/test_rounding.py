@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from rarefy.quantization.rounding import SHRINKAGES, grid_for, limits
-from rarefy.types import WeightOnly
+from rarefy.schemes import WeightOnly
 
 
 def weight(*shape: int, seed: int = 0) -> torch.Tensor:

@@ -5,7 +5,8 @@ from dataclasses import FrozenInstanceError, replace
 import pytest
 
 from rarefy.errors import BudgetError, InputError
-from rarefy.types import Budget, Int8, Limit, Target
+from rarefy.schemes import Int8
+from rarefy.types import Budget, Limit, Target
 
 
 @pytest.mark.parametrize(

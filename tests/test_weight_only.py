@@ -15,7 +15,7 @@ from rarefy.pruning.repair import Repaired
 from rarefy.quantization.affine import sqnr
 from rarefy.quantization.palette import palette
 from rarefy.quantization.rounding import grid_for
-from rarefy.types import Half, WeightOnly
+from rarefy.schemes import Half, WeightOnly
 
 SCHEMES = [
     WeightOnly(method="rtn"),

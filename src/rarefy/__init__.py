@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from rarefy.distillation.soft_labels.read import SoftLabels as SoftLabels
     from rarefy.distillation.soft_labels.write import write_soft_labels as write_soft_labels
     from rarefy.distillation.taps import taps as taps
+    from rarefy.gains import quantize as quantize
     from rarefy.graph.trace import trace as trace
     from rarefy.measured import prune as prune
     from rarefy.pipeline import compress as compress
@@ -35,8 +36,10 @@ if TYPE_CHECKING:
     from rarefy.pruning.sparsity import regularize as regularize
     from rarefy.pruning.sparsity.masks import hold as hold
     from rarefy.pruning.sparsity.masks import rewind as rewind
-    from rarefy.quantization.quantize import quantize as quantize
     from rarefy.recipe.options import Stages as Stages
+    from rarefy.schemes import Half as Half
+    from rarefy.schemes import Int8 as Int8
+    from rarefy.schemes import WeightOnly as WeightOnly
     from rarefy.storage.format import inspect as inspect
     from rarefy.storage.format import load as load
     from rarefy.storage.format import save as save
@@ -46,25 +49,22 @@ if TYPE_CHECKING:
     from rarefy.training.evaluate import evaluate as evaluate
     from rarefy.training.train import train as train
     from rarefy.types import Budget as Budget
-    from rarefy.types import Half as Half
-    from rarefy.types import Int8 as Int8
     from rarefy.types import Limit as Limit
     from rarefy.types import Target as Target
-    from rarefy.types import WeightOnly as WeightOnly
 
 _HOME = {
     "Budget": "rarefy.types",
     "GradualPruning": "rarefy.pruning.gradual",
     "GradualUnits": "rarefy.pruning.gradual",
-    "Half": "rarefy.types",
-    "Int8": "rarefy.types",
+    "Half": "rarefy.schemes",
+    "Int8": "rarefy.schemes",
     "Limit": "rarefy.types",
     "Movement": "rarefy.pruning.scoring.movement",
     "Sensitivity": "rarefy.pruning.scoring.curves",
     "SoftLabels": "rarefy.distillation.soft_labels.read",
     "Stages": "rarefy.recipe.options",
     "Target": "rarefy.types",
-    "WeightOnly": "rarefy.types",
+    "WeightOnly": "rarefy.schemes",
     "compress": "rarefy.pipeline",
     "distill": "rarefy.training.distill",
     "evaluate": "rarefy.training.evaluate",
@@ -75,7 +75,7 @@ _HOME = {
     "measure": "rarefy.deployment.measure",
     "pairs": "rarefy.distillation.pairing",
     "prune": "rarefy.measured",
-    "quantize": "rarefy.quantization.quantize",
+    "quantize": "rarefy.gains",
     "repair": "rarefy.pruning.repair",
     "rewind": "rarefy.pruning.sparsity.masks",
     "save": "rarefy.storage.format",

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from rich.console import Console
@@ -37,7 +38,7 @@ from rarefy.pruning.checks import check_finite
 from rarefy.pruning.narrow import Pruned
 from rarefy.pruning.repair import repair
 from rarefy.quantization.quantize import quantize
-from rarefy.recipe.options import PruneStage, Stages
+from rarefy.recipe.options import DistillStage, PruneStage, QuantizeStage, Stages
 from rarefy.reporting.files import write
 from rarefy.run_folder import PruningFacts, RunFolder, StageFacts
 from rarefy.search import reachable_budget
@@ -263,30 +264,45 @@ def _distilled(job: _Job, before: Mapping[str, nn.Module]) -> Made:
         student = repair(teacher, student, job.train, samples=samples, seed=job.seed)
         healed = evaluate(student, job.test)
         notes += (f"accuracy after repair, before any training: {healed:.2%}",)
-    options = job.stages.distill
-    if options is not None:
-        student = distill(
-            teacher,
-            student,
-            job.train,
-            loss=KD(temperature=options.temperature),
-            label_weight=options.label_weight,
-            val=job.val,
-            seed=job.seed,
-            progress=job.progress,
-            epochs=options.epochs,
-            lr=options.lr,
-        )
+    if job.stages.distill is not None:
+        student = _taught(job, job.stages.distill, teacher, student)
     return student, notes
+
+
+def _taught(
+    job: _Job, options: DistillStage | QuantizeStage, teacher: nn.Module, student: nn.Module
+) -> nn.Module:
+    """A student trained on the teacher's soft labels"""
+    return distill(
+        teacher,
+        student,
+        job.train,
+        loss=KD(temperature=options.temperature),
+        label_weight=options.label_weight,
+        val=job.val,
+        seed=job.seed,
+        progress=job.progress,
+        epochs=options.epochs,
+        lr=options.lr,
+    )
 
 
 def _quantized(job: _Job, before: Mapping[str, nn.Module]) -> Made:
     options = job.stages.quantize
     assert options is not None
     source = before.get("distilled") or before.get("repaired") or before["pruned"]
-    result = quantize(source, _limited(job.train, CALIBRATION), options.int8())
+    limit = {} if options.max_drop is None else _limit(job, options.max_drop)
+    result = quantize(source, _limited(job.train, CALIBRATION), options.int8(), **limit)
     left: Mapping[str, str] = result.quantization.left  # type: ignore[union-attr,assignment]
-    return result, tuple(f"{layer} left in float: {reason}" for layer, reason in left.items())
+    notes = tuple(f"{layer} left in float: {reason}" for layer, reason in left.items())
+    if options.epochs:
+        return _taught(job, options, before["teacher"], result), notes
+    return result, notes
+
+
+def _limit(job: _Job, max_drop: float) -> dict[str, Any]:
+    """Options of a quantization that keeps its validation accuracy."""
+    return {"evaluate": lambda network: evaluate(network, job.val), "max_drop": max_drop}
 
 
 def _stages(stages: Stages) -> list[tuple[str, Maker]]:

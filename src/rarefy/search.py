@@ -14,8 +14,9 @@ from rarefy.deployment.measure import compare, speedup
 from rarefy.errors import BudgetError
 from rarefy.pruning.prune import prune
 from rarefy.quantization.quantize import quantize
+from rarefy.schemes import Int8
 from rarefy.storage.format import save
-from rarefy.types import Budget, Data, Inputs, Int8, Target
+from rarefy.types import Budget, Data, Inputs, Target
 
 SHARES = (0.9, 0.7, 0.5, 0.35, 0.25, 0.15, 0.1, 0.05)
 """Shares of the MACs that are tried."""

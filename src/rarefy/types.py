@@ -22,7 +22,7 @@ Data: TypeAlias = Iterable[Batch]
 """Any iterable of batches that can be iterated more than once, such as a ``DataLoader``."""
 
 
-def _check_numbers(options: object, names: str, kind: type[int] | type[float]) -> None:
+def check_numbers(options: object, names: str, kind: type[int] | type[float]) -> None:
     """Refuse values that are no numbers: text, booleans, NaN, infinity."""
     for name in names.split():
         value = getattr(options, name)
@@ -35,7 +35,7 @@ def _check_numbers(options: object, names: str, kind: type[int] | type[float]) -
         raise error(where, what, f"Write {name}={'8' if kind is int else '0.5'} or the like")
 
 
-def _check_choice(options: object, name: str, choices: tuple[object, ...]) -> None:
+def check_choice(options: object, name: str, choices: tuple[object, ...]) -> None:
     value = getattr(options, name)
     if not any(
         value is choice or (isinstance(value, str) and value == choice) for choice in choices
@@ -98,8 +98,8 @@ class Limit:
     sparsity: float | None = None
 
     def __post_init__(self) -> None:
-        _check_numbers(self, "max_drop sparsity", float)
-        _check_numbers(self, "min_keep", int)
+        check_numbers(self, "max_drop sparsity", float)
+        check_numbers(self, "min_keep", int)
         _check_at_least_one(self, "min_keep")
         _check_sparsity("Limit", self.sparsity)
         bounded = self.min_keep is not None or self.max_drop is not None
@@ -175,8 +175,8 @@ class Budget:
     blocks: int | None = None
 
     def __post_init__(self) -> None:
-        _check_numbers(self, "macs params bytes latency sparsity max_drop", float)
-        _check_numbers(self, "min_keep blocks", int)
+        check_numbers(self, "macs params bytes latency sparsity max_drop", float)
+        check_numbers(self, "min_keep blocks", int)
         given = [n for n in KINDS if getattr(self, n) is not None]
         if len(given) != 1:
             raise BudgetError(
@@ -199,7 +199,7 @@ class Budget:
             )
         _check_at_least_one(self, "min_keep")
         if self.round_to != "auto":
-            _check_numbers(self, "round_to", int)
+            check_numbers(self, "round_to", int)
             _check_at_least_one(self, "round_to")
         object.__setattr__(self, "layers", _limits(self.layers))  # frozen, and hashable
 
@@ -243,115 +243,6 @@ def _limits(layers: object) -> tuple[tuple[str, Limit], ...]:
 
 
 @dataclass(frozen=True)
-class Int8:
-    """Static int8: unsigned 8-bit activations, signed 8-bit weights with a scale per channel.
-
-    Args:
-        observer: how activation ranges are found: ``"minmax"``, ``"percentile"`` or ``"mse"``.
-        percentile: the share of values that ``"percentile"`` keeps, in (0.5, 1].
-
-    Example:
-        >>> Int8(observer="mse").observer
-        'mse'
-    """
-
-    observer: str = "mse"
-    percentile: float = 0.9999
-
-    def __post_init__(self) -> None:
-        _check_numbers(self, "percentile", float)
-        if self.observer not in ("minmax", "percentile", "mse"):
-            raise InputError(
-                f"Int8(observer={self.observer!r})",
-                "unknown observer",
-                "Use 'minmax', 'percentile' or 'mse'",
-            )
-        if not 0.5 < self.percentile <= 1:
-            raise InputError(
-                f"Int8(percentile={self.percentile!r})",
-                "the share of values kept must be above 0.5 and at most 1",
-                "Write percentile=0.9999",
-            )
-
-
-METHODS = ("rtn", "gptq", "awq", "palette")
-"""How weights alone are quantized."""
-
-
-@dataclass(frozen=True)
-class WeightOnly:
-    """Weights on a grid of few values, everything computed in float: a small file, not more speed.
-
-    Args:
-        bits: of a weight, 2 to 8; ``"palette"`` takes 1, too.
-        group: neighbors along the inputs of one output channel that share a scale; None for all.
-            Smaller groups are more accurate; each adds 16 bits for its scale.
-        method: ``"rtn"`` rounds to nearest. ``"awq"`` does so with ranges that count errors by the
-            size of the inputs that they meet. ``"gptq"`` rounds column by column, the columns to
-            come making up for it. ``"palette"`` takes the values of a codebook for each tensor,
-            found by k-means. ``"gptq"`` and ``"awq"`` need calibration data.
-        symmetric: a range around 0; otherwise from the smallest to the largest value.
-        observer: ``"mse"`` for the range with the least squared error, or ``"minmax"``.
-        skip: paths or patterns with ``*?[]`` of layers, or of modules around them, that stay in
-            float.
-
-    Example:
-        >>> WeightOnly(bits=4, group=32).method
-        'gptq'
-    """
-
-    bits: int = 4
-    group: int | None = None
-    method: str = "gptq"
-    symmetric: bool = True
-    observer: str = "mse"
-    skip: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        _check_numbers(self, "bits group", int)
-        _check_choice(self, "method", METHODS)
-        _check_choice(self, "symmetric", (True, False))
-        _check_choice(self, "observer", ("mse", "minmax"))
-        least = 1 if self.method == "palette" else 2
-        if not least <= self.bits <= 8:
-            raise InputError(
-                f"WeightOnly(bits={self.bits!r})",
-                f"a weight has {least} to 8 bits with method={self.method!r}",
-                "Write bits=4",
-            )
-        if self.group is not None and (self.group < 2 or self.method == "palette"):
-            raise InputError(
-                f"WeightOnly(group={self.group!r}, method={self.method!r})",
-                "a group has at least 2 weights, and a palette none",
-                "Write group=32, or None for a scale for each output channel",
-            )
-        given = self.skip
-        if isinstance(given, str) or not all(isinstance(pattern, str) for pattern in given):
-            raise InputError(
-                f"WeightOnly(skip={given!r})", "it is no list of paths", "Write skip=['head']"
-            )
-        object.__setattr__(self, "skip", tuple(given))
-
-
-@dataclass(frozen=True)
-class Half:
-    """Weights rounded to half precision, everything computed in float: half the file.
-
-    Args:
-        dtype: ``"fp16"`` (11 significant bits, up to 65504) or ``"bf16"`` (8, the range of float).
-
-    Example:
-        >>> Half("bf16").dtype
-        'bf16'
-    """
-
-    dtype: str = "fp16"
-
-    def __post_init__(self) -> None:
-        _check_choice(self, "dtype", ("fp16", "bf16"))
-
-
-@dataclass(frozen=True)
 class Target:
     """What a compression must reach to be called a success; every figure is measured.
 
@@ -366,7 +257,7 @@ class Target:
     max_drop: float | None = None
 
     def __post_init__(self) -> None:
-        _check_numbers(self, "speedup size max_drop", float)
+        check_numbers(self, "speedup size max_drop", float)
         for name in ("speedup", "size"):
             value = getattr(self, name)
             if value is not None and not value >= 1:

@@ -26,7 +26,7 @@ from rarefy.errors import ExportError, MissingExtraError, OutputError, RarefyErr
 from rarefy.files import replacing
 from rarefy.graph.program import GraphModel
 from rarefy.graph.stubs import plain_graph, stubs
-from rarefy.quantization.quantize import QuantizationSummary
+from rarefy.quantization.summary import QuantizationSummary
 from rarefy.types import Inputs
 
 
@@ -220,14 +220,18 @@ def _program(
 @contextlib.contextmanager
 def _fake_quantize_shapes() -> Iterator[None]:
     """Teach PyTorch the shape of its fake quantization, without which no batch can be free."""
-    name = "fake_quantize_per_tensor_affine_cachemask"
+    names = (
+        "fake_quantize_per_tensor_affine_cachemask",
+        "_fake_quantize_per_tensor_affine_cachemask_tensor_qparams",
+    )
     with torch.library._scoped_library("aten", "IMPL") as library:
-        if not torch._C._dispatch_has_kernel_for_dispatch_key(f"aten::{name}", "Meta"):
-            library.impl(
-                name,
-                lambda x, *_: (torch.empty_like(x), torch.empty_like(x, dtype=torch.bool)),
-                "Meta",
-            )
+        for name in names:
+            if not torch._C._dispatch_has_kernel_for_dispatch_key(f"aten::{name}", "Meta"):
+                library.impl(
+                    name,
+                    lambda x, *_: (torch.empty_like(x), torch.empty_like(x, dtype=torch.bool)),
+                    "Meta",
+                )
         yield
 
 
@@ -244,13 +248,15 @@ def _input_names(model: nn.Module, inputs: Inputs, placeholders: list[str]) -> t
 
 def _translate(model: nn.Module, traced: Traced, version: int | None) -> Any:
     try:
-        return torch.onnx.export(
+        written = torch.onnx.export(
             traced.program,
             dynamo=True,
             verbose=False,
             opset_version=version,
             custom_translation_table=translations(traced.program),
-        ).model
+        )
+        assert written is not None  # it is where dynamo=True
+        return written.model
     except Exception as error:
         operator = _failed_operator(error)
         where = _scope(model, traced.program, operator)

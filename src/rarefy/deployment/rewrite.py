@@ -18,6 +18,7 @@ def rewrite(model: Any) -> None:
     """Apply all rewrites, in order."""
     fold_weights(model)
     fold_transposes(model)
+    dynamic_products(model)
     merge_repeated(model)
     global_pools(model)
     integer_biases(model)
@@ -63,6 +64,106 @@ def fold_transposes(model: Any) -> None:
         axis = 1 - int(_number(source, "axis", 1))
         inputs = [transposed, *source.inputs[1:]]
         _replace(model, node, insert(model, node, "DequantizeLinear", inputs, {"axis": axis}))
+
+
+def dynamic_products(model: Any) -> None:
+    """Products of an activation whose range is found in the graph, as products of integers.
+
+    DynamicQuantizeLinear makes the integers, MatMulInteger multiplies them, and one product with
+    both scales makes real numbers of the sums.
+    """
+    made: dict[str, Any] = {}
+    for node in [*_nodes(model, "MatMul"), *_nodes(model, "Gemm")]:
+        x, weight = _ranged(node.inputs[0]), _matrix(node)
+        if x is None or weight is None:
+            continue
+        if x.name not in made:
+            before = _first_reader(model, x)
+            made[x.name] = _insert_all(model, before, "DynamicQuantizeLinear", [x], 3)
+        q, scale, zero_point = made[x.name]
+        name = node.inputs[1].producer().inputs[0].name
+        integers = add_constant(model, f"{name}_matrix", weight[0])
+        steps = add_constant(model, f"{name}_steps", weight[1])
+        sums = insert(model, node, "MatMulInteger", [q, integers, zero_point], {})
+        real = insert(model, node, "Cast", [sums], {"to": 1})
+        unit = insert(model, node, "Mul", [scale, steps], {})
+        result = insert(model, node, "Mul", [real, unit], {})
+        if node.op_type == "Gemm" and len(node.inputs) > 2:
+            result = insert(model, node, "Add", [result, node.inputs[2]], {})
+        _replace(model, node, result)
+    if made:
+        _drop_unread(model)
+
+
+def _ranged(value: Any) -> Any:
+    """What is quantized to the range that it has at each call, or None."""
+    for op_type in ("DequantizeLinear", "QuantizeLinear"):
+        node = None if value is None else value.producer()
+        if node is None or node.op_type != op_type:
+            return None
+        value, quantize = node.inputs[0], node
+    x, scale = quantize.inputs[:2]
+    return x if constant(scale) is None and _is_range(scale, x) else None
+
+
+_RANGE_OPS = frozenset(
+    "ReduceMin ReduceMax Min Max Clip Sub Div Cast Identity Reshape Squeeze Constant".split()
+)
+
+
+def _is_range(scale: Any, x: Any) -> bool:
+    """Whether a scale is computed from the extremes of ``x`` alone, for 255 steps."""
+    waiting, seen, by_levels = [scale], set(), False
+    while waiting:
+        value = waiting.pop()
+        node = value.producer()
+        if value is x or constant(value) is not None:
+            continue
+        if node is None or node.op_type not in _RANGE_OPS:
+            return False
+        seen.add(node.op_type)
+        if node.op_type == "Div":
+            divisor = _number_of(node.inputs[1])
+            by_levels = by_levels or divisor == 255
+        waiting += [v for v in node.inputs if v is not None]
+    return by_levels and {"ReduceMin", "ReduceMax"} <= seen
+
+
+def _number_of(value: Any) -> float | None:
+    """The one number that a value holds, given as an initializer or by a Constant."""
+    array = constant(value)
+    if array is None and value.const_value is not None:
+        array = np.asarray(value.const_value.numpy())
+    return float(array.reshape(())) if array is not None and array.size == 1 else None
+
+
+def _matrix(node: Any) -> tuple[Array, Array] | None:
+    """Integers (inputs, outputs) and scales (outputs,) of a product's weight, or None."""
+    source = None if node.inputs[1] is None else node.inputs[1].producer()
+    if source is None or source.op_type != "DequantizeLinear":
+        return None
+    q, scale = constant(source.inputs[0]), constant(source.inputs[1])
+    if q is None or scale is None or q.ndim != 2 or scale.ndim != 1 or q.dtype != np.int8:
+        return None
+    transposed = bool(_number(node, "transB", 0))
+    plain = all(_number(node, name, 1) == 1 for name in ("alpha", "beta"))
+    if not plain or _number(node, "transA", 0):
+        return None
+    if int(_number(source, "axis", 1)) % 2 != int(not transposed):
+        return None
+    return np.ascontiguousarray(q.T if transposed else q), scale
+
+
+def _first_reader(model: Any, value: Any) -> Any:
+    readers = {use.node for use in value.uses()}
+    return next(node for node in model.graph if node in readers)
+
+
+def _drop_unread(model: Any) -> None:
+    """Remove nodes whose results nothing reads."""
+    for node in reversed(list(model.graph)):
+        if not any(map(_is_read, node.outputs)):
+            model.graph.remove(node, safe=True)
 
 
 def merge_repeated(model: Any) -> None:
@@ -186,12 +287,24 @@ def insert(
     model: Any, before: Any, op_type: str, inputs: list[Any], attributes: dict[str, Any]
 ) -> Any:
     """The result of a new node in front of another."""
+    return _insert_all(model, before, op_type, inputs, 1, attributes)[0]
+
+
+def _insert_all(
+    model: Any,
+    before: Any,
+    op_type: str,
+    inputs: list[Any],
+    count: int,
+    attributes: dict[str, Any] | None = None,
+) -> list[Any]:
+    """The results of a new node in front of another."""
     import onnx_ir as ir
 
-    made = ir.node(op_type, inputs=inputs, attributes=attributes)
+    made = ir.node(op_type, inputs=inputs, attributes=attributes or {}, num_outputs=count)
     model.graph.insert_before(before, made)
     made.name = f"{op_type}_{made.outputs[0].name}"
-    return made.outputs[0]
+    return list(made.outputs)
 
 
 def _replace(model: Any, node: Any, value: Any) -> None:

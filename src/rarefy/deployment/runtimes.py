@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import ModuleType
-from typing import Any, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 import numpy as np
 import torch
@@ -221,7 +221,7 @@ class OnnxSession(FileSession):
     """
 
     name = "onnxruntime"
-    settings: Mapping[str, str] = {}
+    settings: ClassVar[Mapping[str, str]] = {}
 
     def _open(self, threads: int) -> None:
         self.version = f"onnxruntime {load_onnxruntime().__version__}"
@@ -264,7 +264,7 @@ class ExactOnnxSession(OnnxSession):
     block. The file says nothing of that, so that a proof of the file leaves it out.
     """
 
-    settings = {"session.qdq_matmulnbits_accuracy_level": "1"}
+    settings: ClassVar[Mapping[str, str]] = {"session.qdq_matmulnbits_accuracy_level": "1"}
 
 
 def _options(threads: int) -> Any:

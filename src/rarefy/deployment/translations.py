@@ -13,8 +13,9 @@ def _grouped_product(rows: Any, weight: Any, ends: Any) -> Any:
 
     ``ends`` (E,) says where the rows of each expert end.
     """
-    from onnxscript import opset18 as op
+    from onnxscript import opset18
 
+    op: Any = opset18
     int64 = 7  # of onnx.TensorProto.DataType
     ends, start, products = op.Cast(ends, to=int64), op.Constant(value_ints=[0]), []
     for expert in range(weight.shape[0]):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from typing import Protocol
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rarefy.errors import DataError
-from rarefy.types import Int8
+from rarefy.schemes import Int8
 
 BINS = 4096
 """Bins of a histogram over [-reach, reach]: 8 to 16 of them per step of an 8-bit grid."""
@@ -67,6 +68,49 @@ class MinMax:
         if self.low is None or self.high is None:
             raise DataError(self.where, "no value was seen", "Give calibration data")
         return self.low, self.high
+
+
+class MovingAverage(MinMax):
+    """The mean of the batches' extremes, where each batch counts ``1 / decay`` of the one before.
+
+    Unlike an average that starts at the first batch, it is one of all batches seen however few
+    there are: the weights are divided by their sum (as in Kingma and Ba 2015, section 3).
+
+    Args:
+        where: what the tensor is called in errors.
+        decay: weight of a batch relative to the one after it, in (0, 1).
+    """
+
+    def __init__(self, where: str = "observer", decay: float = 0.9) -> None:
+        super().__init__(where)
+        self.decay = decay
+        self.weight = 0.0
+        self.sums = (0.0, 0.0)
+
+    def update(self, x: Tensor) -> None:
+        """See one tensor of any shape.
+
+        Raises:
+            DataError: a value is NaN or infinite.
+        """
+        if not x.numel():
+            return
+        own = MinMax(self.where)
+        own.update(x)
+        super().update(x)
+        self.weight = self.decay * self.weight + 1
+        low, high = (self.decay * a + b for a, b in zip(self.sums, own.range(), strict=True))
+        self.sums = (low, high)
+
+    def range(self) -> tuple[float, float]:
+        """The averages, inside of the whole range.
+
+        Raises:
+            DataError: nothing was seen.
+        """
+        low, high = super().range()
+        averages = [total / max(self.weight, 1.0) for total in self.sums]
+        return max(low, averages[0]), min(high, averages[1])
 
 
 class Histogram(MinMax):
@@ -155,20 +199,22 @@ class Percentile(Histogram):
         return low, high
 
 
-class MeanSquaredError(Histogram):
-    """The range whose 8-bit grid has the least squared error on the values seen.
-
-    Sung et al. 2015, "Resiliency of Deep Neural Networks under Quantization"; searched on the
-    histogram, one end after the other.
+class Searched(Histogram):
+    """The range of least cost on the histogram, searched one end after the other.
 
     Args:
         where: what the tensor is called in errors.
         levels: steps of the grid that will be used.
+        symmetric: whether only ranges that reach as far below 0 as above are tried, where the
+            values go below 0.
     """
 
-    def __init__(self, where: str = "observer", levels: int = 255) -> None:
+    def __init__(
+        self, where: str = "observer", levels: int = 255, *, symmetric: bool = False
+    ) -> None:
         super().__init__(where)
         self.levels = levels
+        self.symmetric = symmetric
 
     def range(self) -> tuple[float, float]:
         """The best range found, inside of the whole one.
@@ -178,35 +224,110 @@ class MeanSquaredError(Histogram):
         """
         low, high = super().range()
         low, high = min(low, 0.0), max(high, 0.0)
+        if self.symmetric:
+            low, high = balanced(low, high)
         if self.reach == 0:
             return low, high
+        whole = low, high
         shares = torch.linspace(1 / SHRINKAGES, 1, SHRINKAGES, dtype=torch.float64)
         low, high = self._best(low * shares, high * shares)
-        if low < 0 < high:
-            whole = MinMax.range(self)
+        if low < 0 < high and not self.symmetric:
             low, high = self._best(whole[0] * shares, torch.full_like(shares, high))
             low, high = self._best(torch.full_like(shares, low), whole[1] * shares)
         return low, high
 
     def _best(self, lows: Tensor, highs: Tensor) -> tuple[float, float]:
-        errors = self._errors(lows, highs)
-        best = len(errors) - 1 - int(errors.flip(0).argmin())
+        costs = self._costs(lows, highs)
+        best = len(costs) - 1 - int(costs.flip(0).argmin())
         return float(lows[best]), float(highs[best])
 
-    def _errors(self, lows: Tensor, highs: Tensor) -> Tensor:
-        """Squared error of each candidate, shape (candidates,)."""
+    @abstractmethod
+    def _costs(self, lows: Tensor, highs: Tensor) -> Tensor:
+        """Cost of each candidate, shape (candidates,)."""
+
+    def _seen(self) -> tuple[Tensor, Tensor]:
+        """Middles and counts of the bins that are not empty."""
         seen = self.counts > 0
-        values, counts = self.centers[seen], self.counts[seen]
+        return self.centers[seen], self.counts[seen]
+
+    def _grids(self, lows: Tensor, highs: Tensor) -> tuple[Tensor, Tensor]:
+        """Scale and zero point of each candidate, shape (candidates, 1)."""
         scales = ((highs - lows) / self.levels)[:, None]
-        zero_points = torch.round(-lows[:, None] / scales)
+        return scales, torch.round(-lows[:, None] / scales)
+
+
+class MeanSquaredError(Searched):
+    """The range whose 8-bit grid has the least squared error on the values seen.
+
+    Sung et al. 2015, "Resiliency of Deep Neural Networks under Quantization".
+    """
+
+    def _costs(self, lows: Tensor, highs: Tensor) -> Tensor:
+        values, counts = self._seen()
+        scales, zero_points = self._grids(lows, highs)
         q = (torch.round(values / scales) + zero_points).clamp(0, self.levels)
         return (((q - zero_points) * scales - values).square() * counts).sum(1)
 
 
+class Entropy(Searched):
+    """The range whose 8-bit grid keeps most of the distribution of the values seen.
+
+    The cost is the Kullback-Leibler divergence from the histogram, with what is outside of the
+    range counted at its ends, to the one in which the values of each integer are spread evenly over
+    the bins that they came from. Ranges of fewer bins than integers say nothing and are not tried.
+    Migacz 2017, "8-bit Inference with TensorRT".
+    """
+
+    def _costs(self, lows: Tensor, highs: Tensor) -> Tensor:
+        values, counts = self._seen()
+        scales, zero_points = self._grids(lows, highs)
+        integers = (torch.round(values / scales) + zero_points).clamp(0, self.levels).long()
+        half = self.reach / len(self.counts)
+        found = torch.full_like(lows, float("inf"))
+        for i, (low, high) in enumerate(zip(lows.tolist(), highs.tolist(), strict=True)):
+            inside = (values + half > low) & (values - half < high)
+            if high - low >= 2 * half * self.levels and inside.any():
+                found[i] = _divergence(counts, integers[i], inside, self.levels + 1)
+        return found
+
+
+def _divergence(counts: Tensor, integers: Tensor, inside: Tensor, levels: int) -> Tensor:
+    """Kullback-Leibler divergence of a histogram from its quantized self.
+
+    Args:
+        counts: of the bins, all above 0, shape (bins,).
+        integers: which integer each bin becomes.
+        inside: whether a bin is in the range.
+        levels: number of integers.
+    """
+    first, last = (int(end) for end in inside.nonzero().flatten()[[0, -1]])
+    kept, q = counts[first : last + 1], integers[first : last + 1]
+    p = kept.clone()
+    p[0] += counts[:first].sum()
+    p[-1] += counts[last + 1 :].sum()
+    held = torch.zeros(levels, dtype=kept.dtype).index_add(0, q, kept)
+    bins = torch.zeros(levels, dtype=kept.dtype).index_add(0, q, torch.ones_like(kept))
+    spread = (held / bins.clamp_min(1))[q]
+    p, spread = p / p.sum(), spread / spread.sum()
+    return (p * (p / spread).log()).sum()
+
+
+def balanced(low: float, high: float) -> tuple[float, float]:
+    """The range that reaches as far below 0 as above; one that does not go below 0 as it is.
+
+    Example:
+        >>> balanced(-1.0, 3.0), balanced(0.0, 3.0)
+        ((-3.0, 3.0), (0.0, 3.0))
+    """
+    return (-max(-low, high), max(-low, high)) if low < 0 else (low, high)
+
+
 OBSERVERS: Mapping[str, Callable[[Int8, str], Observer]] = {
     "minmax": lambda scheme, where: MinMax(where),
+    "average": lambda scheme, where: MovingAverage(where),
     "percentile": lambda scheme, where: Percentile(where, scheme.percentile),
-    "mse": lambda scheme, where: MeanSquaredError(where),
+    "mse": lambda scheme, where: MeanSquaredError(where, symmetric=scheme.symmetric),
+    "entropy": lambda scheme, where: Entropy(where, symmetric=scheme.symmetric),
 }
 """Name of a range finder -> a fresh one, from the scheme and the tensor's name."""
 
@@ -214,3 +335,13 @@ OBSERVERS: Mapping[str, Callable[[Int8, str], Observer]] = {
 def observer(scheme: Int8, where: str) -> Observer:
     """A fresh range finder of the kind that the scheme names."""
     return OBSERVERS[scheme.observer](scheme, where)
+
+
+def found(scheme: Int8, seen: Observer) -> tuple[float, float]:
+    """The range that a finder found, as the scheme wants it.
+
+    Raises:
+        DataError: nothing was seen.
+    """
+    low, high = seen.range()
+    return balanced(low, high) if scheme.symmetric else (low, high)

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from rarefy.errors import InputError
 from rarefy.graph.program import Graph, Node, Ref, Spec, shares_memory, writes
 
 CONVOLUTIONS = frozenset(
@@ -85,26 +86,31 @@ class Placement:
         return frozenset(self.activations.values())
 
 
-def place(graph: Graph, barred: Mapping[str, str] | None = None) -> Placement:
+def place(
+    graph: Graph,
+    barred: Mapping[str, str] | None = None,
+    kept: Mapping[str, str] | None = None,
+) -> Placement:
     """Decide which tensors of a graph carry a quantizer.
 
     Args:
         graph: with BatchNorms folded.
         barred: nodes that cannot carry one -> reason, e.g. since they are always 0.
+        kept: layer that stays in float by choice -> reason.
 
     Returns:
         The placement; every layer is among its ``layers`` or its ``left``.
     """
     barred = {**_written(graph), **(barred or {})}
-    left = _left_by_operator(graph)
+    left = {**_left_by_operator(graph), **(kept or {})}
     layers: dict[str, str] = {}
-    for node in graph.calls:
-        if node.op in LAYERS:
-            reason = _obstacle(graph, node, barred)
-            if reason is None:
-                layers[node.name] = layer_name(graph, node)
-            else:
-                left[layer_name(graph, node)] = reason
+    for node in (n for n in graph.calls if n.op in LAYERS):
+        layer = layer_name(graph, node)
+        reason = (kept or {}).get(layer) or _obstacle(graph, node, barred)
+        if reason is None:
+            layers[node.name] = layer
+        else:
+            left[layer] = reason
     quantized = _useful(graph, layers, _candidates(graph, layers, barred))
     return Placement(
         _ranges(graph, quantized),
@@ -112,6 +118,21 @@ def place(graph: Graph, barred: Mapping[str, str] | None = None) -> Placement:
         layers,
         left,
     )
+
+
+def not_empty(placement: Placement) -> Placement:
+    """The placement, if it has any layer.
+
+    Raises:
+        InputError: it has none; the message says why.
+    """
+    if not placement.layers:
+        raise InputError(
+            "quantize(model)",
+            f"no layer can be quantized: {dict(placement.left) or 'there is none'}",
+            "Give a float32 network with convolutions or linear layers",
+        )
+    return placement
 
 
 def layer_name(graph: Graph, node: Node) -> str:

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from rarefy.grid import Grid, as_matrix, columns
-from rarefy.types import WeightOnly
+from rarefy.schemes import WeightOnly
 
 SHRINKAGES = torch.linspace(1, 0.2, 65)
 """Shares of the whole range that are tried; ternary weights lose least with about half of it."""

@@ -5,6 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+import torch
+from torch import Tensor
+
+from rarefy.batches import call, evaluating, tensors
+from rarefy.graph.program import GraphModel, Node
+from rarefy.quantization.affine import sqnr
+from rarefy.quantization.calibration import Watched
+from rarefy.quantization.insertion import PER_TENSOR
+from rarefy.quantization.placement import Placement, carrier
+from rarefy.types import Inputs
+
 
 @dataclass(frozen=True)
 class QuantizationSummary:
@@ -14,7 +25,60 @@ class QuantizationSummary:
         layers: quantized layer -> SQNR in dB of its output, against the float network's on the
             first calibration examples; the noise of all layers before it is included.
         left: layer left in float -> reason.
+        drop: how much of the user's metric was lost; None where it was not measured.
+        evaluations: how often the user's evaluation was called.
     """
 
     layers: Mapping[str, float] = field(default_factory=dict)
     left: Mapping[str, str] = field(default_factory=dict)
+    drop: float | None = None
+    evaluations: int = 0
+
+
+def ratios(
+    net: GraphModel, quantized: GraphModel, placement: Placement, inputs: Inputs
+) -> dict[str, float]:
+    """SQNR of every layer's output, the worst call of a layer that is called several times.
+
+    Args:
+        net: the float network.
+        quantized: the same network with quantizers.
+        placement: of the quantizers.
+        inputs: what to compare on.
+    """
+    carriers = {
+        carrier(net.graph, net.graph.by_name[name]).name: layer
+        for name, layer in placement.layers.items()
+    }
+    exact: dict[str, Tensor] = {}
+    found: dict[str, float] = {}
+
+    def remember(node: Node, value: Tensor) -> None:
+        exact[node.name] = value
+
+    def compare(node: Node, value: Tensor) -> None:
+        name = node.name.removesuffix("_fq")
+        reference, layer = exact.pop(name), carriers[name]
+        if node.op == PER_TENSOR and node.argument("zero_point") == 0:
+            reference = reference.clamp_min(0)  # it does the work of a relu further on
+        found[layer] = min(sqnr(reference, value), found.get(layer, float("inf")))
+
+    present = quantized.graph.by_name.keys()
+    shown = frozenset(f"{n}_fq" if f"{n}_fq" in present else n for n in carriers)
+    with evaluating(net, quantized):
+        call(Watched(net, frozenset(carriers), remember), inputs)
+        call(Watched(quantized, shown, compare), inputs)
+    return {layer: found[layer] for layer in dict.fromkeys(placement.layers.values())}
+
+
+def outputs(net: GraphModel, inputs: Inputs) -> list[Tensor]:
+    """The tensors of real numbers that a network returns."""
+    with evaluating(net):
+        return [t for t in tensors(call(net, inputs)) if t.is_floating_point()]
+
+
+def noise(exact: list[Tensor], found: list[Tensor]) -> float:
+    """Energy of the error relative to that of the values, the mean over several outputs."""
+    pairs = zip(exact, found, strict=True)
+    shares = [10 ** (-sqnr(a.nan_to_num(), b.nan_to_num()) / 10) for a, b in pairs]
+    return float(torch.tensor(shares, dtype=torch.float64).mean()) if shares else 0.0

@@ -25,7 +25,8 @@ from rarefy.quantization.readers import mean_squares, ratios
 from rarefy.quantization.rounding import grid_for
 from rarefy.quantization.summary import QuantizationSummary
 from rarefy.quantization.weights import Weight, find
-from rarefy.types import Data, Half, Inputs, WeightOnly
+from rarefy.schemes import Half, WeightOnly
+from rarefy.types import Data, Inputs
 
 WHERE = "quantize(calibration)"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import keyword
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -20,7 +21,8 @@ from pydantic import (
 from rarefy.errors import InputError
 from rarefy.pruning.prune import check_fit, removes
 from rarefy.pruning.scoring.judging import named, on_data
-from rarefy.types import KINDS, Budget, Int8, Limit, Target
+from rarefy.schemes import Int8
+from rarefy.types import KINDS, Budget, Limit, Target
 
 Count = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0)]
@@ -154,12 +156,27 @@ class DistillStage(_Options):
 
 
 class QuantizeStage(_Options):
-    """The fields of :class:`~rarefy.types.Int8`."""
+    """The fields of :class:`~rarefy.types.Int8`, and what follows calibration.
+
+    ``max_drop`` is how much validation accuracy may be lost before layers stay in float; with
+    ``epochs``, the quantized network is trained on the teacher's soft labels.
+    """
 
     observer: str = "mse"
     percentile: float = 0.9999
+    symmetric: bool = False
+    activations: str = "static"
+    smooth: float | None = 0.5
+    equalize: bool = False
+    correct_bias: bool = False
+    skip: tuple[str, ...] = ()
+    max_drop: Share | None = None
+    epochs: Annotated[int, Field(ge=0)] = 0
+    lr: Positive = 0.001
+    temperature: Positive = 4.0
+    label_weight: Share = 0.1
 
-    @field_validator("observer", "percentile")
+    @field_validator("observer", "percentile", "activations", "smooth")
     @classmethod
     def _each(cls, value: Any, info: ValidationInfo) -> Any:
         _allowed(Int8, **{str(info.field_name): value})
@@ -167,7 +184,8 @@ class QuantizeStage(_Options):
 
     def int8(self) -> Int8:
         """The quantization that these options describe."""
-        return Int8(**self.model_dump())
+        own = {field.name for field in fields(Int8)}
+        return Int8(**self.model_dump(include=own))
 
 
 class TargetOptions(_Options):

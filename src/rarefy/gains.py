@@ -1,0 +1,227 @@
+"""``quantize`` where a runtime is to serve the result: what int8 does not speed up stays in float.
+
+Integer kernels are not faster for every kind of layer, and the changes between integers and real
+numbers cost time of their own. Kinds of layers are left in float one after the other, each is timed
+beside the best so far, and stays there where that is faster.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Unpack, overload
+
+from torch import nn
+
+from rarefy.batches import batches
+from rarefy.deployment.export import export
+from rarefy.deployment.measure import relative
+from rarefy.deployment.runtimes import RUNTIMES, runtime_named
+from rarefy.errors import InputError
+from rarefy.graph.program import Graph, GraphModel, Node
+from rarefy.graph.stubs import plain_graph
+from rarefy.measured import SECONDS, Served
+from rarefy.quantization import quantize as quantization
+from rarefy.quantization.placement import LAYERS, layer_name
+from rarefy.quantization.quantize import QuantizeOptions
+from rarefy.quantization.weight_only import half, weight_only
+from rarefy.schemes import Half, Int8, WeightOnly
+from rarefy.types import Data, Measurement, Ratio
+
+
+@overload
+def quantize(
+    model: nn.Module,
+    calibration: Data,
+    scheme: Int8 | None = None,
+    *,
+    runtime: str | None = None,
+    threads: int = 1,
+    **options: Unpack[QuantizeOptions],
+) -> GraphModel: ...
+
+
+@overload
+def quantize(
+    model: nn.Module, calibration: Data | None, scheme: WeightOnly | Half
+) -> nn.Module: ...
+
+
+def quantize(
+    model: nn.Module,
+    calibration: Data | None,
+    scheme: Int8 | WeightOnly | Half | None = None,
+    *,
+    runtime: str | None = None,
+    threads: int = 1,
+    **options: Unpack[QuantizeOptions],
+) -> nn.Module:
+    """Quantize a network to int8, with quantizers where runtimes fuse them, or its weights alone.
+
+    ``WeightOnly`` and ``Half`` return an instance of the network's own class whose weights take
+    fewer values (:func:`rarefy.quantization.weight_only.weight_only`): :func:`rarefy.save` stores
+    them in as few bits, and nothing is faster. All that follows is of ``Int8``.
+
+    The forward of the result *is* the quantized network, computed in float with rounded values;
+    ``rarefy.export`` turns it into integers, and it can be trained
+    (:func:`rarefy.quantization.quantize.quantize` has the details).
+
+    With ``evaluate``, the few and cheap layers whose quantization costs too much stay in float.
+    With ``runtime``, the result and the float network are timed in it on the first batch, and kinds
+    of layers (linear, depthwise, pointwise and larger convolutions) that int8 does not speed up
+    stay in float; the attribute ``served`` then is a :class:`~rarefy.measured.Served` record, and a
+    result that is not faster than the float network is warned of.
+
+    Args:
+        model: any module that can be captured, in float; left as it is.
+        calibration: batches as in the data convention; ``WeightOnly(method="rtn")``,
+            ``"palette"`` and ``Half`` need none.
+        scheme: what is quantized and how; ``Int8()`` if None.
+        runtime: ``"onnxruntime"`` or ``"openvino"``; None: nothing is timed.
+        threads: intra-op threads of the runtime.
+        evaluate: the metric, e.g. ``lambda m: rarefy.evaluate(m, val)``.
+        max_drop: the largest loss of the metric, 0.01 if not given.
+        higher_is_better: False where the metric is a loss.
+        costs: of every layer in float by path, such as measured milliseconds; its MACs if not
+            given.
+
+    Returns:
+        The quantized network, in eval mode, with the attribute ``quantization``, a
+        :class:`~rarefy.quantization.summary.QuantizationSummary`: each layer's error, which layers
+        stay in float and why.
+
+    Raises:
+        CaptureError: the network cannot be captured.
+        DataError: there are no calibration data, or a tensor is not finite on them.
+        InputError: no layer can be quantized, a name to skip matches nothing, the evaluation
+            failed, or the runtime is unknown or does not serve files.
+        BudgetError: with a single layer quantized the metric still falls too far.
+        ExportError: a network cannot be exported to be timed.
+        MissingExtraError: the runtime is not installed.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> sorted(quantize(net, [torch.randn(16, 4)]).quantization.layers)  # doctest: +SKIP
+        ['0', '2']
+    """
+    if isinstance(scheme, WeightOnly | Half):
+        if runtime is not None or options:
+            raise InputError(
+                f"quantize(scheme={scheme!r})",
+                "runtime, evaluate and what goes with it are for layers in int8",
+                "Leave them out, or give Int8()",
+            )
+        if isinstance(scheme, Half):
+            return half(model, scheme)
+        return weight_only(model, calibration, scheme)
+    if calibration is None:
+        raise InputError(
+            "quantize(calibration=None)", "int8 needs calibration data", "Give some batches"
+        )
+    if runtime is None:
+        return quantization.quantize(model, calibration, scheme, **options)
+    if runtime_named(runtime).serves == "module":
+        raise InputError(
+            f"quantize(runtime={runtime!r})",
+            "PyTorch computes quantized networks in float",
+            f"Use one that serves files: {', '.join(_file_runtimes())}",
+        )
+    scheme = scheme or Int8()
+    example, _ = next(batches(calibration, "quantize(calibration)"))
+    with TemporaryDirectory(prefix="rarefy-") as folder:
+        compared = partial(
+            relative, example_inputs=example, runtime=runtime, threads=threads, max_seconds=SECONDS
+        )
+        contest = _Contest(Path(folder), lambda net, path: export(net, path, example), compared)
+        reasons = _slower(model, calibration, scheme, contest, runtime)
+        chosen = replace(scheme, skip=(*scheme.skip, *reasons))
+        result = quantization.quantize(model, calibration, chosen, **options)
+        before, after, share = contest.beside(contest.written(model), contest.written(result))
+    summary: Any = result.quantization
+    result.quantization = replace(summary, left={**summary.left, **reasons})
+    faster = share.high < 1
+    result.served = Served(before, after, share.value, faster, share.noise)  # type: ignore[assignment]
+    if not faster:
+        warnings.warn(
+            f"the quantized network is not faster in {runtime}: it takes {share} of the float "
+            "network's time",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    return result
+
+
+def _file_runtimes() -> list[str]:
+    return [name for name, row in RUNTIMES.items() if row.serves != "module"]
+
+
+class _Contest:
+    """Networks written for a runtime and timed beside each other.
+
+    Args:
+        folder: where files go.
+        write: puts a network into a file.
+        compared: times two files.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        write: Callable[[nn.Module, Path], Path],
+        compared: Callable[[Path, Path], tuple[Measurement, Measurement, Ratio]],
+    ) -> None:
+        self.folder, self.write, self.beside = folder, write, compared
+        self._count = 0
+
+    def written(self, network: nn.Module) -> Path:
+        """The network in a file of its own."""
+        self._count += 1
+        return self.write(network, self.folder / f"{self._count}.onnx")
+
+
+def _slower(
+    model: nn.Module, calibration: Data, scheme: Int8, contest: _Contest, runtime: str
+) -> dict[str, str]:
+    """Layers that are faster in float -> reason; at least one kind of layers stays in int8."""
+    first, _ = next(batches(calibration, "quantize(calibration)"))
+    whole = quantization.quantize(model, calibration, scheme)
+    kinds = _kinds(plain_graph(model, first).graph, whole.quantization.layers)  # type: ignore[union-attr,arg-type]
+    best, reasons = contest.written(whole), dict[str, str]()
+    for kind in sorted(kinds, key=lambda name: len(kinds[name])):
+        trial = {*reasons, *kinds[kind]}
+        if trial >= set().union(*kinds.values()):
+            break
+        without = replace(scheme, skip=(*scheme.skip, *sorted(trial)))
+        candidate = contest.written(quantization.quantize(model, calibration, without))
+        *_, share = contest.beside(best, candidate)
+        if share.high < 1:
+            best = candidate
+            reasons |= dict.fromkeys(
+                kinds[kind],
+                f"faster in float: with every {kind} in float the network takes {share} of its "
+                f"time in {runtime}",
+            )
+    return reasons
+
+
+def _kinds(graph: Graph, layers: Mapping[str, float]) -> dict[str, list[str]]:
+    """Kind of layer -> the quantized layers that are of it."""
+    found: dict[str, list[str]] = {}
+    for node in graph.calls:
+        layer = layer_name(graph, node) if node.op in LAYERS else ""
+        if layer in layers and not any(layer in held for held in found.values()):
+            found.setdefault(_kind(graph, node), []).append(layer)
+    return found
+
+
+def _kind(graph: Graph, node: Node) -> str:
+    shape = graph.by_name[node.args[1].name].shape
+    if len(shape) == 2:
+        return "linear layer"
+    if shape[1] == 1 and node.argument("groups") > 1:
+        return "depthwise convolution"
+    return "pointwise convolution" if set(shape[2:]) == {1} else "larger convolution"

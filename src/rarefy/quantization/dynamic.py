@@ -1,0 +1,73 @@
+"""Activation ranges of each call: linear layers whose inputs are quantized as they come.
+
+The quantizer is written out in operators of the graph, as ONNX defines DynamicQuantizeLinear: the
+range of the tensor, widened to 0, on 256 levels. ``rarefy.export`` puts that operator, and a
+product of integers, in its place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+
+import torch
+
+from rarefy.graph.program import Graph, Node, Ref, Spec
+from rarefy.quantization.affine import SMALLEST_RANGE
+from rarefy.quantization.insertion import Quantizers
+from rarefy.quantization.placement import CONVOLUTIONS, Placement, not_empty, place
+
+LEVELS = 255
+QUANTIZER = "aten.fake_quantize_per_tensor_affine.tensor_qparams"
+
+
+def dynamic_placement(graph: Graph, kept: Mapping[str, str]) -> Placement:
+    """Linear layers, their weights and what they read.
+
+    Args:
+        graph: of a float network.
+        kept: layer that stays in float by choice -> reason.
+    """
+    reason = "dynamic ranges are for linear layers"
+    found = place(graph, None, kept)
+    convolutions = {
+        layer: reason
+        for name, layer in found.layers.items()
+        if graph.by_name[name].op in CONVOLUTIONS
+    }
+    found = not_empty(place(graph, None, {**convolutions, **kept}))
+    sources = {graph.by_name[name].args[0].name for name in found.layers}
+    return replace(found, activations={name: name for name in sorted(sources)})
+
+
+def dynamic_quantizers(graph: Graph, placement: Placement) -> Quantizers:
+    """The calls that find each activation's range and quantize it."""
+    return {name: list(_quantizer(graph.by_name[name])) for name in placement.activations}
+
+
+def _quantizer(node: Node) -> Iterator[Node]:
+    """Scale ``(max(x, 0) - min(x, 0)) / 255``, zero point ``-min(x, 0) / scale``, rounding."""
+    scalar = Spec((), torch.float32)
+
+    def made(suffix: str, op: str, *args: object) -> Node:
+        return Node(f"{node.name}_{suffix}", op, args, value=scalar, scope=node.scope)
+
+    def ref(suffix: str) -> Ref:
+        return Ref(f"{node.name}_{suffix}")
+
+    alone = made("detached", "aten.detach.default", Ref(node.name))
+    yield replace(alone, value=node.value)
+    yield made("min", "aten.min.default", ref("detached"))
+    yield made("max", "aten.max.default", ref("detached"))
+    yield made("low", "aten.clamp_max.default", ref("min"), 0.0)
+    yield made("high", "aten.clamp_min.default", ref("max"), 0.0)
+    yield made("range", "aten.sub.Tensor", ref("high"), ref("low"))
+    yield made("width", "aten.clamp_min.default", ref("range"), SMALLEST_RANGE * LEVELS)
+    yield made("step", "aten.div.Tensor", ref("width"), LEVELS)
+    yield made("offset", "aten.div.Tensor", ref("low"), ref("step"))
+    yield made("whole", "aten.round.default", ref("offset"))
+    yield made("zero", "aten.neg.default", ref("whole"))
+    zero = made("point", "aten.to.dtype", ref("zero"), torch.int32)
+    yield replace(zero, value=Spec((), torch.int32))
+    args = (Ref(node.name), ref("step"), ref("point"), 0, LEVELS)
+    yield Node(f"{node.name}_fq", QUANTIZER, args, value=node.value, scope=node.scope)

@@ -1,0 +1,323 @@
+"""Channels rescaled where they are made and scaled back where they are read.
+
+Between a layer (or a norm's weights) and the layers that read it, with nothing in between but what
+commutes with positive factors, channel j may be divided by any s_j > 0 when the weights that read
+it are multiplied by s_j: the network computes the same, and its tensors are easier to quantize.
+SmoothQuant (Xiao et al. 2023, https://arxiv.org/abs/2211.10438) chooses s to move outliers of
+activations into weights; cross-layer equalization (Nagel et al. 2019,
+https://arxiv.org/abs/1906.04721, section 4.1) chooses it to give both weights equal ranges.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from rarefy.graph.program import Graph, GraphModel, Node, Ref
+from rarefy.quantization.calibration import watch
+from rarefy.quantization.fold import named
+from rarefy.quantization.placement import CONVOLUTIONS, LAYERS, averages
+from rarefy.types import Data
+
+SMALLEST = 1e-5
+"""Channels whose largest activation or weight is smaller keep their scale."""
+
+SWEEPS = 30
+"""How often all pairs are equalized, at most: each changes its neighbors' ranges."""
+
+SETTLED = 1e-3
+"""Largest change of a channel's scale, as a share, at which equalization is done."""
+
+
+@dataclass(frozen=True)
+class Reader:
+    """A layer that reads rescaled channels.
+
+    Attributes:
+        source: node that it reads.
+        dim: dimension of the channels in that node's value.
+        weight: path of its weight, input channels second.
+        groups: of channels.
+    """
+
+    source: str
+    dim: int
+    weight: str
+    groups: int
+
+
+@dataclass(frozen=True)
+class Fold:
+    """Channels that can be rescaled.
+
+    Attributes:
+        made: paths of what makes them, channels first: weight and bias.
+        readers: all that read them.
+        is_norm: whether a norm's (or another) vector makes them, not a layer's matrix.
+    """
+
+    made: tuple[str, ...]
+    readers: tuple[Reader, ...]
+    is_norm: bool
+
+
+def folds(graph: Graph) -> tuple[Fold, ...]:
+    """All channels that can be rescaled, in the order of the graph.
+
+    Left alone are channels that anything else reads, such as a residual stream, and tensors that
+    are used more than once.
+    """
+    return tuple(_folds(graph))
+
+
+def _folds(graph: Graph) -> Iterator[Fold]:
+    for node in graph.calls:
+        source = _MAKERS.get(node.op)
+        made = source(graph, node) if source else None
+        if made is None:
+            continue
+        dim = 1 if node.op in CONVOLUTIONS else len(node.shape) - 1
+        readers = _readers(graph, node, dim)
+        if readers:
+            yield Fold(made, readers, node.op not in LAYERS)
+
+
+# --- what makes channels -------------------------------------------------------------------------
+
+
+def _own(graph: Graph, *arguments: object) -> tuple[str, ...] | None:
+    """Paths of tensors that one call alone reads; None where an argument is no such tensor."""
+    found = []
+    for argument in arguments:
+        if argument is None:
+            continue
+        node = graph.by_name[argument.name] if isinstance(argument, Ref) else None
+        if node is None or node.op != "tensor" or len(graph.users[node.name]) > 1:
+            return None
+        if sum(other.op == "tensor" and other.path == node.path for other in graph.nodes) > 1:
+            return None
+        found.append(node.path)
+    return tuple(found)
+
+
+def _layer(graph: Graph, node: Node) -> tuple[str, ...] | None:
+    if node.op in CONVOLUTIONS and len(node.shape) != len(graph.by_name[node.args[1].name].shape):
+        return None
+    return _own(graph, node.args[1], node.argument("bias"))
+
+
+def _norm(graph: Graph, node: Node) -> tuple[str, ...] | None:
+    if len(node.argument("normalized_shape")) != 1:
+        return None
+    return _own(graph, node.argument("weight"), node.argument("bias")) or None
+
+
+def _product(graph: Graph, node: Node) -> tuple[str, ...] | None:
+    """A product with a vector, as norms that are written out end with."""
+    refs = [arg for arg in node.args[:2] if isinstance(arg, Ref)]
+    vectors = [ref for ref in refs if graph.by_name[ref.name].op == "tensor"]
+    if len(refs) != 2 or len(vectors) != 1:
+        return None
+    shape = graph.by_name[vectors[0].name].shape
+    return _own(graph, vectors[0]) if shape == node.shape[-1:] else None
+
+
+_MAKERS: Mapping[str, Callable[[Graph, Node], tuple[str, ...] | None]] = {
+    **dict.fromkeys(LAYERS, _layer),
+    "aten.layer_norm.default": _norm,
+    "aten.rms_norm.default": _norm,
+    "aten.mul.Tensor": _product,
+}
+"""Operators that make channels -> the tensors that scale them; None where they cannot."""
+
+
+# --- what reads them -----------------------------------------------------------------------------
+
+
+def _readers(graph: Graph, node: Node, dim: int) -> tuple[Reader, ...] | None:
+    """All layers that read a node's channels; None where anything else does."""
+    found: list[Reader] = []
+    waiting = [(node, dim)]
+    while waiting:
+        current, dim = waiting.pop()
+        for user in graph.users[current.name]:
+            reader = _reader(graph, user, current, dim)
+            if reader is not None:
+                found.append(reader)
+                continue
+            passes = _PASSES.get(user.kind)
+            after = passes(graph, user, current, dim) if passes else None
+            if after is None:
+                return None
+            waiting.append((user, after))
+    return tuple(found)
+
+
+def _reader(graph: Graph, user: Node, source: Node, dim: int) -> Reader | None:
+    if user.op not in LAYERS or user.inputs.count(source.name) != 1:
+        return None
+    own = _own(graph, user.args[1]) if user.args[0] == Ref(source.name) else None
+    if not own:
+        return None
+    rank = len(source.shape)
+    if user.op in CONVOLUTIONS:
+        fits = dim == 1 and rank == len(graph.by_name[user.args[1].name].shape)
+        groups = int(user.argument("groups"))
+    else:
+        fits, groups = dim == rank - 1, 1
+    return Reader(source.name, dim, own[0], groups) if fits else None
+
+
+def _same(graph: Graph, user: Node, source: Node, dim: int) -> int | None:
+    return dim
+
+
+def _leaky(graph: Graph, user: Node, source: Node, dim: int) -> int | None:
+    return dim if float(user.argument("negative_slope")) >= 0 else None
+
+
+def _pooled(graph: Graph, user: Node, source: Node, dim: int) -> int | None:
+    rank = len(source.shape)
+    window = int(user.kind[-2])
+    return dim if dim == 1 and rank == window + 2 and len(user.shape) == rank else None
+
+
+def _averaged(graph: Graph, user: Node, source: Node, dim: int) -> int | None:
+    return dim if dim == 1 and averages(graph, user) else None
+
+
+def _flattened(graph: Graph, user: Node, source: Node, dim: int) -> int | None:
+    """Positions that are one are dropped; the channels stay second."""
+    single = dim == 1 and all(size == 1 for size in source.shape[2:])
+    return 1 if single and user.shape == source.shape[:2] else None
+
+
+_PASSES: Mapping[str, Callable[[Graph, Node, Node, int], int | None]] = {
+    **dict.fromkeys("relu dropout clone contiguous alias detach".split(), _same),
+    "leaky_relu": _leaky,
+    **{
+        f"{name}_pool{d}d": _pooled
+        for name in ("max", "avg", "adaptive_avg", "adaptive_max")
+        for d in (1, 2)
+    },
+    "mean": _averaged,
+    **dict.fromkeys("flatten view reshape squeeze".split(), _flattened),
+}
+"""Operators that commute with positive factors of channels -> where the channels are afterwards."""
+
+
+# --- scales --------------------------------------------------------------------------------------
+
+
+def smooth(net: GraphModel, data: Data, strength: float) -> GraphModel:
+    """Move outliers of activations behind norms into the weights that read them (SmoothQuant).
+
+    ``s_j = max|X_j| ** strength / max|W_j| ** (1 - strength)`` for channel j.
+
+    Args:
+        net: left as it is.
+        data: batches, on which activations are seen.
+        strength: 0 leaves all to the activations, 1 to the weights.
+
+    Returns:
+        A network that computes the same up to rounding.
+    """
+    found = [fold for fold in folds(net.graph) if fold.is_norm]
+    dims = {reader.source: reader.dim for fold in found for reader in fold.readers}
+    if not dims:
+        return net
+    reach: dict[str, Tensor] = {}
+
+    def show(node: Node, value: Tensor) -> None:
+        others = [d for d in range(value.ndim) if d != dims[node.name]]
+        largest = value.detach().abs().amax(others)
+        reach[node.name] = torch.maximum(reach.get(node.name, largest), largest)
+
+    watch(net, dims, data, show)
+    values = _values(net)
+    for fold in found:
+        seen = torch.stack([reach[reader.source] for reader in fold.readers]).amax(0).double()
+        weights = _read_ranges(values, fold)
+        s = seen**strength / weights ** (1 - strength)
+        _rescale(values, fold, torch.where(_usable(seen) & _usable(weights), s, 1.0))
+    return _with(net, values)
+
+
+def equalize(net: GraphModel) -> GraphModel:
+    """Give consecutive layers the same weight range in every channel.
+
+    ``s_j = sqrt(range of row j of the first / range of column j of the second)``, again and again
+    over all pairs until nothing changes.
+
+    Args:
+        net: left as it is; BatchNorms folded.
+
+    Returns:
+        A network that computes the same up to rounding.
+    """
+    found = [fold for fold in folds(net.graph) if not fold.is_norm]
+    values = _values(net)
+    for _ in range(SWEEPS):
+        moved = 0.0
+        for fold in found:
+            rows = values[fold.made[0]].flatten(1).abs().amax(1)
+            columns = _read_ranges(values, fold)
+            s = torch.where(_usable(rows) & _usable(columns), (rows / columns).sqrt(), 1.0)
+            _rescale(values, fold, s)
+            moved = max(moved, float((s - 1).abs().max()))
+        if moved < SETTLED:
+            break
+    return _with(net, values)
+
+
+def _usable(ranges: Tensor) -> Tensor:
+    return (ranges > SMALLEST) & ranges.isfinite()
+
+
+def _columns(weight: Tensor, groups: int) -> Tensor:
+    """A view of a layer's weight: (groups, outputs of one, inputs of one, positions)."""
+    return weight.view(groups, weight.shape[0] // groups, weight.shape[1], -1)
+
+
+def _read_ranges(values: Mapping[str, Tensor], fold: Fold) -> Tensor:
+    """Largest weight that reads each channel, over all readers."""
+    found = [
+        _columns(values[r.weight], r.groups).abs().amax((1, 3)).flatten() for r in fold.readers
+    ]
+    return torch.stack(found).amax(0)
+
+
+def _rescale(values: dict[str, Tensor], fold: Fold, s: Tensor) -> None:
+    """Divide what makes the channels, multiply what reads them, in place."""
+    for path in fold.made:
+        values[path] /= s.reshape(-1, *[1] * (values[path].ndim - 1))
+    for reader in fold.readers:
+        _columns(values[reader.weight], reader.groups).mul_(s.reshape(reader.groups, 1, -1, 1))
+
+
+def _values(net: GraphModel) -> dict[str, Tensor]:
+    """Double-precision copies of all real tensors, by path."""
+    held = [*named(net.named_parameters), *named(net.named_buffers)]
+    return {
+        path: tensor.detach().double().contiguous().clone()
+        for path, tensor in held
+        if tensor.is_floating_point()
+    }
+
+
+def _with(net: GraphModel, values: Mapping[str, Tensor]) -> GraphModel:
+    """The network with other values of its tensors."""
+    parameters = {
+        path: nn.Parameter(values[path].to(p.dtype), requires_grad=p.requires_grad)
+        if path in values
+        else p
+        for path, p in named(net.named_parameters)
+    }
+    buffers = {
+        path: values[path].to(b.dtype) if path in values else b
+        for path, b in named(net.named_buffers)
+    }
+    return GraphModel(net.graph, parameters, buffers)

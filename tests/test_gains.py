@@ -1,0 +1,103 @@
+"""Quantization for a runtime: kinds of layers that int8 does not speed up stay in float."""
+
+import pytest
+import torch
+
+import rarefy as rf
+from quantized_networks import build
+from rarefy import gains
+from rarefy.errors import InputError
+from rarefy.gains import _kinds
+from rarefy.graph.stubs import plain_graph
+from rarefy.schemes import Int8
+from rarefy.types import Latency, Measurement, Ratio
+
+
+@pytest.fixture
+def timed(monkeypatch):
+    """Networks are timed by a table: milliseconds of each layer in float and in int8."""
+    files = {}
+
+    def use(costs):
+        def milliseconds(path):
+            layers = getattr(getattr(files[path], "quantization", None), "layers", {})
+            return sum(pair[layer in layers] for layer, pair in costs.items())
+
+        def relative(before, after, **options):
+            share = milliseconds(after) / milliseconds(before)
+            return None, None, Ratio(share, share - 0.01, share + 0.01)
+
+        monkeypatch.setattr(gains, "relative", relative)
+
+    def export(net, path, inputs):
+        files[path] = net
+        return path
+
+    monkeypatch.setattr(gains, "export", export)
+    return use
+
+
+COSTS = {
+    "expand.0": (2, 1),
+    "depth.0": (1, 3),
+    "gate.1": (2, 1),
+    "project": (2, 1),
+    "head": (4, 1),
+}
+
+
+def test_kinds_that_are_faster_in_float_stay_there_and_say_why(timed):
+    model, data = build("inverted")
+    timed(COSTS)
+    net = rf.quantize(model, data, runtime="onnxruntime")
+    assert set(net.quantization.layers) == COSTS.keys() - {"depth.0"}
+    assert "every depthwise convolution in float" in net.quantization.left["depth.0"]
+    assert "onnxruntime" in net.quantization.left["depth.0"]
+    assert net.served.faster
+    assert net.served.share == pytest.approx(5 / 11)
+
+
+def test_a_result_that_is_not_faster_is_warned_of(timed):
+    model, data = build("inverted")
+    timed(dict.fromkeys(COSTS, (1, 2)))
+    with pytest.warns(RuntimeWarning, match="not faster in onnxruntime"):
+        net = rf.quantize(model, data, runtime="onnxruntime")
+    assert not net.served.faster
+    assert net.quantization.layers
+
+
+def test_the_metric_is_kept_beside_and_what_is_skipped_stays_so(timed):
+    model, data = build("inverted")
+    timed(COSTS)
+    net = rf.quantize(
+        model, data, Int8(skip=("head",)), runtime="openvino", evaluate=lambda n: 1.0, max_drop=0
+    )
+    assert set(net.quantization.left) == {"head", "depth.0"}
+    assert net.quantization.evaluations == 2
+
+
+def test_kinds_of_layers():
+    model, data = build("inverted")
+    graph = plain_graph(model, data[0]).graph
+    assert _kinds(graph, dict.fromkeys(COSTS, 0.0)) == {
+        "pointwise convolution": ["expand.0", "gate.1", "project"],
+        "depthwise convolution": ["depth.0"],
+        "larger convolution": ["head"],
+    }
+
+
+def test_runtimes_that_compute_in_float_are_refused():
+    model, data = build("mlp")
+    with pytest.raises(InputError, match="computes quantized networks in float"):
+        rf.quantize(model, data, runtime="eager")
+    with pytest.raises(InputError, match="onnxruntime"):
+        rf.quantize(model, data, runtime="onnxruntim")
+
+
+@pytest.mark.slow
+def test_a_network_is_timed_in_onnxruntime():
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(256, 512), torch.nn.ReLU(), torch.nn.Linear(512, 8))
+    net = rf.quantize(model.eval(), [torch.randn(64, 256)], runtime="onnxruntime")
+    assert isinstance(net.served.after, Measurement)
+    assert isinstance(net.served.after.latency_ms, Latency)
