@@ -60,7 +60,7 @@ TRAINING = (
 
 QUANTIZATION = (
     "affine fold placement observers calibration scaling insertion dynamic bias summary mixed "
-    "quantize"
+    "palette rounding readers weights weight_only quantize"
 ).split()
 SOFT_LABELS = "seeds records shards manifest views source answers verify read write".split()
 ORDERS = {
