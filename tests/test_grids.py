@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 import rarefy as rf
+from rarefy.grid import Grid as WeightGrid
 from rarefy.pruning.repairing import grids
-from rarefy.pruning.repairing.grids import Grid, grid_of, on_grid
+from rarefy.pruning.repairing.grids import Grid, as_rows, grid_of, on_grid
 
 torch.set_num_threads(1)
 
@@ -20,7 +21,7 @@ def case(outputs: int, unknowns: int, seed: int = 0) -> tuple[Tensor, Tensor, Gr
     x = torch.randn(100, unknowns, generator=generator, dtype=torch.float64)
     x = x @ torch.randn(unknowns, unknowns, generator=generator, dtype=torch.float64)
     w = torch.randn(1, outputs, unknowns, generator=generator, dtype=torch.float64)
-    scale = torch.linspace(0.3, 0.6, outputs, dtype=torch.float64)[None]
+    scale = torch.linspace(0.3, 0.6, outputs, dtype=torch.float64)[None, :, None]
     return w, (x.T @ x)[None], Grid(scale, torch.zeros_like(scale), -3, 3)
 
 
@@ -35,13 +36,13 @@ def test_between_the_nearest_values_and_the_best_of_all(seed, block, monkeypatch
     w, hessian, grid = case(3, 4, seed)
     found = on_grid(w, hessian, grid)
     ticks = torch.tensor(list(itertools.product(range(-3, 4), repeat=4)), dtype=torch.float64)
-    every = ticks[:, None, :] * grid.scale[0][None, :, None]  # (roundings, outputs, unknowns)
+    every = ticks[:, None, :] * grid.scale[0][None]  # (roundings, outputs, unknowns)
     best = cost(every, w, hessian[0]).amin(0)
     nearest = cost(grid.nearest(w), w, hessian)[0]
     own = cost(found, w, hessian)[0]
     assert bool((best <= own * (1 + 1e-9)).all())
     assert bool((own <= nearest * (1 + 1e-9)).all())
-    q = found / grid.scale[..., None]
+    q = found / grid.scale
     torch.testing.assert_close(q, q.round())
     assert float(q.abs().max()) <= 3
 
@@ -65,11 +66,26 @@ def test_zeros_stay() -> None:
 
 
 def test_a_grid_with_a_zero_point() -> None:
-    scale = torch.tensor([[0.5]], dtype=torch.float64)
+    scale = torch.tensor([[[0.5]]], dtype=torch.float64)
     grid = Grid(scale, torch.full_like(scale, 2), 0, 7)
-    column = torch.tensor([[-3.0, -0.9, 0.3, 9.0]], dtype=torch.float64)
-    assert grid.rounded(column).tolist() == [[-1.0, -1.0, 0.5, 2.5]]
-    assert grid.nearest(column[..., None])[..., 0].tolist() == grid.rounded(column).tolist()
+    row = torch.tensor([[[-3.0, -0.9, 0.3, 9.0]]], dtype=torch.float64)
+    assert grid.nearest(row).tolist() == [[[-1.0, -1.0, 0.5, 2.5]]]
+    assert grid.column(1) is grid
+
+
+def test_every_block_of_columns_has_a_range_of_its_own() -> None:
+    w, hessian, _ = case(4, 10)
+    scale = torch.tensor([[0.25, 0.5, 1.0]] * 4)
+    weight = WeightGrid(scale, torch.tensor(0), 0, -3, 3, 4)
+    grid = as_rows(weight, (4, 10), 1, 0)
+    assert grid is not None
+    expected = weight.nearest(w[0].float()).double()
+    torch.testing.assert_close(grid.nearest(w)[0], expected)
+    found = on_grid(w, hessian, grid)
+    assert bool((cost(found, w, hessian) <= cost(grid.nearest(w), w, hessian)).all())
+    assert torch.equal(weight.nearest(found[0].float()), found[0].float())
+    assert as_rows(weight, (4, 10), 1, 1) is None
+    assert as_rows(weight, (4, 13), 1, 0) is None
 
 
 def test_the_grid_of_a_quantized_layer_is_what_its_quantizer_rounds_to() -> None:

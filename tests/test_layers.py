@@ -16,7 +16,7 @@ STAGES = [
     {"errors"},
     {"types", "schedules", "files", "environment", "progress", "process", "drawing"},
     {"batches"},
-    {"copies", "paths"},
+    {"copies", "paths", "grid"},
     {"graph"},
     {"distillation"},
     {"pruning"},

@@ -10,9 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rarefy.errors import FormatError, InputError
+from rarefy.grid import Grid
 from rarefy.storage import pack as codec
+from rarefy.storage.codes import dequantize, quantize
 from rarefy.storage.frames import compress
-from rarefy.storage.pack import CODECS, DTYPES, Grid, Packed
+from rarefy.storage.pack import CODECS, DTYPES, Packed
 
 
 @st.composite
@@ -196,13 +198,13 @@ def test_codes_stand_for_the_values_on_the_grid(low: int, high: int, channels: i
     zero = torch.randint(low, high + 1, shape, generator=generator)
     grid = Grid(scale, zero, 1, low, high)
     q = torch.randint(low, high + 1, (4, 3, 2), generator=generator)
-    values = (q - grid.spread(zero, 3)).float() * grid.spread(scale, 3)
-    codes = codec.quantize(values, grid)
+    values = (q - grid.spread(zero, (4, 3, 2))).float() * grid.spread(scale, (4, 3, 2))
+    codes = quantize(values, grid)
     assert grid.bits == (4 if high - low < 16 else None)
-    assert torch.equal(codec.dequantize(codes, (4, 3, 2), grid), values)
+    assert torch.equal(dequantize(codes, (4, 3, 2), grid), values)
 
 
 def test_a_code_out_of_range_is_refused() -> None:
     grid = Grid(torch.tensor(1.0), torch.tensor(0), 0, -127, 127)
     with pytest.raises(FormatError, match="above 127"):
-        codec.dequantize(np.array([[128]], np.uint8), (1,), grid)
+        dequantize(np.array([[128]], np.uint8), (1,), grid)

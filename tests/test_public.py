@@ -9,10 +9,10 @@ import pytest
 import rarefy
 
 PUBLIC = """
-Budget GradualPruning GradualUnits Int8 Limit Movement Sensitivity SoftLabels Stages Target
-compress criteria distill errors evaluate export hold inspect load losses measure metrics pairs
-patterns prune quantize regularize repair rewind save sensitivity soft_labels student taps teachers
-trace train write_soft_labels
+Budget GradualPruning GradualUnits Half Int8 Limit Movement Sensitivity SoftLabels Stages Target
+WeightOnly compress criteria distill errors evaluate export hold inspect load losses measure metrics
+pairs patterns prune quantize regularize repair rewind save sensitivity soft_labels student taps
+teachers trace train write_soft_labels
 """.split()
 
 CALLABLES = [n for n in PUBLIC if not isinstance(getattr(rarefy, n), types.ModuleType)]

@@ -46,14 +46,17 @@ if TYPE_CHECKING:
     from rarefy.training.evaluate import evaluate as evaluate
     from rarefy.training.train import train as train
     from rarefy.types import Budget as Budget
+    from rarefy.types import Half as Half
     from rarefy.types import Int8 as Int8
     from rarefy.types import Limit as Limit
     from rarefy.types import Target as Target
+    from rarefy.types import WeightOnly as WeightOnly
 
 _HOME = {
     "Budget": "rarefy.types",
     "GradualPruning": "rarefy.pruning.gradual",
     "GradualUnits": "rarefy.pruning.gradual",
+    "Half": "rarefy.types",
     "Int8": "rarefy.types",
     "Limit": "rarefy.types",
     "Movement": "rarefy.pruning.scoring.movement",
@@ -61,6 +64,7 @@ _HOME = {
     "SoftLabels": "rarefy.distillation.soft_labels.read",
     "Stages": "rarefy.recipe.options",
     "Target": "rarefy.types",
+    "WeightOnly": "rarefy.types",
     "compress": "rarefy.pipeline",
     "distill": "rarefy.training.distill",
     "evaluate": "rarefy.training.evaluate",

@@ -35,6 +35,18 @@ def _check_numbers(options: object, names: str, kind: type[int] | type[float]) -
         raise error(where, what, f"Write {name}={'8' if kind is int else '0.5'} or the like")
 
 
+def _check_choice(options: object, name: str, choices: tuple[object, ...]) -> None:
+    value = getattr(options, name)
+    if not any(
+        value is choice or (isinstance(value, str) and value == choice) for choice in choices
+    ):
+        raise InputError(
+            f"{type(options).__name__}({name}={value!r})",
+            f"unknown {name}",
+            f"Use {', '.join(map(repr, choices[:-1]))} or {choices[-1]!r}",
+        )
+
+
 def _check_share(owner: str, name: str, value: float | None) -> None:
     if value is not None and not 0 < value <= 1:
         raise BudgetError(
@@ -260,6 +272,83 @@ class Int8:
                 "the share of values kept must be above 0.5 and at most 1",
                 "Write percentile=0.9999",
             )
+
+
+METHODS = ("rtn", "gptq", "awq", "palette")
+"""How weights alone are quantized."""
+
+
+@dataclass(frozen=True)
+class WeightOnly:
+    """Weights on a grid of few values, everything computed in float: a small file, not more speed.
+
+    Args:
+        bits: of a weight, 2 to 8; ``"palette"`` takes 1, too.
+        group: neighbors along the inputs of one output channel that share a scale; None for all.
+            Smaller groups are more accurate; each adds 16 bits for its scale.
+        method: ``"rtn"`` rounds to nearest. ``"awq"`` does so with ranges that count errors by the
+            size of the inputs that they meet. ``"gptq"`` rounds column by column, the columns to
+            come making up for it. ``"palette"`` takes the values of a codebook for each tensor,
+            found by k-means. ``"gptq"`` and ``"awq"`` need calibration data.
+        symmetric: a range around 0; otherwise from the smallest to the largest value.
+        observer: ``"mse"`` for the range with the least squared error, or ``"minmax"``.
+        skip: paths or patterns with ``*?[]`` of layers, or of modules around them, that stay in
+            float.
+
+    Example:
+        >>> WeightOnly(bits=4, group=32).method
+        'gptq'
+    """
+
+    bits: int = 4
+    group: int | None = None
+    method: str = "gptq"
+    symmetric: bool = True
+    observer: str = "mse"
+    skip: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        _check_numbers(self, "bits group", int)
+        _check_choice(self, "method", METHODS)
+        _check_choice(self, "symmetric", (True, False))
+        _check_choice(self, "observer", ("mse", "minmax"))
+        least = 1 if self.method == "palette" else 2
+        if not least <= self.bits <= 8:
+            raise InputError(
+                f"WeightOnly(bits={self.bits!r})",
+                f"a weight has {least} to 8 bits with method={self.method!r}",
+                "Write bits=4",
+            )
+        if self.group is not None and (self.group < 2 or self.method == "palette"):
+            raise InputError(
+                f"WeightOnly(group={self.group!r}, method={self.method!r})",
+                "a group has at least 2 weights, and a palette none",
+                "Write group=32, or None for a scale for each output channel",
+            )
+        given = self.skip
+        if isinstance(given, str) or not all(isinstance(pattern, str) for pattern in given):
+            raise InputError(
+                f"WeightOnly(skip={given!r})", "it is no list of paths", "Write skip=['head']"
+            )
+        object.__setattr__(self, "skip", tuple(given))
+
+
+@dataclass(frozen=True)
+class Half:
+    """Weights rounded to half precision, everything computed in float: half the file.
+
+    Args:
+        dtype: ``"fp16"`` (11 significant bits, up to 65504) or ``"bf16"`` (8, the range of float).
+
+    Example:
+        >>> Half("bf16").dtype
+        'bf16'
+    """
+
+    dtype: str = "fp16"
+
+    def __post_init__(self) -> None:
+        _check_choice(self, "dtype", ("fp16", "bf16"))
 
 
 @dataclass(frozen=True)

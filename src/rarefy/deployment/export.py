@@ -19,7 +19,8 @@ from torch.utils import _pytree as pytree
 
 from rarefy.batches import arguments, call, evaluating, map_tensors, tensors
 from rarefy.deployment.rewrite import rewrite
-from rarefy.deployment.runtimes import OnnxSession, load_onnx, load_onnxruntime
+from rarefy.deployment.rounded import fold_grids, opset, rounded_weights
+from rarefy.deployment.runtimes import ExactOnnxSession, OnnxSession, load_onnx, load_onnxruntime
 from rarefy.errors import ExportError, MissingExtraError, OutputError, RarefyError, first_line
 from rarefy.files import replacing
 from rarefy.graph.program import GraphModel
@@ -71,7 +72,8 @@ def export(
     """Write a network to an ONNX file, and prove that onnxruntime computes the same from it.
 
     A network from :func:`rarefy.quantize` is written in integers: weights as int8, biases as
-    int32, activations between QuantizeLinear and DequantizeLinear. The first dimension of the
+    int32, activations between QuantizeLinear and DequantizeLinear. Weights that were rounded alone
+    (``WeightOnly``) become int8 or int4, with a DequantizeLinear. The first dimension of the
     inputs is free where the network allows it.
 
     Args:
@@ -109,12 +111,14 @@ def export(
             else _trace(source, inputs)
         )
         outputs = call(model, map_tensors(torch.clone, inputs))
-        onnx_program = _translate(source, traced)
-        _name(onnx_program.model, traced, outputs)
-        rewrite(onnx_program.model)
+        weights = rounded_weights(model)
+        translated = _translate(source, traced, opset(weights.values()))
+        _name(translated, traced, outputs)
+        rewrite(translated)
+        fold_grids(translated, weights)
     try:
         with replacing(path) as draft:
-            _save(onnx_program.model, draft)
+            _save(translated, draft)
             if check:
                 _check(model, draft, traced, inputs)
     except OSError as error:
@@ -237,9 +241,9 @@ def _input_names(model: nn.Module, inputs: Inputs, placeholders: list[str]) -> t
 # --- translation -------------------------------------------------------------------------------
 
 
-def _translate(model: nn.Module, traced: Traced) -> Any:
+def _translate(model: nn.Module, traced: Traced, version: int | None) -> Any:
     try:
-        return torch.onnx.export(traced.program, dynamo=True, verbose=False)
+        return torch.onnx.export(traced.program, dynamo=True, opset_version=version).model
     except Exception as error:
         operator = _failed_operator(error)
         where = _scope(model, traced.program, operator)
@@ -373,7 +377,7 @@ def _check(model: nn.Module, path: Path, traced: Traced, inputs: Inputs) -> None
     """
     where = f"export of {type(model).__name__}"
     try:
-        session = OnnxSession(path)
+        session = ExactOnnxSession(path)
         variants = [inputs]
         if any(traced.free):
             variants.append(_shortened(inputs, traced.free))

@@ -62,7 +62,7 @@ def fold_transposes(model: Any) -> None:
         transposed = add_constant(model, name, np.ascontiguousarray(q.T))
         axis = 1 - int(_number(source, "axis", 1))
         inputs = [transposed, *source.inputs[1:]]
-        _replace(model, node, _insert(model, node, "DequantizeLinear", inputs, {"axis": axis}))
+        _replace(model, node, insert(model, node, "DequantizeLinear", inputs, {"axis": axis}))
 
 
 def merge_repeated(model: Any) -> None:
@@ -90,12 +90,12 @@ def global_pools(model: Any) -> None:
         rank = len(x.shape)
         if sorted(int(a) % rank for a in axes.flatten()) != list(range(2, rank)):
             continue
-        pooled = _insert(model, node, "GlobalAveragePool", [x], {})
+        pooled = insert(model, node, "GlobalAveragePool", [x], {})
         if not _number(node, "keepdims", 1):
             for grid in _quantizer_behind(node):
-                q = _insert(model, node, "QuantizeLinear", [pooled, *grid], {})
-                pooled = _insert(model, node, "DequantizeLinear", [q, *grid], {})
-            pooled = _insert(model, node, "Flatten", [pooled], {"axis": 1})
+                q = insert(model, node, "QuantizeLinear", [pooled, *grid], {})
+                pooled = insert(model, node, "DequantizeLinear", [q, *grid], {})
+            pooled = insert(model, node, "Flatten", [pooled], {"axis": 1})
         _replace(model, node, pooled)
 
 
@@ -122,7 +122,7 @@ def integer_biases(model: Any) -> None:
         name = f"{node.inputs[2].name}_{node.name}"
         inputs = [add_constant(model, f"{name}_quantized", q)]
         inputs.append(add_constant(model, f"{name}_scale", np.broadcast_to(unit, q.shape).copy()))
-        dequantized = _insert(model, node, "DequantizeLinear", inputs, {"axis": 0})
+        dequantized = insert(model, node, "DequantizeLinear", inputs, {"axis": 0})
         node.replace_input_with(2, dequantized)
 
 
@@ -182,9 +182,10 @@ def _number(node: Any, name: str, default: int) -> float:
     return default if attribute is None else float(attribute.value)
 
 
-def _insert(
+def insert(
     model: Any, before: Any, op_type: str, inputs: list[Any], attributes: dict[str, Any]
 ) -> Any:
+    """The result of a new node in front of another."""
     import onnx_ir as ir
 
     made = ir.node(op_type, inputs=inputs, attributes=attributes)

@@ -221,10 +221,14 @@ class OnnxSession(FileSession):
     """
 
     name = "onnxruntime"
+    settings: Mapping[str, str] = {}
 
     def _open(self, threads: int) -> None:
         self.version = f"onnxruntime {load_onnxruntime().__version__}"
-        self.session = self._loaded(_options(threads))
+        options = _options(threads)
+        for key, value in self.settings.items():
+            options.add_session_config_entry(key, value)
+        self.session = self._loaded(options)
         self.inputs = tuple(value.name for value in self.session.get_inputs())
         self.outputs = tuple(value.name for value in self.session.get_outputs())
 
@@ -251,6 +255,16 @@ class OnnxSession(FileSession):
     def close(self) -> None:
         """Free what the runtime holds; the session cannot be used afterwards."""
         self.session = None
+
+
+class ExactOnnxSession(OnnxSession):
+    """As :class:`OnnxSession`, with all products that the file has in float computed in float.
+
+    By itself onnxruntime rounds the inputs of a MatMul with int4 or int8 weights to int8, block by
+    block. The file says nothing of that, so that a proof of the file leaves it out.
+    """
+
+    settings = {"session.qdq_matmulnbits_accuracy_level": "1"}
 
 
 def _options(threads: int) -> Any:

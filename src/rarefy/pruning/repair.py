@@ -29,6 +29,7 @@ from rarefy.errors import DataError, InputError, first_line
 from rarefy.graph.capture import Capture, capture, graph_model
 from rarefy.graph.program import GraphModel
 from rarefy.graph.stubs import plain_graph, stubs, without_zeros
+from rarefy.grid import grids
 from rarefy.pruning.repairing.pairs import StrangersError
 from rarefy.pruning.repairing.walk import Runs, Walk
 from rarefy.pruning.running.examples import Misses, affordable, collect, parts
@@ -135,13 +136,15 @@ def _healed(original: nn.Module, pruned: nn.Module, inputs: Inputs, shown: Input
     size = batch_size(inputs)
     record = getattr(pruned, "pruned", None)
     sparse = getattr(getattr(pruned, "sparsified", None), "zeros", {})
+    known = getattr(getattr(original, "sparsified", None), "zeros", {}) if grids(pruned) else {}
     own = dict(healed.named_parameters(remove_duplicate=False))
     walk = Walk(
         first,
         second,
         {} if record is None else record.kept,
-        {id(tensor) for path, tensor in own.items() if path in sparse},
+        {id(tensor) for path, tensor in own.items() if path in sparse.keys() - known.keys()},
         {id(tensor) for tensor in (*own.values(), *healed.buffers())},
+        {id(own[path]): grid for path, grid in grids(healed).items() if path in own},
     )
     held_out = torch.split(_held_out(size), [batch_size(part) for part in divided])
     runs = walk.run(divided, held_out)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import replace
+from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +27,9 @@ from rarefy.quantization.affine import (
 from rarefy.quantization.fold import fold_batch_norms, named, sibling
 from rarefy.quantization.observers import observer
 from rarefy.quantization.placement import Placement, carrier, place
-from rarefy.types import Data, Inputs, Int8
+from rarefy.quantization.summary import QuantizationSummary as QuantizationSummary
+from rarefy.quantization.weight_only import half, weight_only
+from rarefy.types import Data, Half, Inputs, Int8, WeightOnly
 
 PER_TENSOR = "aten.fake_quantize_per_tensor_affine.default"
 PER_CHANNEL = "aten.fake_quantize_per_channel_affine.default"
@@ -39,34 +41,36 @@ COMPARED = 8
 """Examples on which the layers' outputs are compared with the float network's."""
 
 
-@dataclass(frozen=True)
-class QuantizationSummary:
-    """What was quantized, how well, and what was not.
-
-    Attributes:
-        layers: quantized layer -> SQNR in dB of its output, against the float network's on the
-            first calibration examples; the noise of all layers before it is included.
-        left: layer left in float -> reason.
-    """
-
-    layers: Mapping[str, float] = field(default_factory=dict)
-    left: Mapping[str, str] = field(default_factory=dict)
+@overload
+def quantize(model: nn.Module, calibration: Data, scheme: Int8 | None = None) -> GraphModel: ...
 
 
-def quantize(model: nn.Module, calibration: Data, scheme: Int8 | None = None) -> GraphModel:
-    """Quantize a network to static int8, with quantizers where runtimes fuse them.
+@overload
+def quantize(
+    model: nn.Module, calibration: Data | None, scheme: WeightOnly | Half
+) -> nn.Module: ...
 
-    Activations become unsigned 8-bit with one range per tensor, found on the calibration data;
-    weights of convolutions and linear layers become signed 8-bit with a scale per output channel.
-    BatchNorms are folded. The forward of the result *is* the quantized network, computed in float
-    with rounded values; ``rarefy.export`` turns it into integers. Gradients pass the rounding
-    straight through, so that the result can be trained.
+
+def quantize(
+    model: nn.Module, calibration: Data | None, scheme: Int8 | WeightOnly | Half | None = None
+) -> nn.Module:
+    """Quantize a network to static int8, with quantizers where runtimes fuse them, or its weights.
+
+    ``WeightOnly`` and ``Half`` return an instance of the network's own class whose weights alone
+    take fewer values: :func:`rarefy.save` stores them in as few bits, and nothing is faster.
+
+    With ``Int8``, activations become unsigned 8-bit with one range per tensor, found on the
+    calibration data; weights of convolutions and linear layers become signed 8-bit with a scale
+    per output channel. BatchNorms are folded. The forward of the result *is* the quantized
+    network, computed in float with rounded values; ``rarefy.export`` turns it into integers.
+    Gradients pass the rounding straight through, so that the result can be trained.
 
     Args:
         model: any module that can be captured, in float; left as it is.
         calibration: batches as in the data convention; targets are not used. A few hundred
-            typical examples suffice.
-        scheme: how ranges are found; ``Int8()`` if None.
+            typical examples suffice. ``WeightOnly(method="rtn")``, ``"palette"`` and ``Half`` need
+            none.
+        scheme: what is quantized and how; ``Int8()`` if None.
 
     Returns:
         The quantized network, in eval mode, with the attribute ``quantization``, a
@@ -84,7 +88,15 @@ def quantize(model: nn.Module, calibration: Data, scheme: Int8 | None = None) ->
 
     Source: Jacob et al. 2018, arXiv:1712.05877; Krishnamoorthi 2018, arXiv:1806.08342.
     """
+    if isinstance(scheme, WeightOnly):
+        return weight_only(model, calibration, scheme)
+    if isinstance(scheme, Half):
+        return half(model, scheme)
     scheme = scheme or Int8()
+    if calibration is None:
+        raise InputError(
+            "quantize(calibration=None)", "int8 needs calibration data", "Give some batches"
+        )
     first, _ = next(batches(calibration, "quantize(calibration)"))
     net = fold_batch_norms(_captured(model, first))
     placement, ranges = _calibrated(net, calibration, scheme)

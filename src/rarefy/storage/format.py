@@ -22,9 +22,11 @@ from torch import Tensor, nn
 from rarefy.errors import FormatError, InputError, RarefyError
 from rarefy.graph.program import Graph, GraphModel
 from rarefy.graph.serialize import from_json, to_json
+from rarefy.grid import Grid, put_grids
 from rarefy.pruning.structure import attributes
 from rarefy.storage import adapt
 from rarefy.storage.adapt import Held
+from rarefy.storage.codes import dequantize
 from rarefy.storage.container import Reader, write
 from rarefy.storage.grids import Quantized, grid_of, quantized_weights
 from rarefy.storage.index import (
@@ -42,10 +44,8 @@ from rarefy.storage.pack import (
     DTYPES,
     NAMES,
     Bytes,
-    Grid,
     Packed,
     damaged,
-    dequantize,
     from_bytes,
     pack,
     to_bytes,
@@ -114,21 +114,19 @@ def save(model: nn.Module, path: str | Path, *, entropy: Entropy = "zstd") -> Pa
         )
     held = adapt.held(model)
     adapt.check_storable(model, dict(held.tensors))
-    graph, grids = "", {}
+    graph, grids = "", quantized_weights(model, held)
     settings: dict[str, Any] = {}
     if isinstance(model, GraphModel):
-        graph, grids = to_json(model.graph), quantized_weights(model, held)
+        graph = to_json(model.graph)
     else:
         settings = {
             "attributes": adapt.implied(model),
             "custom": adapt.custom(model),
             "stubs": adapt.stand_ins(model),
         }
-    packer = partial(pack, ans=entropy == "ans")
-    parts = [_part(n, t, grids.get(n), packer) for n, t in held.tensors.items()]
+    parts = _parts(held, grids, partial(pack, ans=entropy == "ans"))
     if sum(p.record.bytes for p in parts) > capacity(sum(p.record.stored for p in parts)):
-        raw = partial(pack, codecs=())
-        parts = [_part(n, t, grids.get(n), raw) for n, t in held.tensors.items()]
+        parts = _parts(held, grids, partial(pack, codecs=()))
     index = Index(
         kind="graph" if isinstance(model, GraphModel) else "module",
         class_name=f"{type(model).__module__}.{type(model).__qualname__}"[:1000],
@@ -169,7 +167,9 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
         index = contents.index
         if index.kind == "graph":
             graph = from_json(contents.graph)
-            return _graph_model(reader.where, graph, contents.held())
+            found = _graph_model(reader.where, graph, contents.held())
+            put_grids(found, contents.grids())
+            return found
         if model is None:
             raise InputError(
                 f"load({str(path)!r})",
@@ -179,7 +179,8 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
         copy = adapt.clone(model)
         adapt.put_stubs(copy, index.stubs)
         attributes.remember_buffers(copy, contents.records)
-        adapt.check_paths(copy, contents.records.keys() | index.aliases.keys(), index.class_name)
+        adapt.check_paths(copy, contents.paths() | index.aliases.keys(), index.class_name)
+        put_grids(copy, contents.grids())
         loaded = contents.held()
     adapt.apply(copy, index.attributes, index.custom)
     adapt.fill(copy, loaded)
@@ -330,13 +331,17 @@ class _Part:
 _Packer: TypeAlias = Callable[[Bytes, int | None, tuple[int, ...]], Packed]
 
 
+def _parts(held: Held, grids: Mapping[str, Quantized], packer: _Packer) -> list[_Part]:
+    """The network's tensors, then what grids have of their own."""
+    numbers = {name: t for quantized in grids.values() for name, t in quantized.own.items()}
+    own = [_part(name, tensor, grids.get(name), packer) for name, tensor in held.tensors.items()]
+    return own + [_part(name, tensor, None, packer, "n") for name, tensor in numbers.items()]
+
+
 def _part(
-    path: str,
-    tensor: Tensor,
-    quantized: Quantized | None,
-    packer: _Packer = pack,
+    path: str, tensor: Tensor, quantized: Quantized | None, packer: _Packer, flags: str = ""
 ) -> _Part:
-    flags = ("p" if isinstance(tensor, nn.Parameter) else "") + "g" * tensor.requires_grad
+    flags += ("p" if isinstance(tensor, nn.Parameter) else "") + "g" * tensor.requires_grad
     flags += "l" * _is_channels_last(tensor)
     if quantized is None:
         packed = packer(to_bytes(tensor), None, tuple(tensor.shape))
@@ -423,7 +428,7 @@ class _File:
                 tensor = from_bytes(elements, record.shape, dtype)
             else:
                 codes = unpack(packed, record.count, 1, grid.bits, record.shape)
-                tensor = dequantize(codes, record.shape, grid)
+                tensor = dequantize(codes, record.shape, grid).to(dtype)
         except FormatError as error:
             raise FormatError(where, error.what, error.remedy) from error
         if "l" in record.flags:
@@ -433,9 +438,24 @@ class _File:
             return nn.Parameter(tensor, requires_grad="g" in record.flags)
         return tensor
 
+    def paths(self) -> set[str]:
+        """Paths of the stored tensors that are the network's."""
+        return {path for path, record in self.records.items() if "n" not in record.flags}
+
     def held(self) -> Held:
-        """All tensors."""
-        return Held({path: self.tensor(path) for path in self.records}, self.index.aliases)
+        """All tensors of the network."""
+        own = self.paths()
+        tensors = {path: self.tensor(path) for path in self.records if path in own}
+        return Held(tensors, self.index.aliases)
+
+    def grids(self) -> dict[str, Grid]:
+        """The grids of weights that no quantizer reads."""
+        return {
+            path: grid
+            for path, record in self.index.grids.items()
+            if isinstance(record.scale, str) and "n" in self.records[record.scale].flags
+            if (grid := self._grid(path)) is not None
+        }
 
     def _grid(self, path: str) -> Grid | None:
         record = self.index.grids.get(path)

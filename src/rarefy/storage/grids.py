@@ -1,28 +1,38 @@
-"""Which weights of a captured graph may be stored as integer codes, and on which grid."""
+"""Which weights of a network may be stored as integer codes, and on which grid."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rarefy.errors import FormatError
 from rarefy.graph.program import Graph, GraphModel, Node, Ref, resolve
+from rarefy.grid import Grid, grids
 from rarefy.storage.adapt import Held
-from rarefy.storage.index import GridRecord
-from rarefy.storage.pack import Bytes, Grid, dequantize, quantize
+from rarefy.storage.codes import dequantize, quantize
+from rarefy.storage.index import WEIGHTS, GridRecord
+from rarefy.storage.pack import Bytes
 
 
 @dataclass(frozen=True)
 class Quantized:
-    """A weight as codes on its grid, with where the file has the grid from."""
+    """A weight as codes on its grid, with where the file has the grid from.
+
+    Attributes:
+        record: what the table of contents says.
+        grid: the grid.
+        codes: of the weight.
+        own: tensors of the grid that are none of the network's, by path.
+    """
 
     record: GridRecord
     grid: Grid
     codes: Bytes
+    own: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 _FAKE_QUANTIZE: Mapping[str, tuple[str, ...]] = {
@@ -33,7 +43,55 @@ _FAKE_QUANTIZE: Mapping[str, tuple[str, ...]] = {
 """Operators whose first argument may be stored as codes, and what their others are."""
 
 
-def quantized_weights(model: GraphModel, held: Held) -> dict[str, Quantized]:
+def quantized_weights(model: nn.Module, held: Held) -> dict[str, Quantized]:
+    """The weights that codes stand for without loss."""
+    found = _rounded(model, held)
+    if isinstance(model, GraphModel):
+        found |= _fake_quantized(model, held)
+    return found
+
+
+# --- weights that were rounded -------------------------------------------------------------------
+
+
+def _rounded(model: nn.Module, held: Held) -> dict[str, Quantized]:
+    """The weights that lie on the grids that the network notes, bit for bit."""
+    found: dict[str, Quantized] = {}
+    for name, grid in grids(model).items():
+        path = held.aliases.get(name, name)
+        tensor = held.tensors.get(path)
+        if tensor is None or str(tensor.dtype).removeprefix("torch.") not in WEIGHTS:
+            continue
+        paths = (f"{path}.scale", f"{path}.zero_point")
+        if held.paths().isdisjoint(paths) and grid.holds(tensor):
+            own = {paths[0]: _short(grid.scale)}
+            zero: str | int = paths[1]
+            if grid.zero_point.ndim:
+                own[paths[1]] = grid.zero_point.to(torch.uint8)
+            else:
+                zero = int(grid.zero_point)
+            record = GridRecord(
+                scale=paths[0],
+                zero_point=zero,
+                axis=grid.axis,
+                low=grid.low,
+                high=grid.high,
+                group=grid.group,
+            )
+            found[path] = Quantized(record, grid, quantize(tensor, grid), own)
+    return found
+
+
+def _short(scale: Tensor) -> Tensor:
+    """Scales in half precision where that is exact."""
+    half = scale.half()
+    return half if torch.equal(half.float(), scale) else scale
+
+
+# --- weights under quantizers --------------------------------------------------------------------
+
+
+def _fake_quantized(model: GraphModel, held: Held) -> dict[str, Quantized]:
     """The weights that only quantizers read, where codes give exactly the same outputs."""
     nodes: dict[str, list[Node]] = {}
     for node in model.graph.nodes:
@@ -94,18 +152,18 @@ def grid_of(record: GridRecord, tensors: Mapping[str, Tensor]) -> Grid | None:
     scale, zero = value(record.scale, torch.float32), value(record.zero_point, torch.int64)
     whole = not zero.is_floating_point() and not zero.is_complex() and zero.dtype != torch.bool
     unsigned = zero.dtype in (torch.uint16, torch.uint32, torch.uint64)
-    if scale.dtype != torch.float32 or not whole or unsigned or scale.ndim > 1 or zero.ndim > 1:
+    real = scale.dtype in (torch.float32, torch.float16)
+    dims = 1 if record.group is None else 2
+    if not real or not whole or unsigned or max(scale.ndim, zero.ndim) > dims:
         return None
     if not 0 < record.high - record.low < 256:
         return None
-    return Grid(scale, zero, record.axis, record.low, record.high)
+    return Grid(scale.float(), zero, record.axis, record.low, record.high, record.group)
 
 
 def _codes(weight: Tensor, grid: Grid, call: Node) -> Bytes | None:
     """Codes of a weight, if its quantizer gives the same for what they stand for, bit for bit."""
-    channels = tuple(weight.shape[grid.axis : grid.axis + 1])
-    shapes = {tuple(grid.scale.shape), tuple(grid.zero_point.shape)}
-    if weight.dtype != torch.float32 or not shapes <= {(), channels}:
+    if weight.dtype != torch.float32 or not grid.fits(tuple(weight.shape)):
         return None
     if not all(bool(torch.isfinite(t).all()) for t in (weight, grid.scale)):
         return None

@@ -22,6 +22,9 @@ from rarefy.storage.pack import CODECS, DTYPES
 VERSION = 1
 """Version of the format that is written, and the newest that is read."""
 
+WEIGHTS = ("float16", "bfloat16", "float32", "float64")
+"""Dtypes of weights that may be stored as codes; float32 alone where a quantizer reads them."""
+
 MAX_INDEX = 1 << 26
 """Longest table of contents, decompressed."""
 
@@ -42,13 +45,17 @@ class _Strict(BaseModel):
 
 
 class GridRecord(_Strict):
-    """Where a quantized tensor's scale and zero point are: at a path, or this number."""
+    """Where a quantized tensor's scale and zero point are: at a path, or this number.
+
+    With ``group``, they are of shape (channels, blocks of so many neighbors).
+    """
 
     scale: str | _Finite
     zero_point: str | _Code
     axis: Annotated[int, Field(ge=0, lt=64)]
     low: _Code
     high: _Code
+    group: Annotated[int, Field(ge=1, lt=2**31)] | None = None
 
 
 class StubRecord(_Strict):
@@ -103,7 +110,8 @@ class Record:
         dtype: name of the dtype.
         shape: of the tensor, not of its bytes.
         flags: ``p`` a parameter, ``g`` that requires grad, ``l`` channels last in memory, ``e``
-            bytes in an entry of their own, named by the path.
+            bytes in an entry of their own, named by the path; ``n`` numbers of a grid, no tensor
+            of the network.
         codec: see :mod:`rarefy.storage.pack`.
         sizes: bytes of each stream.
         crc32: of the streams, as eight hexadecimal digits.
@@ -217,7 +225,18 @@ def check(index: Index, stored: int) -> Mapping[str, Record]:
             raise damaged(f"tensor {path[:80]!r}", f"it cannot share {source[:80]!r}")
     for path, grid in index.grids.items():
         _check_grid(path, grid, found, index.grids)
+    _check_numbers(index, found)
     return found
+
+
+def _check_numbers(index: Index, found: Mapping[str, Record]) -> None:
+    """Pass where tensors that are none of the network's are numbers of a grid, and nothing else."""
+    named = {n for grid in index.grids.values() for n in (grid.scale, grid.zero_point)}
+    shared = set(index.aliases.values())
+    for path, record in found.items():
+        alone = path in named and path not in shared and not set("pgl") & set(record.flags)
+        if "n" in record.flags and not alone:
+            raise damaged(f"tensor {path[:80]!r}", "it is of no grid, or of more than that")
 
 
 def _check_record(where: str, record: Record, grid: GridRecord | None) -> None:
@@ -230,7 +249,7 @@ def _check_record(where: str, record: Record, grid: GridRecord | None) -> None:
         raise damaged(where, f"codec {record.codec[:40]!r} of {len(record.sizes)} streams")
     if math.prod(size for size in record.shape if size) >= 2**48:
         raise damaged(where, f"its shape {record.shape} is impossible")
-    if len(set(record.flags)) != len(record.flags) or not set(record.flags) <= set("pgle"):
+    if len(set(record.flags)) != len(record.flags) or not set(record.flags) <= set("pglen"):
         raise damaged(where, f"its flags {record.flags[:40]!r} are unknown")
     dtype = DTYPES[record.dtype]
     differentiable = dtype.is_floating_point or dtype.is_complex
@@ -250,20 +269,33 @@ def _check_grid(
 ) -> None:
     where = f"quantized tensor {path[:80]!r}"
     record = found.get(path)
-    if record is None or record.dtype != "float32" or not 0 < grid.high - grid.low < 256:
-        raise damaged(where, "it is not float32, or its codes have no range")
+    scale = found.get(grid.scale) if isinstance(grid.scale, str) else None
+    dtypes = ("float32",) if scale is None or "n" not in scale.flags else WEIGHTS
+    if record is None or record.dtype not in dtypes or not 0 < grid.high - grid.low < 256:
+        raise damaged(where, "its dtype has no codes, or its codes no range")
+    if "n" in record.flags or (grid.group is not None and grid.axis >= len(record.shape)):
+        raise damaged(where, "it cannot have a grid")
+    shapes = ((), _grid_shape(record.shape, grid))
     for name, real in ((grid.scale, True), (grid.zero_point, False)):
         if not isinstance(name, str):
             continue
         held = found.get(name)
         if held is None or name in grids:
             raise damaged(where, f"there is no {name[:80]!r}")
-        fits = held.shape == () or held.shape == record.shape[grid.axis : grid.axis + 1]
-        if not fits or held.dtype not in _GRID_DTYPES[real]:
+        if held.shape not in shapes or held.dtype not in _GRID_DTYPES[real]:
             raise damaged(where, f"{name[:80]!r} has another shape or dtype")
 
 
+def _grid_shape(shape: tuple[int, ...], grid: GridRecord) -> tuple[int, ...]:
+    """Shape of the scales of a tensor, where there is more than one."""
+    channels = shape[grid.axis : grid.axis + 1]
+    if grid.group is None:
+        return channels
+    others = math.prod(size for dim, size in enumerate(shape) if dim != grid.axis)
+    return (*channels, -(-others // grid.group))
+
+
 _GRID_DTYPES: Mapping[bool, tuple[str, ...]] = {
-    True: ("float32",),
+    True: ("float32", "float16"),
     False: ("uint8", "int8", "int16", "int32", "int64"),
 }

@@ -8,13 +8,15 @@ https://arxiv.org/abs/2210.17323.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from rarefy.graph.program import GraphModel, Node, Ref
+from rarefy.grid import Grid as WeightGrid
+from rarefy.grid import as_matrix
 
 BLOCK = 128
 """Columns that are made up for at once; all others follow block by block."""
@@ -25,7 +27,7 @@ class Grid:
     """The values ``(q - zero) * scale`` for whole ``q`` from ``low`` to ``high``.
 
     Attributes:
-        scale: of every output, shape (groups, outputs of one group), or (1, 1).
+        scale: broadcasts against a weight of shape (groups, outputs of one group, unknowns).
         zero: the whole number that stands for 0, of the same shape.
         low: smallest whole number.
         high: largest whole number.
@@ -36,16 +38,17 @@ class Grid:
     low: int
     high: int
 
-    def rounded(self, column: Tensor) -> Tensor:
-        """The nearest values; of one column, shape (groups, outputs)."""
-        q = (torch.round(column / self.scale) + self.zero).clamp(self.low, self.high)
-        return (q - self.zero) * self.scale
+    def column(self, index: int) -> Grid:
+        """The grid of one unknown."""
+        if self.scale.shape[2] == 1:
+            return self
+        part = slice(index, index + 1)
+        return replace(self, scale=self.scale[:, :, part], zero=self.zero[:, :, part])
 
     def nearest(self, weight: Tensor) -> Tensor:
-        """The nearest values of a whole weight, shape (groups, outputs, unknowns)."""
-        scale, zero = self.scale[..., None], self.zero[..., None]
-        q = (torch.round(weight / scale) + zero).clamp(self.low, self.high)
-        return (q - zero) * scale
+        """The nearest values of a weight, shape (groups, outputs, unknowns)."""
+        q = (torch.round(weight / self.scale) + self.zero).clamp(self.low, self.high)
+        return (q - self.zero) * self.scale
 
 
 def grid_of(model: GraphModel, quantizer: Node, outputs: int, groups: int, dim: int) -> Grid | None:
@@ -63,9 +66,9 @@ def grid_of(model: GraphModel, quantizer: Node, outputs: int, groups: int, dim: 
     if scale is None or zero is None:
         return None
     if axis is None and scale.numel() == 1:
-        shape = (1, 1)
+        shape = (1, 1, 1)
     elif axis == dim and scale.numel() == outputs:
-        shape = (groups, outputs // groups)
+        shape = (groups, outputs // groups, 1)
     else:
         return None
     zero = zero.reshape(shape) if zero.numel() == scale.numel() else zero.expand(shape)
@@ -73,6 +76,26 @@ def grid_of(model: GraphModel, quantizer: Node, outputs: int, groups: int, dim: 
     if not bool(zero.any()):
         low = max(low, -high)  # symmetric: negation stays on the grid
     return Grid(scale.reshape(shape), zero, low, high)
+
+
+def as_rows(grid: WeightGrid, shape: tuple[int, ...], groups: int, dim: int) -> Grid | None:
+    """The grid of a weight that was rounded; None where it is not one for its outputs.
+
+    Args:
+        grid: of the weight.
+        shape: of the weight.
+        groups: of channels.
+        dim: dimension of the outputs in the weight.
+    """
+    if grid.axis != dim or not grid.fits(shape):
+        return None
+    scale, zero = (
+        as_matrix(grid.spread(t.double(), shape).expand(shape), dim).reshape(
+            groups, shape[dim] // groups, -1
+        )
+        for t in (grid.scale, grid.zero_point)
+    )
+    return Grid(scale, zero, grid.low, grid.high)
 
 
 def _numbers(model: GraphModel, given: Any) -> Tensor | None:
@@ -117,7 +140,8 @@ def _swept(optimum: Tensor, hessian: Tensor, grid: Grid, gone: Tensor) -> Tensor
         errors = w.new_zeros(*w.shape[:2], last - first)
         for column in range(first, last):
             now = w[:, :, column].clone()
-            value = grid.rounded(now).masked_fill(gone[:, :, column], 0.0)
+            value = grid.column(column).nearest(now[:, :, None])[:, :, 0]
+            value = value.masked_fill(gone[:, :, column], 0.0)
             error = (now - value) / factor[:, column, column, None]
             w[:, :, column:last] -= error[:, :, None] * factor[:, None, column, column:last]
             w[:, :, column] = value

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from math import prod
 from typing import Any
 
 import numpy as np
@@ -20,7 +19,8 @@ from torch import Tensor
 from rarefy.batches import tensors
 from rarefy.errors import DataError, first_line
 from rarefy.graph.program import GraphModel, Node, Ref
-from rarefy.pruning.repairing.grids import Grid, grid_of
+from rarefy.grid import Grid as WeightGrid
+from rarefy.pruning.repairing.grids import Grid, as_rows, grid_of
 from rarefy.pruning.repairing.moments import Moments
 from rarefy.pruning.repairing.pairs import Pair, layer_pairs, next_norm
 from rarefy.pruning.repairing.system import Mean, Weights, solve
@@ -54,6 +54,7 @@ class Walk:
         kept: (path of a tensor, dimension) -> which of the original's entries it still has.
         sparse: identities of the tensors whose zeros stay.
         own: identities of the tensors that may be changed.
+        grids: identity of a weight that was rounded -> the values that it may have.
         errors: layer -> held-out error before, after.
         skipped: layer -> why it was not solved.
     """
@@ -63,6 +64,7 @@ class Walk:
     kept: Mapping[tuple[str, int], NDArray[np.int64]]
     sparse: Collection[int]
     own: Collection[int]
+    grids: Mapping[int, WeightGrid] = field(default_factory=dict)
     errors: dict[str, tuple[float, float]] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
     _norms: set[str] = field(default_factory=set)  # BatchNorms whose statistics can be moved
@@ -270,9 +272,8 @@ class _Layer:
         groups = right.argument("groups") if right.kind.startswith("conv") else 1
         values = self._matrix(held.detach(), groups).double()
         grid: Grid | None = None
-        if self.quantizer is not None:
-            outputs, dim = prod(values.shape[:2]), int(self._transposed)
-            grid = grid_of(second, self.quantizer, outputs, groups, dim)
+        if self._is_rounded:
+            grid = self._grid(held, groups)
             if grid is None:
                 return None
             values = grid.nearest(values)
@@ -282,11 +283,24 @@ class _Layer:
         gone = self._gone(held, groups)
         return Weights(values, offset, self.walk.mean_of(right), gone, grid)
 
+    @property
+    def _is_rounded(self) -> bool:
+        """Whether the weight may have some values alone."""
+        held = self.walk.second.tensor(self.weight.path)
+        return self.quantizer is not None or id(held) in self.walk.grids
+
+    def _grid(self, held: Tensor, groups: int) -> Grid | None:
+        """These values; None where they are not one grid for each output."""
+        dim = int(self._transposed)
+        if self.quantizer is None:
+            return as_rows(self.walk.grids[id(held)], tuple(held.shape), groups, dim)
+        return grid_of(self.walk.second, self.quantizer, held.shape[dim], groups, dim)
+
     def _gone(self, held: Tensor, groups: int) -> Tensor | None:
         """Zeros that stay: of a sparse network, or of what a quantized one was made of."""
         if id(held) in self.walk.sparse:
             gone = held == 0
-        elif self.quantizer is not None and self.weight.path in self.walk.first.graph.tensor_paths:
+        elif self._is_rounded and self.weight.path in self.walk.first.graph.tensor_paths:
             old = self.walk.first.tensor(self.weight.path)
             gone = (held == 0) & (old == 0) if old.shape == held.shape else torch.tensor(False)
         else:

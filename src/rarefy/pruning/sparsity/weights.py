@@ -127,7 +127,7 @@ def oriented(
         InputError: there is none.
     """
     identity = {path: id(t) for path, t in model.named_parameters(remove_duplicate=False)}
-    dims = {identity.get(path): dim for path, dim in _input_dims(graph)}
+    dims = {identity.get(path): dim for path, dim in input_dims(graph)}
     found: list[Layer] = []
     dense: dict[str, str] = {}
     for layer in candidates:
@@ -163,7 +163,7 @@ def _too_small(layer: Layer, pattern: Pattern) -> str:
     return ""
 
 
-def _input_dims(graph: Graph) -> Iterator[tuple[str, int]]:
+def input_dims(graph: Graph) -> Iterator[tuple[str, int]]:
     """Path of a weight -> which of its dimensions a product sums over."""
     for node in graph.calls:
         if node.kind in OPERANDS:
