@@ -18,7 +18,7 @@ from torch import nn
 from rarefy.errors import FormatError
 from rarefy.graph.program import Graph, GraphModel, Node, Ref, Spec
 from rarefy.storage.format import inspect, load, load_tensor, save
-from rarefy.storage.pack import compress, decompress
+from rarefy.storage.frames import compress, decompress
 
 IN = '[1, {"type": "builtins.tuple", "context": "null", "children_spec": [{"type": "builtins.tuple", "context": "null", "children_spec": [{"type": null, "context": null, "children_spec": []}]}, {"type": "builtins.dict", "context": "[]", "children_spec": []}]}]'  # noqa: E501
 OUT = '[1, {"type": null, "context": null, "children_spec": []}]'

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from rarefy.errors import FormatError, OutputError
 from rarefy.files import replacing
-from rarefy.storage.pack import Bytes, damaged
+from rarefy.storage.frames import damaged
+from rarefy.storage.streams import Bytes
 
 MAX_HEADER = 100_000_000
 """Longest header that safetensors reads."""

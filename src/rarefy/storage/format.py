@@ -11,8 +11,9 @@ import json
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
 import torch
@@ -57,6 +58,9 @@ KEY = "rarefy"
 INDEX, PACKED = "rarefy.index", "rarefy.packed"
 """Entries of the table of contents, and of all tensors that are too small for their own."""
 
+Entropy: TypeAlias = Literal["zstd", "ans"]
+"""How bytes are compressed."""
+
 OWN_ENTRY = 1 << 14
 """Tensors of at least this many stored bytes have an entry of their own."""
 
@@ -75,7 +79,7 @@ _PLAIN = {
 """Raw tensors of these dtypes are ordinary safetensors entries, which any reader understands."""
 
 
-def save(model: nn.Module, path: str | Path) -> Path:
+def save(model: nn.Module, path: str | Path, *, entropy: Entropy = "zstd") -> Path:
     """Write a network to one file, which takes the place of an older one in a single step.
 
     Parameters and persistent buffers are stored without loss, each in the smallest of its
@@ -87,12 +91,16 @@ def save(model: nn.Module, path: str | Path) -> Path:
     Args:
         model: any module, pruned or not, or a ``GraphModel``.
         path: of the file; its directory must exist.
+        entropy: how bytes are compressed: ``"zstd"``, fast to read, or ``"ans"``, which takes
+            asymmetric numeral systems where these are smaller. Quantized weights come out a few
+            percent smaller, most of all sparse ones.
 
     Returns:
         The path.
 
     Raises:
-        InputError: the model has tensors without data, or state that is no tensor.
+        InputError: the model has tensors without data, or state that is no tensor; or
+            ``entropy`` is neither.
         OutputError: the file cannot be written; an older one is unchanged.
         FormatError: a graph holds what a file may not hold, such as an unknown operator.
 
@@ -100,6 +108,10 @@ def save(model: nn.Module, path: str | Path) -> Path:
         >>> save(torch.nn.Linear(3, 2), "/tmp/linear.safetensors").name
         'linear.safetensors'
     """
+    if entropy not in get_args(Entropy):
+        raise InputError(
+            f"save(entropy={entropy!r})", "there is no such coder", "Use 'zstd' or 'ans'"
+        )
     held = adapt.held(model)
     adapt.check_storable(model, dict(held.tensors))
     graph, grids = "", quantized_weights(model, held)
@@ -112,9 +124,9 @@ def save(model: nn.Module, path: str | Path) -> Path:
             "custom": adapt.custom(model),
             "stubs": adapt.stand_ins(model),
         }
-    parts = _parts(held, grids)
+    parts = _parts(held, grids, partial(pack, ans=entropy == "ans"))
     if sum(p.record.bytes for p in parts) > capacity(sum(p.record.stored for p in parts)):
-        parts = _parts(held, grids, _raw)
+        parts = _parts(held, grids, partial(pack, codecs=()))
     index = Index(
         kind="graph" if isinstance(model, GraphModel) else "module",
         class_name=f"{type(model).__module__}.{type(model).__qualname__}"[:1000],
@@ -219,7 +231,7 @@ class Entry:
         path: of the parameter or buffer.
         shape: its shape.
         dtype: name of its dtype.
-        encoding: ``"raw"``, ``"zstd"``, ``"sparse"``, the same after ``"int8+"`` or ``"int4+"``,
+        encoding: of :data:`rarefy.storage.pack.CODECS`, the same after ``"int8+"`` or ``"int4+"``,
             or ``"same as <path>"``.
         bytes: its bytes in the file.
         bits_per_weight: of the file, for each element; 0 for tensors without elements.
@@ -316,14 +328,10 @@ class _Part:
     packed: Packed
 
 
-def _raw(elements: Bytes, bits: int | None = None) -> Packed:
-    return pack(elements, bits, codecs=())
+_Packer: TypeAlias = Callable[[Bytes, int | None, tuple[int, ...]], Packed]
 
 
-_Packer = Callable[[Bytes, int | None], Packed]
-
-
-def _parts(held: Held, grids: Mapping[str, Quantized], packer: _Packer = pack) -> list[_Part]:
+def _parts(held: Held, grids: Mapping[str, Quantized], packer: _Packer) -> list[_Part]:
     """The network's tensors, then what grids have of their own."""
     numbers = {name: t for quantized in grids.values() for name, t in quantized.own.items()}
     own = [_part(name, tensor, grids.get(name), packer) for name, tensor in held.tensors.items()]
@@ -336,9 +344,9 @@ def _part(
     flags += ("p" if isinstance(tensor, nn.Parameter) else "") + "g" * tensor.requires_grad
     flags += "l" * _is_channels_last(tensor)
     if quantized is None:
-        packed = packer(to_bytes(tensor), None)
+        packed = packer(to_bytes(tensor), None, tuple(tensor.shape))
     else:
-        packed = packer(quantized.codes, quantized.grid.bits)
+        packed = packer(quantized.codes, quantized.grid.bits, tuple(tensor.shape))
     if packed.size >= OWN_ENTRY and path not in (INDEX, PACKED):
         flags += "e"
     crc = 0
@@ -416,10 +424,10 @@ class _File:
         where = f"{self.reader.where}, tensor {path!r}"
         try:
             if grid is None:
-                elements = unpack(packed, record.count, dtype.itemsize)
+                elements = unpack(packed, record.count, dtype.itemsize, None, record.shape)
                 tensor = from_bytes(elements, record.shape, dtype)
             else:
-                codes = unpack(packed, record.count, 1, grid.bits)
+                codes = unpack(packed, record.count, 1, grid.bits, record.shape)
                 tensor = dequantize(codes, record.shape, grid).to(dtype)
         except FormatError as error:
             raise FormatError(where, error.what, error.remedy) from error

@@ -16,7 +16,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from rarefy.errors import FormatError
 from rarefy.graph.serialize import valid_path
 from rarefy.graph.stubs import Gives
-from rarefy.storage.pack import DTYPES, compress, damaged, decompress
+from rarefy.storage.frames import compress, damaged, decompress
+from rarefy.storage.pack import CODECS, DTYPES
 
 VERSION = 1
 """Version of the format that is written, and the newest that is read."""
@@ -238,15 +239,13 @@ def _check_numbers(index: Index, found: Mapping[str, Record]) -> None:
             raise damaged(f"tensor {path[:80]!r}", "it is of no grid, or of more than that")
 
 
-_STREAMS = {"raw": 1, "zstd": 1, "sparse": 2}
-
-
 def _check_record(where: str, record: Record, grid: GridRecord | None) -> None:
     if record.dtype not in DTYPES:
         raise FormatError(
             where, f"its dtype {record.dtype[:40]!r} is unknown", "Use a newer version of rarefy"
         )
-    if _STREAMS.get(record.codec) != len(record.sizes):
+    codec = CODECS.get(record.codec)
+    if codec is None or codec.streams != len(record.sizes):
         raise damaged(where, f"codec {record.codec[:40]!r} of {len(record.sizes)} streams")
     if math.prod(size for size in record.shape if size) >= 2**48:
         raise damaged(where, f"its shape {record.shape} is impossible")

@@ -1,32 +1,35 @@
 """Tensors as few bytes, without loss.
 
 A tensor is taken as ``count`` elements of ``itemsize`` bytes, and each codec keeps every bit of
-them, so NaN payloads, negative zeros and denormals come back as they were:
+them, so NaN payloads, negative zeros and denormals come back as they were. A codec says which
+elements are stored, and how:
 
-    raw       the elements as they lie in memory
-    zstd      byte planes (all first bytes, then all second bytes, ...), compressed
-    sparse    one bit per element that is not all zero bits, then those elements as byte planes;
-              both compressed
+    raw       all, as they lie in memory
+    planes    all, as byte planes: all first bytes, then all second bytes, ...
+    palette   all, as a codebook of distinct elements and the place of each in it
+    sparse    one bit per element that is not all zero bits, then byte planes of those
+    sparse0   the same, with the elements in another order: those along dimension 0 side by side
+    sparse1   along dimension 1: where N of every M inputs of a convolution are kept, the M bits lie
+              together and compress to the logarithm of the number of choices
+    ...+palette   the bits, then a codebook of the elements and places
 
 Codes of four bits are two to a byte instead of byte planes. :func:`pack` takes the smallest.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
-from typing import TypeAlias
+import math
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-import zstandard
 from numpy.typing import NDArray
 from torch import Tensor
 
-from rarefy.errors import FormatError, InputError
-
-Bytes: TypeAlias = NDArray[np.uint8]
-"""Elements of a tensor, of shape ``(count, itemsize)``, or a stream of bytes, ``(length,)``."""
+from rarefy.storage import streams
+from rarefy.storage.frames import damaged as damaged
+from rarefy.storage.streams import Bytes as Bytes
 
 _DTYPE_NAMES = """
 bool uint8 int8 int16 int32 int64 uint16 uint32 uint64 float16 bfloat16 float32 float64
@@ -46,8 +49,47 @@ read by others and at once."""
 MAX_PRESENT = 0.9
 """``sparse`` is tried where fewer elements than this share are not zero."""
 
-SMALL = 1 << 20
-"""Up to this many bytes compression may take its time."""
+MAX_PALETTE = 256
+"""Distinct elements of a palette, at most."""
+
+LOOK = 4096
+"""Elements that are looked at before all of them are sorted for a palette."""
+
+
+@dataclass(frozen=True)
+class Codec:
+    """How a tensor is stored.
+
+    Attributes:
+        mask: whether bits say which elements are not zero, and only those are stored.
+        dim: the dimension whose elements lie side by side; None for the last.
+        palette: whether elements are places in a codebook.
+    """
+
+    mask: bool = False
+    dim: int | None = None
+    palette: bool = False
+
+    @property
+    def streams(self) -> int:
+        """How many streams it has."""
+        return 1 + self.mask + self.palette
+
+
+CODECS: Mapping[str, Codec] = {
+    "raw": Codec(),
+    "planes": Codec(),
+    "palette": Codec(palette=True),
+    "sparse": Codec(mask=True),
+    "sparse0": Codec(mask=True, dim=0),
+    "sparse1": Codec(mask=True, dim=1),
+    "sparse+palette": Codec(mask=True, palette=True),
+    "sparse0+palette": Codec(mask=True, dim=0, palette=True),
+    "sparse1+palette": Codec(mask=True, dim=1, palette=True),
+}
+"""Name in a file -> codec."""
+
+_NAMES = {codec: name for name, codec in CODECS.items()}
 
 
 @dataclass(frozen=True)
@@ -55,8 +97,8 @@ class Packed:
     """Bytes of one tensor.
 
     Attributes:
-        codec: ``"raw"``, ``"zstd"`` or ``"sparse"``.
-        streams: the bytes, in one or two parts; each is compressed where that made it smaller.
+        codec: one of :data:`CODECS`.
+        streams: the bytes, in one to three parts; each is compressed where that made it smaller.
     """
 
     codec: str
@@ -87,155 +129,173 @@ def from_bytes(elements: Bytes, shape: tuple[int, ...], dtype: torch.dtype) -> T
 
 
 def pack(
-    elements: Bytes, bits: int | None = None, codecs: Collection[str] = ("zstd", "sparse")
+    elements: Bytes,
+    bits: int | None = None,
+    shape: tuple[int, ...] = (),
+    *,
+    codecs: Collection[str] = tuple(CODECS),
+    ans: bool = False,
 ) -> Packed:
     """The smallest lossless form of ``(count, itemsize)`` bytes.
 
     Args:
         elements: the bytes.
         bits: 4 where each element is one byte below 16, so that two share a byte.
+        shape: of the tensor, if its dimensions are to be looked at.
         codecs: what to try besides ``raw``.
+        ans: whether streams may be coded by asymmetric numeral systems, too, which makes them a
+            little smaller and slower to read.
 
     Example:
         >>> pack(np.zeros((1000, 4), np.uint8)).size < 100
         True
     """
-    raw = Packed("raw", (_join(elements, bits).tobytes() if bits else elements.tobytes(),))
+    plain = streams.join(elements[:, 0], bits) if bits else elements
+    raw = Packed("raw", (plain.tobytes(),))
     found = [raw]
-    if "zstd" in codecs:
-        found.append(_pack_zstd(elements, bits))
-    if "sparse" in codecs and np.count_nonzero(elements.any(axis=1)) < MAX_PRESENT * len(elements):
-        found.append(_pack_sparse(elements, bits))
+    for codec, mask, kept in _masked(elements, shape, codecs, ans):
+        if _NAMES[codec] in codecs:
+            planes = _write_planes(kept, bits, ans)
+            found.append(Packed(_NAMES[codec], (*mask, planes)))
+        name = _NAMES[replace(codec, palette=True)]
+        palette = _palette(kept) if name in codecs and bits is None else None
+        if palette is not None:
+            found.append(Packed(name, (*mask, *_write_palette(*palette, ans))))
     best = min(found, key=lambda packed: packed.size)
     return best if best.size <= raw.size * (1 - MIN_GAIN) else raw
 
 
-def unpack(packed: Packed, count: int, itemsize: int, bits: int | None = None) -> Bytes:
+def unpack(
+    packed: Packed,
+    count: int,
+    itemsize: int,
+    bits: int | None = None,
+    shape: tuple[int, ...] = (),
+) -> Bytes:
     """The elements that :func:`pack` was given, as ``(count, itemsize)`` bytes.
 
-    No more memory is used than the elements need, whatever the streams say.
+    No more memory is used than a few times what the elements need, whatever the streams say.
 
     Raises:
         FormatError: the streams do not hold exactly these elements.
     """
-    unpacker = _UNPACKERS.get(packed.codec)
-    if unpacker is None:
-        raise damaged("tensor", f"unknown codec {packed.codec!r:.40}")
-    try:
-        return unpacker(packed.streams, count, itemsize, bits)
-    except (ValueError, zstandard.ZstdError) as error:
-        if isinstance(error, FormatError):
-            raise
-        raise damaged("tensor", f"its bytes cannot be unpacked ({error})") from error
+    codec = CODECS.get(packed.codec)
+    if codec is None or codec.streams != len(packed.streams):
+        raise damaged("tensor", f"codec {packed.codec!r:.40} of {len(packed.streams)} streams")
+    if packed.codec == "raw":
+        return _read_raw(packed.streams[0], count, itemsize, bits)
+    if codec.dim is not None and codec.dim >= len(shape):
+        raise damaged("tensor", f"codec {packed.codec!r} of {len(shape)} dimensions")
+    mask, rest = packed.streams[: codec.mask], packed.streams[codec.mask :]
+    present = None
+    if codec.mask:
+        stored = streams.read(mask[0], streams.length(count, 1))
+        present = np.unpackbits(stored, count=count, bitorder="little").view(np.bool_)
+    number = count if present is None else int(np.count_nonzero(present))
+    reader = _read_palette if codec.palette else _read_planes
+    elements = reader(rest, number, itemsize, bits)
+    if present is not None:
+        whole = np.zeros(count, _ITEMS[itemsize])
+        whole[present] = elements.view(_ITEMS[itemsize])[:, 0]
+        elements = whole.view(np.uint8).reshape(count, itemsize)
+    return elements if codec.dim is None else _swapped(elements, shape, codec.dim, back=True)
 
 
-def damaged(where: str, what: str) -> FormatError:
-    """The error of a file that is not as it was written."""
-    return FormatError(where, what, "The file is damaged; get it again or save it anew")
+# --- which elements are stored -----------------------------------------------------------------
 
 
-# --- streams -----------------------------------------------------------------------------------
+_ITEMS: Mapping[int, str] = {1: "u1", 2: "u2", 4: "u4", 8: "u8", 16: "c16"}
+"""Bytes of an element -> a type of that size, whose values are moved as they are."""
 
 
-def compress(data: bytes) -> bytes:
-    """``data`` as one zstd frame that says its length."""
-    level = 19 if len(data) <= SMALL else 9
-    return zstandard.ZstdCompressor(level=level, write_checksum=False).compress(data)
+def _swapped(elements: Bytes, shape: tuple[int, ...], dim: int, *, back: bool = False) -> Bytes:
+    """The elements with those along ``dim`` side by side, or from there as they were."""
+    size, after = shape[dim], math.prod(shape[dim + 1 :])
+    parts = (after, size) if back else (size, after)
+    whole = elements.reshape(math.prod(shape[:dim]), *parts, elements.shape[1])
+    return np.ascontiguousarray(whole.swapaxes(1, 2)).reshape(elements.shape)
 
 
-def decompress(data: bytes, size: int) -> bytes:
-    """The content of one zstd frame, which must be of exactly ``size`` bytes.
-
-    Raises:
-        FormatError: it is no such frame.
-    """
-    try:
-        declared = zstandard.frame_content_size(data)
-        if declared != size:
-            raise damaged("compressed bytes", f"{declared} bytes are declared, {size} expected")
-        content = zstandard.ZstdDecompressor().decompress(
-            data, max_output_size=max(size, 1), allow_extra_data=False
-        )
-    except zstandard.ZstdError as error:
-        raise damaged("compressed bytes", f"they cannot be decompressed ({error})") from error
-    if len(content) != size:
-        raise damaged("compressed bytes", f"they hold {len(content)} bytes, {size} expected")
-    return content
-
-
-def _stream(data: Bytes) -> bytes:
-    raw = data.tobytes()
-    small = compress(raw)
-    return small if len(small) < len(raw) else raw
+def _masked(
+    elements: Bytes, shape: tuple[int, ...], codecs: Collection[str], ans: bool
+) -> Iterator[tuple[Codec, tuple[bytes, ...], Bytes]]:
+    """All elements, and those that are not zero under the smallest mask."""
+    yield Codec(), (), elements
+    present: NDArray[np.bool_] = np.any(elements, axis=1)
+    if np.count_nonzero(present) >= MAX_PRESENT * len(elements):
+        return
+    dims = [d for d in (0, 1) if math.prod(shape[d + 1 :]) > 1 and f"sparse{d}" in codecs]
+    masks = {}
+    for dim in (None, *dims):
+        bits = present.view(np.uint8)
+        if dim is not None:
+            bits = _swapped(bits[:, None], shape, dim)[:, 0]
+        mask = streams.write(np.packbits(bits, bitorder="little"), use_ans=ans)
+        masks[dim] = mask
+    best = min(masks, key=lambda dim: len(masks[dim]))
+    ordered = elements if best is None else _swapped(elements, shape, best)
+    yield Codec(mask=True, dim=best), (masks[best],), ordered[ordered.any(axis=1)]
 
 
-def _unstream(data: bytes, size: int) -> Bytes:
-    content = data if len(data) == size else decompress(data, size)
-    return np.frombuffer(content, np.uint8)
+# --- how they are stored -----------------------------------------------------------------------
 
 
-# --- codecs ------------------------------------------------------------------------------------
+def _write_planes(elements: Bytes, bits: int | None, ans: bool) -> bytes:
+    if bits:
+        return streams.write(streams.join(elements[:, 0], bits), use_ans=ans)
+    planes = np.ascontiguousarray(elements.T)
+    return streams.write(planes.reshape(-1), len(planes), use_ans=ans)
 
 
-def _join(elements: Bytes, bits: int | None) -> Bytes:
-    """Elements as one stream: byte planes, or two codes of four bits to a byte."""
-    if bits is None:
-        return np.ascontiguousarray(elements.T).reshape(-1)
-    if elements.shape[1] != 1 or (elements.size and elements.max() > 15):
-        raise InputError("pack(bits=4)", "an element is not below 16", "Pack it as whole bytes")
-    codes = np.resize(elements.reshape(-1), len(elements) + len(elements) % 2)
-    codes[len(elements) :] = 0
-    return (codes[0::2] | (codes[1::2] << 4)).astype(np.uint8)
+def _read_planes(stored: tuple[bytes, ...], count: int, itemsize: int, bits: int | None) -> Bytes:
+    if bits:
+        data = streams.read(stored[0], streams.length(count, bits))
+        return streams.split(data, count, bits).reshape(count, 1)
+    data = streams.read(stored[0], count * itemsize, itemsize)
+    return np.ascontiguousarray(data.reshape(itemsize, count).T)
 
 
-def _split(stream: Bytes, count: int, itemsize: int, bits: int | None) -> Bytes:
-    if bits is None:
-        return np.ascontiguousarray(stream.reshape(itemsize, count).T)
-    codes = np.stack([stream & 15, stream >> 4], axis=1).reshape(-1)
-    return codes[:count].reshape(count, 1)
-
-
-def _length(count: int, itemsize: int, bits: int | None) -> int:
-    return count * itemsize if bits is None else (count + 1) // 2
-
-
-def _pack_zstd(elements: Bytes, bits: int | None) -> Packed:
-    return Packed("zstd", (_stream(_join(elements, bits)),))
-
-
-def _pack_sparse(elements: Bytes, bits: int | None) -> Packed:
-    present = elements.any(axis=1)
-    mask = np.packbits(present, bitorder="little")
-    return Packed("sparse", (_stream(mask), _stream(_join(elements[present], bits))))
-
-
-def _unpack_raw(streams: tuple[bytes, ...], count: int, itemsize: int, bits: int | None) -> Bytes:
-    (stream,) = streams
+def _read_raw(stream: bytes, count: int, itemsize: int, bits: int | None) -> Bytes:
     data = np.frombuffer(stream, np.uint8)
-    if len(data) != _length(count, itemsize, bits):
+    if len(data) != (streams.length(count, bits) if bits else count * itemsize):
         raise damaged("tensor", f"it has {len(data)} bytes, not those of {count} elements")
-    return _split(data, count, itemsize, bits) if bits else data.reshape(count, itemsize)
+    return (streams.split(data, count, bits) if bits else data).reshape(count, itemsize)
 
 
-def _unpack_zstd(streams: tuple[bytes, ...], count: int, itemsize: int, bits: int | None) -> Bytes:
-    (stream,) = streams
-    return _split(_unstream(stream, _length(count, itemsize, bits)), count, itemsize, bits)
+def _palette(elements: Bytes) -> tuple[Bytes, Bytes] | None:
+    """The distinct elements, the most frequent first, and the place of each element among them."""
+    count, itemsize = elements.shape
+    if not count or itemsize > 8:
+        return None
+    values = np.ascontiguousarray(elements).view(_ITEMS[itemsize])[:, 0]
+    if len(np.unique(values[:: count // LOOK + 1])) > MAX_PALETTE:
+        return None
+    book, places, counts = np.unique(values, return_inverse=True, return_counts=True)
+    if len(book) > MAX_PALETTE:
+        return None
+    order = np.argsort(-counts, kind="stable")
+    ranks = np.empty(len(order), np.uint8)
+    ranks[order] = np.arange(len(order))
+    return book[order].view(np.uint8).reshape(-1, itemsize), ranks[places]
 
 
-def _unpack_sparse(
-    streams: tuple[bytes, ...], count: int, itemsize: int, bits: int | None
-) -> Bytes:
-    mask, values = streams
-    present = np.unpackbits(_unstream(mask, (count + 7) // 8), count=count, bitorder="little")
-    number = int(present.sum())
-    elements = np.zeros((count, itemsize), np.uint8)
-    data = _unstream(values, _length(number, itemsize, bits))
-    elements[present.astype(bool)] = _split(data, number, itemsize, bits)
-    return elements
+def _width(entries: int) -> int:
+    """Bits of a place in a codebook: the fewest that divide a byte."""
+    return next(bits for bits in (1, 2, 4, 8) if entries <= 1 << bits)
 
 
-_UNPACKERS: Mapping[str, Callable[[tuple[bytes, ...], int, int, int | None], Bytes]] = {
-    "raw": _unpack_raw,
-    "zstd": _unpack_zstd,
-    "sparse": _unpack_sparse,
-}
+def _write_palette(book: Bytes, places: Bytes, ans: bool) -> tuple[bytes, bytes]:
+    codes = streams.join(places, _width(len(book)))
+    return book.tobytes(), streams.write(codes, use_ans=ans)
+
+
+def _read_palette(stored: tuple[bytes, ...], count: int, itemsize: int, bits: int | None) -> Bytes:
+    book = np.frombuffer(stored[0], np.uint8)
+    if bits or len(book) % itemsize or not 0 < len(book) <= MAX_PALETTE * itemsize:
+        raise damaged("tensor", f"a codebook of {len(book)} bytes")
+    book = book.reshape(-1, itemsize)
+    width = _width(len(book))
+    places = streams.split(streams.read(stored[1], streams.length(count, width)), count, width)
+    if count and int(places.max()) >= len(book):
+        raise damaged("tensor", f"a place beyond the {len(book)} entries of its codebook")
+    return book[places]
