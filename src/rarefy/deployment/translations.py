@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -61,27 +61,31 @@ TRANSLATIONS: Mapping[str, Callable[..., Any]] = {
 """Name of an operator -> what writes it with onnxscript, called with its arguments."""
 
 
+def _any_rank(calls: Sequence[Node]) -> bool:
+    """Whether the exporter refuses the rank of some attention, and all have a form known here."""
+    values = [node.args[0].meta["val"] for node in calls]  # type: ignore[union-attr]
+    return any(query.ndim != 4 for query in values) and all(map(_is_plain, calls))
+
+
 def _is_plain(node: Node) -> bool:
-    """Whether attention has a rank that the exporter refuses, and a form that is known here."""
+    """Whether attention is neither causal nor of grouped queries, and its mask is added."""
     given: Any = (*node.args, *[None] * 6)
-    query = given[0].meta["val"]
-    causal = node.kwargs.get("is_causal", given[5])
     mask: Any = node.kwargs.get("attn_mask", given[3])
-    real = mask is None or mask.meta["val"].is_floating_point()
-    single = query.dtype == torch.float32
-    return query.ndim != 4 and real and single and not causal and not node.kwargs.get("enable_gqa")
+    causal = node.kwargs.get("is_causal", given[5]) or node.kwargs.get("enable_gqa")
+    added = mask is None or mask.meta["val"].is_floating_point()
+    return added and not causal and given[0].meta["val"].dtype == torch.float32
 
 
-_NEEDED: Mapping[str, Callable[[Node], bool]] = {
-    "aten.scaled_dot_product_attention.default": _is_plain,
+_NEEDED: Mapping[str, Callable[[Sequence[Node]], bool]] = {
+    "aten.scaled_dot_product_attention.default": _any_rank,
 }
-"""Operators that the exporter knows in part -> whether a call is one that it does not."""
+"""Operators that the exporter knows in part -> whether its calls need a translation."""
 
 
 def translations(program: ExportedProgram) -> dict[Any, Callable[..., Any]]:
     """Those that a program needs, by operator, as ``torch.onnx.export`` takes them.
 
-    An operator that the exporter knows in part is translated only where it knows none of its calls.
+    An operator that the exporter knows in part is translated only where that does not suffice.
     """
     calls: dict[Any, list[Node]] = {}
     for node in program.graph.nodes:
@@ -90,5 +94,5 @@ def translations(program: ExportedProgram) -> dict[Any, Callable[..., Any]]:
     return {
         target: TRANSLATIONS[str(target)]
         for target, found in calls.items()
-        if all(map(_NEEDED.get(str(target), lambda _: True), found))
+        if _NEEDED.get(str(target), bool)(found)
     }

@@ -27,7 +27,7 @@ PRECISION = 12
 LOWEST = 1 << 16
 """States are at least this between steps, and below 2**32; words have 16 bits."""
 
-MAX_STEPS = 1 << 14
+MAX_STEPS = 1 << 12
 """Symbols of one lane, at most: it bounds the time that a small stream can ask for."""
 
 LANE_BYTES = 512

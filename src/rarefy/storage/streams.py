@@ -25,6 +25,10 @@ Bytes: TypeAlias = NDArray[np.uint8]
 """Elements of a tensor, of shape ``(count, itemsize)``, or a stream of bytes, ``(length,)``."""
 
 _ANS = b"\x01"
+
+MIN_GAIN = 0.02
+"""Numeral systems have to save this share of a stream, since they take longer to read."""
+
 _LENGTH = struct.Struct("<Q")
 
 
@@ -35,7 +39,8 @@ def write(data: Bytes, parts: int = 1, *, use_ans: bool = False) -> bytes:
     if use_ans and len(raw):
         coded = [_part(part, len(best)) for part in data.reshape(parts, -1)]
         lengths = b"".join(_LENGTH.pack(len(part)) for part in coded[:-1])
-        best = min(best, b"".join([_ANS, lengths, *coded]), key=len)
+        whole = b"".join([_ANS, lengths, *coded])
+        best = whole if len(whole) <= (1 - MIN_GAIN) * len(best) else best
     return best if len(best) < len(raw) else raw
 
 
