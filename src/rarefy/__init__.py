@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from rarefy.schemes import WeightOnly as WeightOnly
     from rarefy.storage.format import inspect as inspect
     from rarefy.storage.format import load as load
+    from rarefy.storage.format import load_tensor as load_tensor
     from rarefy.storage.format import save as save
     from rarefy.students import student as student
     from rarefy.training import teachers as teachers
@@ -72,6 +73,7 @@ _HOME = {
     "hold": "rarefy.pruning.sparsity.masks",
     "inspect": "rarefy.storage.format",
     "load": "rarefy.storage.format",
+    "load_tensor": "rarefy.storage.format",
     "measure": "rarefy.deployment.measure",
     "pairs": "rarefy.distillation.pairing",
     "prune": "rarefy.measured",
