@@ -14,6 +14,7 @@ from rarefy.deployment.runtimes import ExactOnnxSession, OnnxSession, OpenVinoSe
 from rarefy.grid import Grid, put_grids
 from rarefy.types import WeightOnly
 
+
 class Net(nn.Module):
     """A convolution with its norm, linear layers of three dimensions and of two, a table."""
 
@@ -74,7 +75,12 @@ def test_runtimes_compute_the_same_from_integers(tmp_path, bits, group, symmetri
     assert set(codes) == {wanted[8 if bits == 8 else 4][symmetric]}
     # blocks of the transposed convolution lie along another dimension than ONNX has them, and no
     # block divides both a group of 16 and the 27 inputs of the first convolution
-    floats = {None: set(), 24: {"up.weight", "stem.weight"}, 32: {"up.weight"}, 16: {"up.weight", "stem.weight"}}[group]
+    floats = {
+        None: set(),
+        24: {"up.weight", "stem.weight"},
+        32: {"up.weight"},
+        16: {"up.weight", "stem.weight"},
+    }[group]
     assert held.keys() & {"stem.weight", "up.weight", "table.weight", "head.weight"} == floats
     assert len(codes) == 6 - len(floats)
     torch.testing.assert_close(in_openvino(path, x), expected, rtol=1e-3, atol=1e-4)
