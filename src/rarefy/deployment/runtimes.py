@@ -264,7 +264,7 @@ class ExactOnnxSession(OnnxSession):
     block. The file says nothing of that, so that a proof of the file leaves it out.
     """
 
-    settings = {"session.qdq_matmulnbits_accuracy_level": "1"}
+    settings: Mapping[str, str] = {"session.qdq_matmulnbits_accuracy_level": "1"}
 
 
 def _options(threads: int) -> Any:
