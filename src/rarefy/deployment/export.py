@@ -72,9 +72,8 @@ def export(
     """Write a network to an ONNX file, and prove that onnxruntime computes the same from it.
 
     A network from :func:`rarefy.quantize` is written in integers: weights as int8, biases as
-    int32, activations between QuantizeLinear and DequantizeLinear. Weights that were rounded alone
-    (``WeightOnly``) become int8 or int4, with a DequantizeLinear. The first dimension of the
-    inputs is free where the network allows it.
+    int32, activations between QuantizeLinear and DequantizeLinear; weights rounded alone as int8 or
+    int4. The first dimension of the inputs is free where the network allows it.
 
     Args:
         model: any module, taken in eval mode; left as it is.
@@ -96,8 +95,8 @@ def export(
         >>> export(nn.Linear(4, 2), "net.onnx", torch.randn(8, 4)).name  # doctest: +SKIP
         'net.onnx'
     """
-    path = Path(path)
     _require(check)
+    path = Path(path)
     if not path.parent.is_dir() or path.is_dir():
         raise OutputError(
             f"export({str(path)!r})", "no file can be written there", "Check the path"
@@ -243,7 +242,8 @@ def _input_names(model: nn.Module, inputs: Inputs, placeholders: list[str]) -> t
 
 def _translate(model: nn.Module, traced: Traced, version: int | None) -> Any:
     try:
-        return torch.onnx.export(traced.program, dynamo=True, opset_version=version).model
+        made: Any = torch.onnx.export(traced.program, dynamo=True, opset_version=version)
+        return made.model
     except Exception as error:
         operator = _failed_operator(error)
         where = _scope(model, traced.program, operator)

@@ -69,8 +69,8 @@ def fold_grids(model: Any, weights: Mapping[str, Rounded]) -> None:
     """
     known: dict[bytes, tuple[str, bool]] = {}
     for path, rounded in weights.items():
-        array = rounded.weight.numpy()
-        for turned, values in ((False, array), (True, array.T))[: 1 + (array.ndim == 2)]:
+        own = rounded.weight.numpy()
+        for turned, values in ((False, own), (True, own.T))[: 1 + (own.ndim == 2)]:
             known.setdefault(_key(values), (path, turned))
     for name, value in list(model.graph.initializers.items()):
         array = constant(value)
