@@ -28,8 +28,8 @@ SCHEMES = {
     "int4, AWQ ranges": rf.WeightOnly(bits=4, method="awq"),
     "int4, GPTQ, min-max": rf.WeightOnly(bits=4, method="gptq", observer="minmax"),
     "int4, GPTQ": rf.WeightOnly(bits=4, method="gptq", observer="mse"),
-    "int4, groups of 32, RTN": rf.WeightOnly(bits=4, group=32, method="rtn"),
-    "int4, groups of 32, GPTQ": rf.WeightOnly(bits=4, group=32),
+    "int4, groups of 32, RTN": rf.WeightOnly(bits=4, group=32, method="rtn", observer="mse"),
+    "int4, groups of 32, GPTQ": rf.WeightOnly(bits=4, group=32, observer="mse"),
     "palette of 8 values": rf.WeightOnly(bits=3, method="palette"),
     "palette of 16 values": rf.WeightOnly(bits=4, method="palette"),
 }

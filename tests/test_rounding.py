@@ -16,7 +16,7 @@ def weight(*shape: int, seed: int = 0) -> torch.Tensor:
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("group", [None, 5])
 def test_ranges_are_the_best_of_all_that_are_tried(symmetric, bits, group) -> None:
-    scheme = WeightOnly(bits=bits, group=group, method="rtn", symmetric=symmetric)
+    scheme = WeightOnly(bits=bits, group=group, method="rtn", symmetric=symmetric, observer="mse")
     values, counted = weight(3, 4, 3), weight(3, 12, seed=1).square()
     grid = grid_for(values, 0, scheme, counted)
     low, high = limits(scheme)

@@ -87,7 +87,8 @@ class WeightOnly:
             come making up for it. ``"palette"`` takes the values of a codebook for each tensor,
             found by k-means. ``"gptq"`` and ``"awq"`` need calibration data.
         symmetric: a range around 0; otherwise from the smallest to the largest value.
-        observer: ``"mse"`` for the range with the least squared error, or ``"minmax"``.
+        observer: ``"minmax"`` for the whole range, or ``"mse"`` for the share of it with the least
+            squared error of the weights. ``"awq"`` searches in any case.
         skip: paths or patterns with ``*?[]`` of layers, or of modules around them, that stay in
             float.
 
@@ -100,7 +101,7 @@ class WeightOnly:
     group: int | None = None
     method: str = "gptq"
     symmetric: bool = True
-    observer: str = "mse"
+    observer: str = "minmax"
     skip: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:

@@ -36,7 +36,8 @@ def grid_for(
     size = min(scheme.group or whole, whole)
     blocks = _blocks(as_matrix(weight.detach().float(), axis), size)
     counted = torch.ones_like(blocks) if importance is None else _blocks(importance.float(), size)
-    shares = SHRINKAGES if scheme.observer == "mse" else SHRINKAGES[:1]
+    searched = scheme.observer == "mse" or scheme.method == "awq"
+    shares = SHRINKAGES if searched else SHRINKAGES[:1]
     best = torch.full(blocks.shape[:2], float("inf"), device=blocks.device)
     scale, zero = torch.ones_like(best), torch.zeros_like(best)
     for share in shares.tolist():
