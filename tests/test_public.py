@@ -11,8 +11,8 @@ import rarefy
 PUBLIC = """
 Budget GradualPruning GradualUnits Half Int8 Limit Movement Sensitivity SoftLabels Stages Target
 WeightOnly compress criteria distill errors evaluate export hold inspect load load_tensor losses
-measure metrics pairs patterns prune quantize regularize repair rewind save sensitivity soft_labels student taps
-teachers trace train write_soft_labels
+measure metrics pairs patterns prune quantize regularize repair rewind save sensitivity soft_labels
+student taps teachers trace train write_soft_labels
 """.split()
 
 CALLABLES = [n for n in PUBLIC if not isinstance(getattr(rarefy, n), types.ModuleType)]
