@@ -20,8 +20,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 import rarefy as rf
+from rarefy.schemes import WeightOnly
 from rarefy.storage.format import Entropy
-from rarefy.types import WeightOnly
 
 EXAMPLE = torch.zeros(2, 3, 32, 32)
 
