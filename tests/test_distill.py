@@ -419,7 +419,7 @@ def test_a_killed_distillation_goes_on_as_if_nothing_had_been(kind, tmp_path) ->
 
 def test_a_quantized_network_trains() -> None:
     from rarefy.quantization.quantize import quantize
-    from rarefy.types import Int8
+    from rarefy.schemes import Int8
 
     teacher, data = conv(8, 1), images()
     student = quantize(conv(8, 2).eval(), [x for x, _ in data], Int8())

@@ -109,8 +109,8 @@ class MovingAverage(MinMax):
             DataError: nothing was seen.
         """
         low, high = super().range()
-        averages = [total / max(self.weight, 1.0) for total in self.sums]
-        return max(low, averages[0]), min(high, averages[1])
+        first, last = (total / max(self.weight, 1.0) for total in self.sums)
+        return min(max(low, first), high), max(min(high, last), low)
 
 
 class Histogram(MinMax):

@@ -156,7 +156,7 @@ class DistillStage(_Options):
 
 
 class QuantizeStage(_Options):
-    """The fields of :class:`~rarefy.types.Int8`, and what follows calibration.
+    """The fields of :class:`~rarefy.schemes.Int8`, and what follows calibration.
 
     ``max_drop`` is how much validation accuracy may be lost before layers stay in float; with
     ``epochs``, the quantized network is trained on the teacher's soft labels.
