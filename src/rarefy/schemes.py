@@ -62,12 +62,7 @@ class Int8:
                 "the strength of smoothing is between 0 and 1",
                 "Write smooth=0.5, or None for none",
             )
-        given = self.skip
-        if isinstance(given, str) or not all(isinstance(pattern, str) for pattern in given):
-            raise InputError(
-                f"Int8(skip={given!r})", "it is no list of paths", "Write skip=['head', 'stem.*']"
-            )
-        object.__setattr__(self, "skip", tuple(given))
+        _freeze_skip(self)
 
 
 METHODS = ("rtn", "gptq", "awq", "palette")
@@ -122,12 +117,19 @@ class WeightOnly:
                 "a group has at least 2 weights, and a palette none",
                 "Write group=32, or None for a scale for each output channel",
             )
-        given = self.skip
-        if isinstance(given, str) or not all(isinstance(pattern, str) for pattern in given):
-            raise InputError(
-                f"WeightOnly(skip={given!r})", "it is no list of paths", "Write skip=['head']"
-            )
-        object.__setattr__(self, "skip", tuple(given))
+        _freeze_skip(self)
+
+
+def _freeze_skip(scheme: Int8 | WeightOnly) -> None:
+    """Hold the paths to skip as a tuple; refuse what is no list of them."""
+    given = scheme.skip
+    if isinstance(given, str) or not all(isinstance(pattern, str) for pattern in given):
+        raise InputError(
+            f"{type(scheme).__name__}(skip={given!r})",
+            "it is no list of paths",
+            "Write skip=['head', 'stem.*']",
+        )
+    object.__setattr__(scheme, "skip", tuple(given))
 
 
 @dataclass(frozen=True)

@@ -22,12 +22,9 @@ from rarefy.quantization.insertion import inserted, static_quantizers
 from rarefy.quantization.mixed import Allowance, Evaluate, checked_costs, search
 from rarefy.quantization.placement import Placement, place
 from rarefy.quantization.scaling import equalize, smooth
-from rarefy.quantization.summary import QuantizationSummary, noise, outputs, ratios
+from rarefy.quantization.summary import COMPARED, QuantizationSummary, noise, outputs, ratios
 from rarefy.schemes import Int8
 from rarefy.types import Data, Inputs
-
-COMPARED = 8
-"""Examples on which the layers' outputs are compared with the float network's."""
 
 SENSED = 64
 """Examples on which each layer's sensitivity is measured."""

@@ -16,6 +16,9 @@ from rarefy.quantization.insertion import PER_TENSOR
 from rarefy.quantization.placement import Placement, carrier
 from rarefy.types import Inputs
 
+COMPARED = 8
+"""Examples on which the layers' outputs are compared with the float network's."""
+
 
 @dataclass(frozen=True)
 class QuantizationSummary:

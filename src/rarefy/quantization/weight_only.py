@@ -20,21 +20,17 @@ from rarefy.grid import Grid, check_float, grids, put_grids
 from rarefy.pruning.repair import repair
 from rarefy.pruning.running.examples import affordable, collect, parts
 from rarefy.quantization.affine import sqnr
+from rarefy.quantization.calibration import WHERE
 from rarefy.quantization.palette import palette
 from rarefy.quantization.readers import mean_squares, ratios
 from rarefy.quantization.rounding import grid_for
-from rarefy.quantization.summary import QuantizationSummary
+from rarefy.quantization.summary import COMPARED, QuantizationSummary
 from rarefy.quantization.weights import Weight, find
 from rarefy.schemes import Half, WeightOnly
 from rarefy.types import Data, Inputs
 
-WHERE = "quantize(calibration)"
-
 SAMPLES = 512
 """Calibration examples that are used at most."""
-
-COMPARED = 8
-"""Examples on which the layers' outputs are compared with the float network's."""
 
 ON_DATA = ("gptq", "awq")
 """Methods that need calibration data."""
