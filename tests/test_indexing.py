@@ -9,7 +9,7 @@ from carrying import Net, X, check_carried, check_proven, halved, prunable
 from rarefy.graph.flow import Flow
 from rarefy.graph.ops import walk
 from rarefy.graph.program import Ref
-from rarefy.graph.rules.indexing import known, positions
+from rarefy.graph.rules.picking import known, positions
 from rarefy.graph.trace import trace
 
 torch.set_num_threads(1)

@@ -12,7 +12,8 @@ from rarefy.batches import evaluating
 from rarefy.errors import InputError, ProofError
 from rarefy.graph.trace import trace
 from rarefy.pruning.plan import Plan
-from rarefy.pruning.structure.proof import Masking, _noise, masked, prove
+from rarefy.pruning.structure.disturbance import noise
+from rarefy.pruning.structure.proof import Masking, masked, prove
 from rarefy.pruning.structure.reference import over_survivors
 from rarefy.pruning.structure.surgery import cut, rewrite
 
@@ -553,7 +554,7 @@ def test_a_network_that_is_right_for_one_batch_size_only_is_not() -> None:
 
 
 def test_long_parameters_are_disturbed_without_two_equal_rows() -> None:
-    found = _noise(torch.zeros(700, 256, dtype=torch.float64))
+    found = noise(torch.zeros(700, 256, dtype=torch.float64))
     assert len(found.unique(dim=0)) == 700
     assert len(found.unique(dim=1)[0]) == 256
     assert abs(float(found.std()) - 1) < 0.02

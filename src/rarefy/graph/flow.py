@@ -149,5 +149,10 @@ def every(carried: Any) -> list[Atoms]:
     return []
 
 
+def zero_as_first(flow: Flow, node: Node) -> bool:
+    """The value is zero wherever the first argument is."""
+    return flow.zero(node.args[0])
+
+
 def rows(rule: Rule, names: str) -> dict[str, Rule]:
     return {f"aten.{name}": rule for name in names.split()}

@@ -10,7 +10,17 @@ import numpy as np
 
 from rarefy.graph.editor import Edit, Editor
 from rarefy.graph.equations import EQUATIONS, equation, sizes
-from rarefy.graph.flow import EXTENT, Carried, Flow, Rule, Zero, freeze_all, rows, unlabeled
+from rarefy.graph.flow import (
+    EXTENT,
+    Carried,
+    Flow,
+    Rule,
+    Zero,
+    freeze_all,
+    rows,
+    unlabeled,
+    zero_as_first,
+)
 from rarefy.graph.labels import Atoms, Labels
 from rarefy.graph.program import Node, Ref, schema
 from rarefy.graph.rules.along import zero_along
@@ -408,10 +418,6 @@ def _kron_is_zero(flow: Flow, node: Node) -> bool:
     return all(flow.zero(x) or all(a is None for a in flow.of(x)) for x in node.args[:2])
 
 
-def _first_is_zero(flow: Flow, node: Node) -> bool:
-    return flow.zero(node.args[0])
-
-
 def _second_is_zero(flow: Flow, node: Node) -> bool:
     return flow.zero(node.args[1])
 
@@ -419,8 +425,8 @@ def _second_is_zero(flow: Flow, node: Node) -> bool:
 ZEROS: Mapping[str, Zero] = {
     **dict.fromkeys(EQUATIONS.keys() - {"cdist"}, _product_is_zero),
     **dict.fromkeys(f"{_FORWARD} {_TRANSPOSED}".split(), _convolution_is_zero),
-    **dict.fromkeys(_FOURIER.split(), _first_is_zero),
-    **dict.fromkeys(("embedding", "embedding_renorm", "embedding_bag"), _first_is_zero),
+    **dict.fromkeys(_FOURIER.split(), zero_as_first),
+    **dict.fromkeys(("embedding", "embedding_renorm", "embedding_bag"), zero_as_first),
     **dict.fromkeys(("_grouped_mm", "grouped_mm_fallback"), _second_is_zero),
     "kron": _kron_is_zero,
 }

@@ -12,7 +12,7 @@ from rarefy.graph.flow import Carried, Flow, Rule, Zero, freeze_all, rows, unlab
 from rarefy.graph.labels import Atoms
 from rarefy.graph.program import Node, Ref, Spec
 from rarefy.graph.rules.along import zero_along
-from rarefy.graph.rules.indexing import known
+from rarefy.graph.rules.picking import known
 
 
 def _same(flow: Flow, node: Node) -> Carried:

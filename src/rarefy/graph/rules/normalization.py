@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 from rarefy.graph.editor import Edit, Editor
-from rarefy.graph.flow import Carried, Flow, Rule, Zero, rows
+from rarefy.graph.flow import Carried, Flow, Rule, Zero, rows, zero_as_first
 from rarefy.graph.labels import Atoms
 from rarefy.graph.program import Node, Ref
 
@@ -148,13 +148,9 @@ def _rows_are_zero(flow: Flow, node: Node) -> bool:
     return flow.zero(node.args[0]) and node.argument("bias") is None
 
 
-def _weight_is_zero(flow: Flow, node: Node) -> bool:
-    return flow.zero(node.args[0])
-
-
 ZEROS: Mapping[str, Zero] = {
     **dict.fromkeys(("batch_norm", "instance_norm", "group_norm"), _channels_are_zero),
     **dict.fromkeys(("layer_norm", "rms_norm"), _rows_are_zero),
-    "_weight_norm": _weight_is_zero,
+    "_weight_norm": zero_as_first,
 }
 """Operator -> whether its value is zero at masked units, where it is not taken over them."""

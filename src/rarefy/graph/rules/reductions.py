@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from rarefy.graph.editor import Edit
-from rarefy.graph.flow import Carried, Flow, Rule, Zero, rows
+from rarefy.graph.flow import Carried, Flow, Rule, Zero, rows, zero_as_first
 from rarefy.graph.labels import Labels
 from rarefy.graph.program import Node, Spec
 from rarefy.graph.rules.along import zero_along
@@ -190,10 +190,6 @@ EDITS: Mapping[str, Edit] = {}
 """Operator -> how the sizes in its arguments follow the labels."""
 
 
-def _first(flow: Flow, node: Node) -> bool:
-    return flow.zero(node.args[0])
-
-
 def _values_zero(flow: Flow, node: Node) -> bool:
     """Maxima of zeros are zero; their positions are not."""
     if node.op.endswith(".other"):
@@ -205,7 +201,7 @@ ZEROS: Mapping[str, Zero] = {
     **dict.fromkeys(
         f"{POOLS} {UPSAMPLERS} mean nanmean sum nansum count_nonzero amax amin aminmax prod any "
         "var std var_mean std_mean norm linalg_vector_norm linalg_norm cumsum cumprod".split(),
-        _first,
+        zero_as_first,
     ),
     **dict.fromkeys(("max", "min"), _values_zero),
 }

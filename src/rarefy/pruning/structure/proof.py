@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
-from math import inf, isfinite, isnan
+from math import inf, isfinite
 from typing import Any, NoReturn
 
 import torch
@@ -26,14 +26,29 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from rarefy.batches import batch_size, call, doubled, evaluating, map_tensors, seeded, take, tensors
-from rarefy.copies import converted
+from rarefy.batches import map_tensors, seeded
 from rarefy.errors import InputError, ProofError, first_line
 from rarefy.graph.capture import graph_model
 from rarefy.graph.groups import Mask
 from rarefy.graph.program import GraphModel
 from rarefy.graph.trace import Network
 from rarefy.pruning.plan import Plan
+from rarefy.pruning.structure.disturbance import (
+    Calibration,
+    alike,
+    candidates,
+    cast,
+    disturbed,
+    elsewhere,
+    nudged,
+)
+from rarefy.pruning.structure.outputs import (
+    holds_nan,
+    largest_difference,
+    magnitude,
+    outputs_of,
+    without_one_more,
+)
 from rarefy.pruning.structure.reference import masked, mixing, over_survivors, without_branches
 from rarefy.types import Inputs
 
@@ -51,12 +66,6 @@ LEAST = {torch.float64: 1e-6, torch.float32: 1e-2}
 MARGIN = 100.0
 """How many times as far as rounding may differ what is only rounding."""
 
-EXAMPLES = 2
-"""How many of the example inputs are run, where the network takes so few."""
-
-PERIOD = 65_521
-"""Numbers drawn for a parameter. A prime, so that no two of its rows or columns are disturbed alike
-unless as many of them lie between."""
 
 Build = Callable[[nn.Module, Plan], nn.Module]
 """(model, plan) -> the model with the plan's units gone."""
@@ -181,7 +190,7 @@ class Masking:
         self, model: nn.Module, example_inputs: Inputs, network: Network, plan: Plan
     ) -> None:
         self._model, self._network, self._plan = model, network, plan
-        self._candidates = _candidates(example_inputs)
+        self._candidates = candidates(example_inputs)
         self._refused: set[tuple[torch.dtype, int]] = set()
         self._disturbed: tuple[torch.dtype, nn.Module] | None = None
         self._case: tuple[tuple[torch.dtype, int], _Case] | None = None
@@ -223,11 +232,11 @@ class Masking:
         if self._disturbed is None or self._case is None:
             return 0.0
         dtype, model = self._disturbed
-        inputs = _cast(self._candidates[self._case[0][1]], dtype)
+        inputs = cast(self._candidates[self._case[0][1]], dtype)
         with seeded(2):
-            nudged = map_tensors(lambda t: _nudged(t, dtype), inputs)
-        first, second = _run(model, inputs), _run(model, nudged)
-        return _largest(first, second) / (_magnitude(first) or 1.0)
+            near = map_tensors(lambda t: nudged(t, dtype), inputs)
+        first, second = outputs_of(model, inputs), outputs_of(model, near)
+        return largest_difference(first, second) / (magnitude(first) or 1.0)
 
     def _prepared(self, dtype: torch.dtype, number: int) -> _Case | None:
         """The masked network's outputs on some of the inputs; None where they are refused."""
@@ -238,8 +247,8 @@ class Masking:
             self._case = None  # what it holds goes before more is made
             if self._disturbed is None or self._disturbed[0] is not dtype:
                 self._disturbed = None
-                self._disturbed = dtype, _disturbed(self._model, dtype)
-            inputs = _cast(self._candidates[number], dtype)
+                self._disturbed = dtype, disturbed(self._model, dtype)
+            inputs = cast(self._candidates[number], dtype)
             case = _Case(self._disturbed[1], inputs, dtype, self._network, self._plan)
             self._case = key, case
         return self._case[1]
@@ -281,7 +290,7 @@ class _Case:
         self.mixing = bool(plan.blocks or mixing(network, plan))
         self.checked = False
         calibrates = any("batch_norm" in node.kind for node in network.captured.graph.calls)
-        if calibrates and not _takes(model, inputs, _Calibration()):  # type: ignore[no-untyped-call]
+        if calibrates and not _takes(model, inputs, Calibration()):  # type: ignore[no-untyped-call]
             raise _RefusedError
         reference = self.reference()
         try:
@@ -291,8 +300,8 @@ class _Case:
                 raise _RefusedError from None
             raise
         _check_numbers(model, inputs, self.expected)
-        self.other, self.moved, self.larger = _elsewhere(reference, inputs, self.expected)
-        self.scale = _scale(self.expected, _first(self.moved, self.expected), dtype)
+        self.other, self.moved, self.larger = elsewhere(reference, inputs, self.expected)
+        self.scale = _scale(self.expected, without_one_more(self.moved, self.expected), dtype)
 
     def reference(self) -> nn.Module:
         """The masked network, with operators that mix entries over what remains."""
@@ -314,11 +323,11 @@ class _Case:
                 if not whole:  # the reference may be a graph that takes what the network does not
                     self._check_taken()
                 raise
-            difference = max(_largest(self.expected, first), self._elsewhere(small))
+            difference = max(largest_difference(self.expected, first), self._elsewhere(small))
         error = difference / self.scale
         if error <= rounding.tolerance(self.dtype):
             if not whole:  # what a graph computes depends on nothing else
-                _check_repeats(first, _run(small, self.inputs))
+                _check_repeats(first, outputs_of(small, self.inputs))
             return Comparison(error)
         self.check()
         fault = f"the smaller network differs from masking by {error:.1e} of the outputs' range"
@@ -338,7 +347,7 @@ class _Case:
             if not (graph and self.larger):
                 raise
             return self._elsewhere_alike(small)
-        difference = _largest(self.moved, found)
+        difference = largest_difference(self.moved, found)
         fits = [t.shape for t in self.moved] == [t.shape for t in found]
         if not self.larger or (fits and not graph) or not (graph or self.mixing):
             return difference
@@ -348,8 +357,8 @@ class _Case:
 
     def _elsewhere_alike(self, small: nn.Module) -> float:
         """The difference on as many other examples as were given."""
-        other, moved = _alike(self.reference(), self.inputs, self.expected)
-        return _largest(moved, _attempt(small, other, "the smaller network"))
+        other, moved = alike(self.reference(), self.inputs, self.expected)
+        return largest_difference(moved, _attempt(small, other, "the smaller network"))
 
     def _check_taken(self) -> None:
         if not _takes(self.model, self.inputs, nullcontext()):
@@ -366,21 +375,21 @@ class _Case:
             return
         self.checked = True
         try:
-            expected = _run(self.model, self.inputs)
+            expected = outputs_of(self.model, self.inputs)
         except Exception:  # noqa: BLE001 - the user's forward may raise anything
             raise _RefusedError from None
         if not self.mixing or isinstance(self.model, GraphModel):
-            _check_repeats(expected, _run(self.model, self.inputs))
+            _check_repeats(expected, outputs_of(self.model, self.inputs))
             return
         with _Rounding() as rounding:
             graph = graph_model(self.model, self.network.captured)
             found = _attempt(graph, self.inputs, "the captured graph")
-        if _largest(expected, found) == 0:  # the same operators on the same numbers, as a rule
-            return
+        if largest_difference(expected, found) == 0:
+            return  # the same operators on the same numbers, as a rule
         _check_numbers(self.model, self.inputs, expected)
-        _check_repeats(expected, _run(self.model, self.inputs))
-        _, moved = _alike(self.model, self.inputs, expected)
-        error = _largest(expected, found) / _scale(expected, moved, self.dtype)
+        _check_repeats(expected, outputs_of(self.model, self.inputs))
+        _, moved = alike(self.model, self.inputs, expected)
+        error = largest_difference(expected, found) / _scale(expected, moved, self.dtype)
         if error > rounding.tolerance(self.dtype):
             _refuse_capture(error, self.dtype)
 
@@ -399,7 +408,7 @@ def _refuse_capture(error: float, dtype: torch.dtype) -> NoReturn:
 
 def _attempt(model: nn.Module, inputs: Inputs, what: str) -> list[Tensor]:
     try:
-        return _run(model, inputs)
+        return outputs_of(model, inputs)
     except Exception as failure:
         graph = isinstance(model, GraphModel)
         final = what == "the smaller network" and not graph
@@ -409,16 +418,16 @@ def _attempt(model: nn.Module, inputs: Inputs, what: str) -> list[Tensor]:
 def _takes(model: nn.Module, inputs: Inputs, context: AbstractContextManager[Any]) -> bool:
     """Whether the network runs on the inputs, which is done within a context."""
     with suppress(Exception), seeded(0), context:  # forward may raise anything
-        _run(model, inputs)
+        outputs_of(model, inputs)
         return True
     return False
 
 
 def _check_numbers(model: nn.Module, inputs: Inputs, expected: list[Tensor]) -> None:
     """Refuse outputs that are no numbers, of the network itself or of what is left of it."""
-    if not _holds_nan(expected):
+    if not holds_nan(expected):
         return
-    if _holds_nan(_run(model, inputs)):
+    if holds_nan(outputs_of(model, inputs)):
         raise InputError(
             "prune(model)",
             "its outputs on the example inputs are no numbers, so nothing can be proven",
@@ -432,12 +441,8 @@ def _check_numbers(model: nn.Module, inputs: Inputs, expected: list[Tensor]) -> 
     )
 
 
-def _holds_nan(outputs: list[Tensor]) -> bool:
-    return any(bool(torch.isnan(tensor).any()) for tensor in outputs)
-
-
 def _check_repeats(first: list[Tensor], second: list[Tensor]) -> None:
-    if _largest(first, second) > 0:
+    if largest_difference(first, second) > 0:
         raise InputError(
             "prune(model)",
             "two equal calls in eval mode give different outputs, so nothing can be proven",
@@ -447,54 +452,9 @@ def _check_repeats(first: list[Tensor], second: list[Tensor]) -> None:
 
 def _scale(first: list[Tensor], second: list[Tensor], dtype: torch.dtype) -> float:
     """How far the outputs move with the inputs; 1 where all are zero."""
-    moved = _largest(first, second)
+    moved = largest_difference(first, second)
     sensitivity = moved if isfinite(moved) else 0.0
-    return max(sensitivity, _magnitude(first) * LEAST[dtype]) or 1.0
-
-
-def _magnitude(outputs: list[Tensor]) -> float:
-    return max((float(_finite(t).abs().max()) for t in outputs if t.numel()), default=0.0)
-
-
-def _nudged(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    if not tensor.is_floating_point():
-        return tensor
-    return tensor * (1 + torch.finfo(dtype).eps * torch.randn(tensor.shape).to(tensor))
-
-
-def _candidates(example_inputs: Inputs) -> list[Inputs]:
-    """Few of the inputs, all of them, and one doubled."""
-    size = batch_size(example_inputs) if any(t.ndim for t in tensors(example_inputs)) else 0
-    found = [take(example_inputs, EXAMPLES)] if size > EXAMPLES else []
-    found.append(example_inputs)
-    if size == 1:  # the capture doubles a batch of one
-        found.append(doubled(example_inputs))
-    return found
-
-
-def _disturbed(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """A copy of this precision with a little noise on every parameter and running statistic."""
-    candidate = converted(model, dtype)
-    with torch.no_grad(), seeded(0):
-        for parameter in candidate.parameters():
-            if parameter.is_floating_point():
-                spread = float(parameter.std(correction=0)) if parameter.numel() else 0.0
-                parameter.add_(_noise(parameter), alpha=0.1 * spread + 0.05)
-        for name, buffer in candidate.named_buffers():
-            if name.endswith("running_mean"):
-                buffer += 0.1 * _noise(buffer)
-            elif name.endswith("running_var"):
-                buffer *= torch.exp(0.1 * _noise(buffer))
-    return candidate
-
-
-def _noise(like: Tensor) -> Tensor:
-    """Numbers that repeat after :data:`PERIOD`: to draw all of them takes longer than a run."""
-    count = like.numel()
-    drawn = torch.randn(min(count, PERIOD), dtype=torch.float64).to(like.device, like.dtype)
-    if count > PERIOD:
-        drawn = drawn.repeat(-(-count // PERIOD))[:count]
-    return drawn.reshape(like.shape)
+    return max(sensitivity, magnitude(first) * LEAST[dtype]) or 1.0
 
 
 class _Rounding(TorchDispatchMode):
@@ -514,108 +474,3 @@ class _Rounding(TorchDispatchMode):
             leaves = pytree.tree_leaves(found)
             self.seen = any(isinstance(t, Tensor) and t.dtype is torch.float32 for t in leaves)
         return found
-
-
-class _Calibration(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Sets the statistics of every BatchNorm to those of its input, disturbed, before it runs."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if "batch_norm" in func._schema.name:
-            x, _, _, mean, variance = args[:5]
-            values = x.numel() // max(x.shape[1], 1)
-            if isinstance(mean, Tensor) and values > 1:
-                dims = [d for d in range(x.ndim) if d != 1]
-                found = torch.var_mean(x, dims, correction=0)
-                mean.copy_(found[1] + 0.1 * _noise(mean))
-                spread = torch.where(found[0] > 0, found[0], variance)
-                variance.copy_(spread * torch.exp(0.1 * _noise(variance)))
-        return func(*args, **(kwargs or {}))
-
-
-def _cast(inputs: Inputs, dtype: torch.dtype) -> Inputs:
-    cast: Inputs = map_tensors(lambda t: t.to(dtype) if t.is_floating_point() else t, inputs)
-    return cast
-
-
-def _elsewhere(
-    reference: nn.Module, inputs: Inputs, expected: list[Tensor]
-) -> tuple[Inputs, list[Tensor], bool]:
-    """Other inputs, their outputs, and whether they are of one example more."""
-    with suppress(Exception):  # many networks take one batch size only
-        size = batch_size(inputs)
-        larger = map_tensors(
-            lambda t: torch.cat([t, t[:1]]) if t.ndim and len(t) == size else t, _other(inputs)
-        )
-        moved = _run(reference, larger)
-        if [t.shape for t in _first(moved, expected)] == [t.shape for t in expected]:
-            return larger, moved, True
-    return *_alike(reference, inputs, expected), False
-
-
-def _alike(
-    reference: nn.Module, inputs: Inputs, expected: list[Tensor]
-) -> tuple[Inputs, list[Tensor]]:
-    """As many other inputs; the same ones where the network takes no others."""
-    other = _other(inputs)
-    with suppress(Exception):  # numbers that forward uses as indices, for one, have a range
-        return other, _run(reference, other)
-    return inputs, expected
-
-
-def _first(moved: list[Tensor], like: list[Tensor]) -> list[Tensor]:
-    """Outputs without those of the one example that is more, where it has entries of its own."""
-    found = list(moved)
-    for i, (tensor, other) in enumerate(zip(moved, like, strict=False)):
-        more = [d for d, n in enumerate(tensor.shape[: other.ndim]) if n != other.shape[d]]
-        if len(more) == 1 and tensor.shape[more[0]] == other.shape[more[0]] + 1:
-            found[i] = tensor.narrow(more[0], 0, other.shape[more[0]])
-    return found
-
-
-def _other(inputs: Inputs) -> Inputs:
-    """Different inputs of the same form: disturbed numbers, indices drawn from those given."""
-
-    def change(tensor: Tensor) -> Tensor:
-        if tensor.layout is not torch.strided or not bool(torch.isfinite(tensor).all()):
-            return tensor  # infinities stand in masks, whose pattern counts
-        if tensor.is_floating_point():
-            noise = torch.randn(tensor.shape, dtype=tensor.dtype).to(tensor.device)
-            return tensor * 0.9 + noise * (0.3 * tensor.abs().mean() + 0.1)
-        if tensor.dtype == torch.bool or tensor.ndim == 0 or not tensor.numel():
-            return tensor
-        drawn = torch.randint(tensor.numel(), tensor.shape).to(tensor.device)
-        return tensor.flatten()[drawn]
-
-    with seeded(1):
-        changed: Inputs = map_tensors(change, inputs)
-    return changed
-
-
-def _run(model: nn.Module, inputs: Inputs) -> list[Tensor]:
-    with evaluating(model):
-        outputs = call(model, map_tensors(torch.clone, inputs))
-    leaves: list[Any] = pytree.tree_leaves(outputs)
-    if not any(isinstance(leaf, Tensor) for leaf in leaves):
-        leaves = list(getattr(outputs, "__dict__", {}).values())
-    return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-
-
-def _largest(first: list[Tensor], second: list[Tensor]) -> float:
-    """Largest absolute difference; infinite where shapes differ or a value is no number."""
-    if [t.shape for t in first] != [t.shape for t in second]:
-        return inf
-    worst = 0.0
-    for a, b in zip(map(_real, first), map(_real, second), strict=True):
-        differences = (a - b).abs()[a != b]  # equal infinities differ by nothing
-        if differences.numel():
-            largest = float(differences.max())
-            worst = max(worst, inf if isnan(largest) else largest)
-    return worst
-
-
-def _real(tensor: Tensor) -> Tensor:
-    return (torch.view_as_real(tensor) if tensor.is_complex() else tensor).double()
-
-
-def _finite(tensor: Tensor) -> Tensor:
-    return torch.nan_to_num(_real(tensor), 0.0, 0.0, 0.0)
