@@ -11,6 +11,10 @@ OBSERVERS = ("minmax", "average", "percentile", "mse", "entropy")
 """How activation ranges are found."""
 
 
+FUNCTIONS = ("apart", "split", "fused")
+"""How functions behind convolutions are computed."""
+
+
 @dataclass(frozen=True)
 class Int8:
     """Int8: unsigned 8-bit activations, signed 8-bit weights with a scale per channel.
@@ -27,6 +31,11 @@ class Int8:
             [0, 1]; None for none.
         equalize: whether weights of consecutive layers are equalized over channels.
         correct_bias: whether the mean error of every layer is taken into its bias.
+        functions: how a SiLU, GELU, hardswish and the like behind a convolution are computed:
+            ``"apart"`` in float between two roundings, as every runtime can; ``"split"``: SiLU in
+            integers as a sigmoid and a product, which onnxruntime does faster; ``"fused"`` in float
+            as a part of the convolution, whose output is not rounded, which OpenVINO does faster
+            and onnxruntime much slower.
         skip: paths or patterns with ``*?[]`` of layers, or of modules around them, that stay in
             float.
 
@@ -42,12 +51,14 @@ class Int8:
     smooth: float | None = 0.5
     equalize: bool = False
     correct_bias: bool = False
+    functions: str = "apart"
     skip: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         check_numbers(self, "percentile smooth", float)
         check_choice(self, "observer", OBSERVERS)
         check_choice(self, "activations", ("static", "dynamic"))
+        check_choice(self, "functions", FUNCTIONS)
         for name in ("symmetric", "equalize", "correct_bias"):
             check_choice(self, name, (True, False))
         if not 0.5 < self.percentile <= 1:

@@ -92,8 +92,9 @@ class Calibration:
             InputError: no layer remains.
             DataError: there are no data, or a tensor is not finite on them.
         """
+        fused = self.scheme.functions == "fused"
         while True:
-            placement = not_empty(place(self.net.graph, self._barred, left))
+            placement = not_empty(place(self.net.graph, self._barred, left, fused))
             self.observe(placement.observed)
             empty = {n for n in placement.observed if _width(self.ranges[n]) <= SMALLEST_RANGE}
             if not empty:

@@ -36,6 +36,12 @@ UNARY = frozenset(
 """Operators with an integer kernel whose output has a scale of its own; also a mean over all
 positions, see :func:`averages`."""
 
+FUNCTIONS = frozenset(
+    f"aten.{name}.default"
+    for name in ("silu", "hardswish", "gelu", "mish", "elu", "hardsigmoid", "softplus", "tanh")
+)
+"""Functions that a runtime may compute in float as a part of the convolution before them."""
+
 _MOVES = frozenset(
     {
         *("max_pool1d", "max_pool2d", "flatten", "view", "_unsafe_view", "view_as", "reshape"),
@@ -90,6 +96,7 @@ def place(
     graph: Graph,
     barred: Mapping[str, str] | None = None,
     kept: Mapping[str, str] | None = None,
+    fused: bool = False,
 ) -> Placement:
     """Decide which tensors of a graph carry a quantizer.
 
@@ -97,21 +104,23 @@ def place(
         graph: with BatchNorms folded.
         barred: nodes that cannot carry one -> reason, e.g. since they are always 0.
         kept: layer that stays in float by choice -> reason.
+        fused: whether the output of a convolution goes to a function of :data:`FUNCTIONS` as it is.
 
     Returns:
         The placement; every layer is among its ``layers`` or its ``left``.
     """
     barred = {**_written(graph), **(barred or {})}
     left = {**_left_by_operator(graph), **(kept or {})}
+    plain = _before_functions(graph) if fused else frozenset()
     layers: dict[str, str] = {}
     for node in (n for n in graph.calls if n.op in LAYERS):
         layer = layer_name(graph, node)
-        reason = (kept or {}).get(layer) or _obstacle(graph, node, barred)
+        reason = (kept or {}).get(layer) or _obstacle(graph, node, barred, plain)
         if reason is None:
             layers[node.name] = layer
         else:
             left[layer] = reason
-    quantized = _useful(graph, layers, _candidates(graph, layers, barred))
+    quantized = _useful(graph, layers, _candidates(graph, layers, barred, plain), plain)
     return Placement(
         _ranges(graph, quantized),
         frozenset(graph.by_name[name].args[1].name for name in layers),
@@ -201,11 +210,23 @@ def _left_by_operator(graph: Graph) -> dict[str, str]:
     return {layer_name(graph, n): LEFT[n.op] for n in graph.calls if n.op in LEFT}
 
 
-def _obstacle(graph: Graph, node: Node, barred: Mapping[str, str]) -> str | None:
+def _before_functions(graph: Graph) -> frozenset[str]:
+    """Convolutions that nothing but one function reads."""
+    found = set()
+    for node in graph.calls:
+        users = graph.users[node.name]
+        if node.op in CONVOLUTIONS and len(users) == 1 and users[0].op in FUNCTIONS:
+            found.add(node.name)
+    return frozenset(found)
+
+
+def _obstacle(
+    graph: Graph, node: Node, barred: Mapping[str, str], plain: frozenset[str]
+) -> str | None:
     """Why a layer cannot run in int8, or None."""
     weight, source = graph.by_name[node.args[1].name], graph.by_name[node.args[0].name]
     ends = [source.name]
-    if node.op in CONVOLUTIONS:
+    if node.op in CONVOLUTIONS and node.name not in plain:
         ends.append(carrier(graph, node).name)
     for name in ends:
         if name in barred:
@@ -246,14 +267,14 @@ def operands(graph: Graph, node: Node) -> list[str] | None:
 
 
 def _candidates(
-    graph: Graph, layers: Mapping[str, str], barred: Mapping[str, str]
+    graph: Graph, layers: Mapping[str, str], barred: Mapping[str, str], plain: frozenset[str]
 ) -> dict[str, list[str]]:
     """Operators that could run in int8 since one of their inputs is quantized -> their inputs."""
     quantized: set[str] = set()
     for name in layers:
         node = graph.by_name[name]
         quantized.add(node.args[0].name)
-        if node.op in CONVOLUTIONS:
+        if node.op in CONVOLUTIONS and name not in plain:
             quantized.add(carrier(graph, node).name)
     found: dict[str, list[str]] = {}
     for node in graph.calls:
@@ -270,7 +291,10 @@ def _candidates(
 
 
 def _useful(
-    graph: Graph, layers: Mapping[str, str], candidates: Mapping[str, list[str]]
+    graph: Graph,
+    layers: Mapping[str, str],
+    candidates: Mapping[str, list[str]],
+    plain: frozenset[str],
 ) -> dict[str, Node]:
     """Nodes with a quantizer -> the operator behind it, in the order of the graph.
 
@@ -280,7 +304,8 @@ def _useful(
     carriers: dict[str, Node] = {}
     for node in reversed(list(graph.calls)):
         if node.name in layers:
-            inputs, needed = [node.args[0].name], node.op in CONVOLUTIONS
+            inputs = [node.args[0].name]
+            needed = node.op in CONVOLUTIONS and node.name not in plain
         elif node.name in candidates and carrier(graph, node).name in carriers:
             inputs, needed = candidates[node.name], True
         else:

@@ -22,6 +22,7 @@ from rarefy.quantization.insertion import inserted, static_quantizers
 from rarefy.quantization.mixed import Allowance, Evaluate, checked_costs, search
 from rarefy.quantization.placement import Placement, place
 from rarefy.quantization.scaling import equalize, smooth
+from rarefy.quantization.splitting import split_silu
 from rarefy.quantization.summary import COMPARED, QuantizationSummary, noise, outputs, ratios
 from rarefy.schemes import Int8
 from rarefy.types import Data, Inputs
@@ -99,6 +100,8 @@ def quantize(
     allowance = None if evaluate is None else Allowance(evaluate, max_drop, higher_is_better)
     first, _ = next(batches(calibration, "quantize(calibration)"))
     net = fold_batch_norms(_captured(model, first))
+    if scheme.functions == "split":
+        net = split_silu(net)
     skipped = _skipped(net, scheme.skip)
     if scheme.smooth is not None:
         net = smooth(net, calibration, scheme.smooth)
@@ -160,6 +163,11 @@ class _Job:
     first: Inputs
     skipped: Mapping[str, str]
 
+    @property
+    def fused(self) -> bool:
+        """Whether convolutions that a function follows keep their outputs."""
+        return self.scheme.functions == "fused"
+
     def placement(self, left: Mapping[str, str]) -> Placement:
         """Where the quantizers go when these layers stay in float, too."""
         kept = {**self.skipped, **left}
@@ -189,7 +197,9 @@ class _Job:
         if self.scheme.activations == "static":
             kept = [{**self.skipped, **left} for left in alone.values()]
             self.calibration.observe(
-                name for left in kept for name in place(self.net.graph, None, left).observed
+                name
+                for left in kept
+                for name in place(self.net.graph, None, left, self.fused).observed
             )
         inputs = take(self.first, SENSED)
         exact = outputs(self.net, inputs)

@@ -1,0 +1,43 @@
+"""SiLU as the two operators that it is made of, for runtimes that know these in integers.
+
+``x * sigmoid(x)`` is one operator in PyTorch, and runtimes fuse it in float. onnxruntime has
+integer kernels for a sigmoid and for a product, and none for both in one: with a quantizer between
+them the whole stays in integers, without it the network leaves them at every activation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from rarefy.graph.program import Graph, GraphModel, Node, Ref
+from rarefy.quantization.fold import named
+
+SILU = "aten.silu.default"
+
+
+def holds_silu(graph: Graph) -> bool:
+    """Whether any operator of a graph can be split."""
+    return any(node.op == SILU for node in graph.calls)
+
+
+def split_silu(model: GraphModel) -> GraphModel:
+    """The same network with every SiLU as a sigmoid and a product; its tensors are shared.
+
+    Example:
+        >>> net = plain_graph(nn.Sequential(nn.Linear(4, 4), nn.SiLU()), x)  # doctest: +SKIP
+        >>> [node.kind for node in split_silu(net).graph.calls]  # doctest: +SKIP
+        ['linear', 'sigmoid', 'mul']
+    """
+    graph = model.graph.with_nodes([part for node in model.graph.nodes for part in _parts(node)])
+    parameters, buffers = dict(named(model.named_parameters)), dict(named(model.named_buffers))
+    return GraphModel(graph, parameters, buffers)
+
+
+def _parts(node: Node) -> Iterator[Node]:
+    if node.op != SILU:
+        yield node
+        return
+    gate = f"{node.name}_gate"
+    yield replace(node, name=gate, op="aten.sigmoid.default")
+    yield replace(node, op="aten.mul.Tensor", args=(node.args[0], Ref(gate)))
