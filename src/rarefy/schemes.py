@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from rarefy.errors import InputError
 from rarefy.types import check_choice, check_numbers
 
+ROUNDINGS = ("gptq", "learned")
+"""How weights are rounded so that outputs stay near, on calibration data."""
+
 OBSERVERS = ("minmax", "average", "percentile", "mse", "entropy")
 """How activation ranges are found."""
 
@@ -27,6 +30,10 @@ class Int8:
             [0, 1]; None for none.
         equalize: whether weights of consecutive layers are equalized over channels.
         correct_bias: whether the mean error of every layer is taken into its bias.
+        rounding: of the weights: ``"nearest"``; ``"gptq"``, column by column, the columns to come
+            making up for it; or ``"learned"``, each weight up or down as gradient descent decides
+            (AdaRound). The latter two work layer by layer on the calibration data, with the
+            quantized network's own inputs, and keep what is nearest where that is better.
         skip: paths or patterns with ``*?[]`` of layers, or of modules around them, that stay in
             float.
 
@@ -42,12 +49,14 @@ class Int8:
     smooth: float | None = 0.5
     equalize: bool = False
     correct_bias: bool = False
+    rounding: str = "nearest"
     skip: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         check_numbers(self, "percentile smooth", float)
         check_choice(self, "observer", OBSERVERS)
         check_choice(self, "activations", ("static", "dynamic"))
+        check_choice(self, "rounding", ("nearest", *ROUNDINGS))
         for name in ("symmetric", "equalize", "correct_bias"):
             check_choice(self, name, (True, False))
         if not 0.5 < self.percentile <= 1:
@@ -65,7 +74,7 @@ class Int8:
         _freeze_skip(self)
 
 
-METHODS = ("rtn", "gptq", "awq", "palette")
+METHODS = ("rtn", *ROUNDINGS, "awq", "palette")
 """How weights alone are quantized."""
 
 
@@ -79,8 +88,10 @@ class WeightOnly:
             Smaller groups are more accurate; each adds 16 bits for its scale.
         method: ``"rtn"`` rounds to nearest. ``"awq"`` does so with ranges that count errors by the
             size of the inputs that they meet. ``"gptq"`` rounds column by column, the columns to
-            come making up for it. ``"palette"`` takes the values of a codebook for each tensor,
-            found by k-means. ``"gptq"`` and ``"awq"`` need calibration data.
+            come making up for it. ``"learned"`` learns which weights go up and which down
+            (AdaRound): nearer than GPTQ, and slower. ``"palette"`` takes the values of a codebook
+            for each tensor, found by k-means. ``"gptq"``, ``"learned"`` and ``"awq"`` need
+            calibration data.
         symmetric: a range around 0; otherwise from the smallest to the largest value.
         observer: ``"minmax"`` for the whole range, or ``"mse"`` for the share of it with the least
             squared error of the weights. ``"awq"`` searches in any case.

@@ -22,6 +22,9 @@ from rarefy.quantization.fold import named
 from rarefy.quantization.placement import CONVOLUTIONS, LAYERS, averages
 from rarefy.types import Data
 
+KEY = "rescaled"
+"""Attribute of a network: what :func:`rescaled` returns."""
+
 SMALLEST = 1e-5
 """Channels whose largest activation or weight is smaller keep their scale."""
 
@@ -237,13 +240,14 @@ def smooth(net: GraphModel, data: Data, strength: float) -> GraphModel:
         reach[node.name] = torch.maximum(reach.get(node.name, largest), largest)
 
     watch(net, dims, data, show)
-    values = _values(net)
+    values, divided = _values(net), dict(rescaled(net))
     for fold in found:
         seen = torch.stack([reach[reader.source] for reader in fold.readers]).amax(0).double()
         weights = _read_ranges(values, fold)
         s = seen**strength / weights ** (1 - strength)
-        _rescale(values, fold, torch.where(_usable(seen) & _usable(weights), s, 1.0))
-    return _with(net, values)
+        s = torch.where(_usable(seen) & _usable(weights), s, 1.0)
+        _rescale(values, divided, fold, s)
+    return _with(net, values, divided)
 
 
 def equalize(net: GraphModel) -> GraphModel:
@@ -259,18 +263,24 @@ def equalize(net: GraphModel) -> GraphModel:
         A network that computes the same up to rounding.
     """
     found = [fold for fold in folds(net.graph) if not fold.is_norm]
-    values = _values(net)
+    values, divided = _values(net), dict(rescaled(net))
     for _ in range(SWEEPS):
         moved = 0.0
         for fold in found:
             rows = values[fold.made[0]].flatten(1).abs().amax(1)
             columns = _read_ranges(values, fold)
             s = torch.where(_usable(rows) & _usable(columns), (rows / columns).sqrt(), 1.0)
-            _rescale(values, fold, s)
+            _rescale(values, divided, fold, s)
             moved = max(moved, float((s - 1).abs().max()))
         if moved < SETTLED:
             break
-    return _with(net, values)
+    return _with(net, values, divided)
+
+
+def rescaled(net: GraphModel) -> Mapping[str, Tensor]:
+    """Path of a layer's weight -> what its outputs were divided by, for each channel."""
+    found: Mapping[str, Tensor] = vars(net).get(KEY, {})
+    return found
 
 
 def _usable(ranges: Tensor) -> Tensor:
@@ -290,8 +300,10 @@ def _read_ranges(values: Mapping[str, Tensor], fold: Fold) -> Tensor:
     return torch.stack(found).amax(0)
 
 
-def _rescale(values: dict[str, Tensor], fold: Fold, s: Tensor) -> None:
+def _rescale(values: dict[str, Tensor], divided: dict[str, Tensor], fold: Fold, s: Tensor) -> None:
     """Divide what makes the channels, multiply what reads them, in place."""
+    if not fold.is_norm:
+        divided[fold.made[0]] = divided.get(fold.made[0], 1.0) * s
     for path in fold.made:
         values[path] /= s.reshape(-1, *[1] * (values[path].ndim - 1))
     for reader in fold.readers:
@@ -308,8 +320,10 @@ def _values(net: GraphModel) -> dict[str, Tensor]:
     }
 
 
-def _with(net: GraphModel, values: Mapping[str, Tensor]) -> GraphModel:
-    """The network with other values of its tensors."""
+def _with(
+    net: GraphModel, values: Mapping[str, Tensor], divided: Mapping[str, Tensor]
+) -> GraphModel:
+    """The network with other values of its tensors, and a record of what was divided."""
     parameters = {
         path: nn.Parameter(values[path].to(p.dtype), requires_grad=p.requires_grad)
         if path in values
@@ -320,4 +334,6 @@ def _with(net: GraphModel, values: Mapping[str, Tensor]) -> GraphModel:
         path: values[path].to(b.dtype) if path in values else b
         for path, b in named(net.named_buffers)
     }
-    return GraphModel(net.graph, parameters, buffers)
+    result = GraphModel(net.graph, parameters, buffers)
+    vars(result)[KEY] = divided
+    return result
