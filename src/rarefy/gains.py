@@ -8,7 +8,7 @@ beside the best so far, and stays there where that is faster.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -48,6 +48,18 @@ def quantize(
 @overload
 def quantize(
     model: nn.Module, calibration: Data | None, scheme: WeightOnly | Half
+) -> nn.Module: ...
+
+
+@overload
+def quantize(
+    model: nn.Module,
+    calibration: Data,
+    scheme: Int8 | WeightOnly | Half | None = None,
+    *,
+    runtime: str | None = None,
+    threads: int = 1,
+    **options: Unpack[QuantizeOptions],
 ) -> nn.Module: ...
 
 
@@ -137,10 +149,13 @@ def quantize(
             relative, example_inputs=example, runtime=runtime, threads=threads, max_seconds=SECONDS
         )
         contest = _Contest(Path(folder), lambda net, path: export(net, path, example), compared)
-        reasons = _slower(model, calibration, scheme, contest, runtime)
-        chosen = replace(scheme, skip=(*scheme.skip, *reasons))
-        result = quantization.quantize(model, calibration, chosen, **options)
-        before, after, share = contest.beside(contest.written(model), contest.written(result))
+        result, file, reasons = _fastest(model, calibration, scheme, contest, runtime)
+        if any(options.get(name) is not None for name in ("evaluate", "costs")):
+            chosen = replace(scheme, skip=(*scheme.skip, *reasons))
+            held = _left(result)
+            result = quantization.quantize(model, calibration, chosen, **options)
+            file = file if _left(result) == held else contest.written(result)
+        before, after, share = contest.beside(contest.written(model), file)
     summary: Any = result.quantization
     result.quantization = replace(summary, left={**summary.left, **reasons})
     faster = share.high < 1
@@ -183,29 +198,42 @@ class _Contest:
         return self.write(network, self.folder / f"{self._count}.onnx")
 
 
-def _slower(
+def _left(network: nn.Module) -> Collection[str]:
+    """Layers that are in float, which tell apart two results for one network and data."""
+    summary: Any = network.quantization
+    return set(summary.left)
+
+
+def _fastest(
     model: nn.Module, calibration: Data, scheme: Int8, contest: _Contest, runtime: str
-) -> dict[str, str]:
-    """Layers that are faster in float -> reason; at least one kind of layers stays in int8."""
+) -> tuple[GraphModel, Path, dict[str, str]]:
+    """The quantized network with layers in float where that is faster, in a file of its own.
+
+    At least one kind of layers stays in int8.
+
+    Returns:
+        The network, its file, and the layers that went back to float -> reason.
+    """
     first, _ = next(batches(calibration, "quantize(calibration)"))
-    whole = quantization.quantize(model, calibration, scheme)
-    kinds = _kinds(plain_graph(model, first).graph, whole.quantization.layers)  # type: ignore[union-attr,arg-type]
-    best, reasons = contest.written(whole), dict[str, str]()
+    result = quantization.quantize(model, calibration, scheme)
+    kinds = _kinds(plain_graph(model, first).graph, result.quantization.layers)  # type: ignore[union-attr,arg-type]
+    best, reasons = contest.written(result), dict[str, str]()
     for kind in sorted(kinds, key=lambda name: len(kinds[name])):
         trial = {*reasons, *kinds[kind]}
         if trial >= set().union(*kinds.values()):
             break
         without = replace(scheme, skip=(*scheme.skip, *sorted(trial)))
-        candidate = contest.written(quantization.quantize(model, calibration, without))
+        network = quantization.quantize(model, calibration, without)
+        candidate = contest.written(network)
         *_, share = contest.beside(best, candidate)
         if share.high < 1:
-            best = candidate
+            result, best = network, candidate
             reasons |= dict.fromkeys(
                 kinds[kind],
                 f"faster in float: with every {kind} in float the network takes {share} of its "
                 f"time in {runtime}",
             )
-    return reasons
+    return result, best, reasons
 
 
 def _kinds(graph: Graph, layers: Mapping[str, float]) -> dict[str, list[str]]:

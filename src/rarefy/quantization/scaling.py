@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from math import prod
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +34,10 @@ SWEEPS = 30
 
 SETTLED = 1e-3
 """Largest change of a channel's scale, as a share, at which equalization is done."""
+
+
+Dims = tuple[int, ...]
+"""Dimensions that the channels are divided over, in their order."""
 
 
 @dataclass(frozen=True)
@@ -59,12 +64,12 @@ class Fold:
     Attributes:
         made: paths of what makes them, channels first: weight and bias.
         readers: all that read them.
-        is_norm: whether a norm's (or another) vector makes them, not a layer's matrix.
+        maker: operator that makes them: a layer, or a norm's (or another) product with a vector.
     """
 
     made: tuple[str, ...]
     readers: tuple[Reader, ...]
-    is_norm: bool
+    maker: str
 
 
 def folds(graph: Graph) -> tuple[Fold, ...]:
@@ -85,7 +90,7 @@ def _folds(graph: Graph) -> Iterator[Fold]:
         dim = 1 if node.op in CONVOLUTIONS else len(node.shape) - 1
         readers = _readers(graph, node, dim)
         if readers:
-            yield Fold(made, readers, node.op not in LAYERS)
+            yield Fold(made, readers, node.op)
 
 
 # --- what makes channels -------------------------------------------------------------------------
@@ -143,16 +148,16 @@ _MAKERS: Mapping[str, Callable[[Graph, Node], tuple[str, ...] | None]] = {
 def _readers(graph: Graph, node: Node, dim: int) -> tuple[Reader, ...] | None:
     """All layers that read a node's channels; None where anything else does."""
     found: list[Reader] = []
-    waiting = [(node, dim)]
+    waiting: list[tuple[Node, Dims]] = [(node, (dim,))]
     while waiting:
-        current, dim = waiting.pop()
+        current, dims = waiting.pop()
         for user in graph.users[current.name]:
-            reader = _reader(graph, user, current, dim)
+            reader = _reader(graph, user, current, dims[0]) if len(dims) == 1 else None
             if reader is not None:
                 found.append(reader)
                 continue
             passes = _PASSES.get(user.kind)
-            after = passes(graph, user, current, dim) if passes else None
+            after = passes(graph, user, current, dims) if passes else None
             if after is None:
                 return None
             waiting.append((user, after))
@@ -174,31 +179,68 @@ def _reader(graph: Graph, user: Node, source: Node, dim: int) -> Reader | None:
     return Reader(source.name, dim, own[0], groups) if fits else None
 
 
-def _same(graph: Graph, user: Node, source: Node, dim: int) -> int | None:
-    return dim
+def _same(graph: Graph, user: Node, source: Node, dims: Dims) -> Dims | None:
+    return dims
 
 
-def _leaky(graph: Graph, user: Node, source: Node, dim: int) -> int | None:
-    return dim if float(user.argument("negative_slope")) >= 0 else None
+def _leaky(graph: Graph, user: Node, source: Node, dims: Dims) -> Dims | None:
+    return dims if float(user.argument("negative_slope")) >= 0 else None
 
 
-def _pooled(graph: Graph, user: Node, source: Node, dim: int) -> int | None:
+def _pooled(graph: Graph, user: Node, source: Node, dims: Dims) -> Dims | None:
     rank = len(source.shape)
     window = int(user.kind[-2])
-    return dim if dim == 1 and rank == window + 2 and len(user.shape) == rank else None
+    return dims if dims == (1,) and rank == window + 2 and len(user.shape) == rank else None
 
 
-def _averaged(graph: Graph, user: Node, source: Node, dim: int) -> int | None:
-    return dim if dim == 1 and averages(graph, user) else None
+def _averaged(graph: Graph, user: Node, source: Node, dims: Dims) -> Dims | None:
+    return dims if dims == (1,) and averages(graph, user) else None
 
 
-def _flattened(graph: Graph, user: Node, source: Node, dim: int) -> int | None:
-    """Positions that are one are dropped; the channels stay second."""
-    single = dim == 1 and all(size == 1 for size in source.shape[2:])
-    return 1 if single and user.shape == source.shape[:2] else None
+def _viewed(graph: Graph, user: Node, source: Node, dims: Dims) -> Dims | None:
+    """Positions that are one are dropped, or channels divided into heads, or heads joined."""
+    before, after = source.shape, user.shape
+    if dims == (1,) and all(size == 1 for size in before[2:]) and after == before[:2]:
+        return dims
+    first, last = dims[0], dims[-1]
+    if after[:first] != before[:first] or last - first != len(dims) - 1:
+        return None
+    behind = len(before) - last - 1
+    made = after[first : len(after) - behind]
+    whole = prod(before[first : last + 1]) == prod(made)
+    if not whole or after[len(after) - behind :] != before[last + 1 :] or not made:
+        return None
+    return tuple(range(first, first + len(made)))
 
 
-_PASSES: Mapping[str, Callable[[Graph, Node, Node, int], int | None]] = {
+def _turned(graph: Graph, user: Node, source: Node, dims: Dims) -> Dims | None:
+    """Dimensions that change places."""
+    rank = len(source.shape)
+    order = list(range(rank))
+    if user.kind == "permute":
+        order = [d % rank for d in user.argument("dims")]
+    else:
+        one, two = (user.argument(name) for name in ("dim0", "dim1"))
+        if not isinstance(one, int) or not isinstance(two, int):
+            return None
+        order[one % rank], order[two % rank] = two % rank, one % rank
+    return tuple(order.index(d) for d in dims)
+
+
+def _weighed(graph: Graph, user: Node, source: Node, dims: Dims) -> Dims | None:
+    """Values of attention: sums over their tokens, weighed by what does not depend on them.
+
+    Not where several heads of the queries share one of the values.
+    """
+    place = {"matmul": 1, "scaled_dot_product_attention": 2}[user.kind]
+    rank = len(source.shape)
+    if user.args[place] != Ref(source.name) or user.inputs.count(source.name) != 1:
+        return None
+    kept = all(user.shape[d] == source.shape[d] for d in dims) and len(user.shape) == rank
+    return dims if kept and rank - 2 not in dims and rank > 2 else None
+
+
+_PASSES: Mapping[str, Callable[[Graph, Node, Node, Dims], Dims | None]] = {
     **dict.fromkeys("relu dropout clone contiguous alias detach".split(), _same),
     "leaky_relu": _leaky,
     **{
@@ -207,7 +249,9 @@ _PASSES: Mapping[str, Callable[[Graph, Node, Node, int], int | None]] = {
         for d in (1, 2)
     },
     "mean": _averaged,
-    **dict.fromkeys("flatten view reshape squeeze".split(), _flattened),
+    **dict.fromkeys("flatten view reshape squeeze unflatten _unsafe_view".split(), _viewed),
+    **dict.fromkeys("transpose permute".split(), _turned),
+    **dict.fromkeys("matmul scaled_dot_product_attention".split(), _weighed),
 }
 """Operators that commute with positive factors of channels -> where the channels are afterwards."""
 
@@ -216,7 +260,11 @@ _PASSES: Mapping[str, Callable[[Graph, Node, Node, int], int | None]] = {
 
 
 def smooth(net: GraphModel, data: Data, strength: float) -> GraphModel:
-    """Move outliers of activations behind norms into the weights that read them (SmoothQuant).
+    """Move outliers of activations into the weights that read them (SmoothQuant).
+
+    Of activations behind norms, and of those that a linear layer makes: behind a relu, or the
+    values of attention. Layers in front of anything else, or of several readers of different kinds,
+    are left alone.
 
     ``s_j = max|X_j| ** strength / max|W_j| ** (1 - strength)`` for channel j.
 
@@ -228,7 +276,7 @@ def smooth(net: GraphModel, data: Data, strength: float) -> GraphModel:
     Returns:
         A network that computes the same up to rounding.
     """
-    found = [fold for fold in folds(net.graph) if fold.is_norm]
+    found = [fold for fold in folds(net.graph) if fold.maker not in CONVOLUTIONS]
     dims = {reader.source: reader.dim for fold in found for reader in fold.readers}
     if not dims:
         return net
@@ -262,7 +310,7 @@ def equalize(net: GraphModel) -> GraphModel:
     Returns:
         A network that computes the same up to rounding.
     """
-    found = [fold for fold in folds(net.graph) if not fold.is_norm]
+    found = [fold for fold in folds(net.graph) if fold.maker in LAYERS]
     values, divided = _values(net), dict(rescaled(net))
     for _ in range(SWEEPS):
         moved = 0.0
@@ -302,7 +350,7 @@ def _read_ranges(values: Mapping[str, Tensor], fold: Fold) -> Tensor:
 
 def _rescale(values: dict[str, Tensor], divided: dict[str, Tensor], fold: Fold, s: Tensor) -> None:
     """Divide what makes the channels, multiply what reads them, in place."""
-    if not fold.is_norm:
+    if fold.maker in LAYERS:
         divided[fold.made[0]] = divided.get(fold.made[0], 1.0) * s
     for path in fold.made:
         values[path] /= s.reshape(-1, *[1] * (values[path].ndim - 1))

@@ -121,7 +121,7 @@ def learned(optimum: Tensor, hessian: Tensor, grid: Grid, gone: Tensor) -> Tenso
     """The better for each output of what descends from GPTQ and from learned choices."""
     starts = (method(optimum, hessian, grid, gone) for method in (swept, relaxed))
     ends = [descended(start, optimum, hessian, grid, gone) for start in starts]
-    return _better(*ends, optimum, hessian)
+    return _better(ends[0], ends[1], optimum, hessian)
 
 
 def relaxed(optimum: Tensor, hessian: Tensor, grid: Grid, gone: Tensor) -> Tensor:
