@@ -60,7 +60,7 @@ class Encoder(nn.Module):
         from transformers import BertConfig, BertModel
 
         sizes = {"hidden_size": 384, "intermediate_size": 1536, "num_hidden_layers": 6}
-        config = BertConfig(WORDS, num_attention_heads=12, **sizes)
+        config = BertConfig(vocab_size=WORDS, num_attention_heads=12, **sizes)
         self.bert = BertModel(config, add_pooling_layer=False)
 
     def forward(self, ids: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """Weights alone quantized: accuracy and size of the file, method by method.
 
     python benchmarks/weight_only.py [--depth 20] [--images 2000] [--calibration 512]
+        [--only GPTQ learned]
 
 Every row is measured on the network that was loaded from its file. The first is the float network
 in the file that ``safetensors`` writes. No label is used before the accuracy is counted.
@@ -28,6 +29,11 @@ SCHEMES = {
     "int4, AWQ ranges": rf.WeightOnly(bits=4, method="awq"),
     "int4, GPTQ, min-max": rf.WeightOnly(bits=4, method="gptq", observer="minmax"),
     "int4, GPTQ": rf.WeightOnly(bits=4, method="gptq", observer="mse"),
+    "int4, learned, min-max": rf.WeightOnly(bits=4, method="learned", observer="minmax"),
+    "int4, learned": rf.WeightOnly(bits=4, method="learned", observer="mse"),
+    "int3, RTN": rf.WeightOnly(bits=3, method="rtn", observer="mse"),
+    "int3, GPTQ": rf.WeightOnly(bits=3, method="gptq", observer="mse"),
+    "int3, learned": rf.WeightOnly(bits=3, method="learned", observer="mse"),
     "int4, groups of 32, RTN": rf.WeightOnly(bits=4, group=32, method="rtn", observer="mse"),
     "int4, groups of 32, GPTQ": rf.WeightOnly(bits=4, group=32, observer="mse"),
     "palette of 8 values": rf.WeightOnly(bits=3, method="palette"),
@@ -48,6 +54,7 @@ def main() -> None:
     parser.add_argument("--depth", type=int, default=20)
     parser.add_argument("--images", type=int, default=2000)
     parser.add_argument("--calibration", type=int, default=512)
+    parser.add_argument("--only", nargs="+", default=[""], help="parts of names of rows")
     given = parser.parse_args()
     torch.set_num_threads(1)
     model = network(given.depth)
@@ -63,7 +70,8 @@ def main() -> None:
         )
         print(f"{'weights':26} {'top-1 %':>8} {'bytes':>9} {'smaller':>8} {'seconds':>8}")
         print(f"{'float':26} {correct(model, x, y):8.2f} {size:9,} {1:8.2f} {0:8.1f}", flush=True)
-        for name, scheme in SCHEMES.items():
+        chosen = {n: s for n, s in SCHEMES.items() if any(part in n for part in given.only)}
+        for name, scheme in chosen.items():
             started = time.perf_counter()
             quantized = rf.quantize(model, calibration, scheme)
             seconds = time.perf_counter() - started

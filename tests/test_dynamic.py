@@ -93,6 +93,66 @@ def test_onnxruntime_multiplies_integers_and_agrees(encoder, tmp_path):
     assert path.stat().st_size < plain.stat().st_size
 
 
+class Speech(nn.Module):
+    """A recurrent layer between two linear ones."""
+
+    def __init__(self, kind=nn.LSTM, bidirectional=False, out=16, **options):
+        super().__init__()
+        self.into = nn.Linear(6, 12)
+        self.recurrent = kind(12, 16, bidirectional=bidirectional, **options)
+        self.out = nn.Linear(out * (1 + bidirectional), 5)
+
+    def forward(self, x):
+        y, state = self.recurrent(self.into(x))
+        return self.out(y), state[0]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"bias": False, "num_layers": 2}, {"bidirectional": True, "batch_first": True}],
+    ids=str,
+)
+def test_lstms_have_integer_weights_here_and_in_onnxruntime(options, tmp_path):
+    torch.manual_seed(0)
+    model, x = Speech(**options).eval(), torch.randn(4, 7, 6)
+    net = quantize(model, [x], Int8(activations="dynamic", skip=["into", "out"]))
+    assert set(net.quantization.layers) == {"recurrent"}
+    rounded = Speech(**options).eval()
+    rounded.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        for weight in rounded.recurrent.parameters():
+            if weight.ndim == 2:
+                steps = weight.abs().amax(1, keepdim=True) / 127
+                weight.copy_((weight / steps).round() * steps)
+        for found, expected in zip(net(x), rounded(x), strict=True):
+            torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+    path = export(net, tmp_path / "net.onnx", x)
+    ops = optimized_ops(path)
+    assert ops["DynamicQuantizeLSTM"] == options.get("num_layers", 1)
+    assert not {"LSTM", "DequantizeLinear", "QuantizeLinear"} & ops.keys()
+    for given in (x, 2 * x[:3]) if options.get("batch_first") else (x,):
+        for found, expected in zip(OnnxSession(path)(given), net(given), strict=True):
+            assert sqnr(expected.detach(), found) > 30
+    plain = export(model, tmp_path / "float.onnx", x)
+    weights = sum(p.numel() for p in model.recurrent.parameters() if p.ndim == 2)
+    assert path.stat().st_size < plain.stat().st_size - 2 * weights
+    sizes = [save(n, tmp_path / "net.safetensors").stat().st_size for n in (model, net)]
+    assert sizes[1] < sizes[0] - weights
+
+
+def test_other_recurrent_layers_are_named_and_left():
+    x = torch.randn(4, 7, 6)
+    for kind in (nn.GRU, nn.RNN):
+        net = quantize(Speech(kind).eval(), [x], DYNAMIC)
+        assert set(net.quantization.layers) == {"into", "out"}
+        assert "LSTMs alone" in net.quantization.left["recurrent"]
+    net = quantize(Speech(proj_size=8, out=8).eval(), [x], DYNAMIC)
+    assert set(net.quantization.layers) == {"into", "out"}
+    assert net.quantization.left["recurrent"]
+    net = quantize(Speech().eval(), [x], Int8(activations="dynamic", skip=["recurrent"]))
+    assert net.quantization.left == {"recurrent": "left in float by choice"}
+
+
 @pytest.mark.skipif(importlib.util.find_spec("openvino") is None, reason="no openvino")
 def test_openvino_reads_the_file(encoder, tmp_path):
     model, x = encoder

@@ -57,6 +57,28 @@ def test_kinds_that_are_faster_in_float_stay_there_and_say_why(timed):
     assert net.served.share == pytest.approx(5 / 11)
 
 
+@pytest.mark.parametrize("evaluate", [None, lambda n: 1.0])
+@pytest.mark.parametrize("depthwise", [0.5, 3])
+def test_no_network_is_made_or_written_twice(timed, monkeypatch, evaluate, depthwise):
+    model, data = build("inverted")
+    timed(COSTS | {"depth.0": (1, depthwise)})
+    written, made = [], []
+
+    def counted(counts, call):
+        return lambda *given, **named: counts.append(given[0]) or call(*given, **named)
+
+    monkeypatch.setattr(gains, "export", counted(written, gains.export))
+    quantize = gains.quantization.quantize
+    monkeypatch.setattr(gains.quantization, "quantize", counted(made, quantize))
+    options = {} if evaluate is None else {"evaluate": evaluate}
+    net = rf.quantize(model, data, runtime="onnxruntime", **options)
+    tried = 1 + 3  # all in int8, then without one kind of layers after the other
+    assert len(written) == tried + 1  # and the float network
+    assert len(made) == tried + (evaluate is not None)
+    assert written[-1] is model
+    assert ("depth.0" in net.quantization.left) == (depthwise > 1)
+
+
 def test_a_result_that_is_not_faster_is_warned_of(timed):
     model, data = build("inverted")
     timed(dict.fromkeys(COSTS, (1, 2)))

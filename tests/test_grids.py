@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 import rarefy as rf
 from rarefy.grid import Grid as WeightGrid
-from rarefy.pruning.repairing import grids
-from rarefy.pruning.repairing.grids import Grid, as_rows, grid_of, on_grid
+from rarefy.pruning.repairing import rounding
+from rarefy.pruning.repairing.grids import Grid, as_rows, grid_of
+from rarefy.pruning.repairing.rounding import on_grid
 
 torch.set_num_threads(1)
 
@@ -32,7 +33,7 @@ def cost(w: Tensor, optimum: Tensor, hessian: Tensor) -> Tensor:
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("block", [3, 128])
 def test_between_the_nearest_values_and_the_best_of_all(seed, block, monkeypatch) -> None:
-    monkeypatch.setattr(grids, "BLOCK", block)
+    monkeypatch.setattr(rounding, "BLOCK", block)
     w, hessian, grid = case(3, 4, seed)
     found = on_grid(w, hessian, grid)
     ticks = torch.tensor(list(itertools.product(range(-3, 4), repeat=4)), dtype=torch.float64)
@@ -51,7 +52,7 @@ def test_blocks_of_columns_change_nothing(monkeypatch) -> None:
     w, hessian, grid = case(5, 20)
     found = []
     for block in (1, 7, 128):
-        monkeypatch.setattr(grids, "BLOCK", block)
+        monkeypatch.setattr(rounding, "BLOCK", block)
         found.append(on_grid(w, hessian, grid))
     torch.testing.assert_close(found[0], found[1])
     torch.testing.assert_close(found[0], found[2])

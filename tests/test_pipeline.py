@@ -37,6 +37,7 @@ from rarefy.pipeline import Compressed, _repeatable, compress
 from rarefy.preflight import check_data
 from rarefy.recipe.options import DistillStage, PruneStage, QuantizeStage, Stages
 from rarefy.reporting.summary import as_dict
+from rarefy.schemes import Half, Int8, WeightOnly
 from rarefy.storage.format import load
 from rarefy.training.evaluate import evaluate
 from rarefy.types import Data, Target
@@ -361,7 +362,7 @@ def test_two_inputs_and_a_mapping_of_outputs(tmp_path: Path) -> None:
 
 
 def test_the_quantized_network_is_trained_and_layers_stay_in_float(tmp_path: Path) -> None:
-    options = {"skip": ("5",), "max_drop": 0.5}
+    options = {"int8": Int8(skip=("5",)), "max_drop": 0.5}
     first = ALL.model_copy(update={"train": None, "repair": None, "distill": None})
     found = {}
     for epochs in (0, 2):
@@ -374,6 +375,15 @@ def test_the_quantized_network_is_trained_and_layers_stay_in_float(tmp_path: Pat
     assert torch.equal(plain.get_buffer(scale), trained.get_buffer(scale))
     for result in found.values():
         assert "5 left in float: left in float by choice" in result.report.stages[-1].notes
+
+
+@pytest.mark.parametrize("scheme", [{"weights": WeightOnly(bits=4)}, {"half": Half()}])
+def test_weights_alone_are_quantized(tmp_path: Path, scheme: dict[str, Any]) -> None:
+    stages = SHORT.model_copy(update={"quantize": QuantizeStage(**scheme)})
+    result = run(tmp_path / "small", stages=stages)
+    _, pruned, quantized = result.report.stages
+    assert quantized.bytes < pruned.bytes
+    assert quantized.accuracy == pytest.approx(pruned.accuracy, abs=0.1)
 
 
 # --- what a run refuses, before it writes anything

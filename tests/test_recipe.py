@@ -14,7 +14,7 @@ from torch import nn
 
 from rarefy.errors import DataError, InputError, RecipeError
 from rarefy.recipe import PruneStage, QuantizeStage, Recipe, TargetOptions, load_recipe, resolve
-from rarefy.schemes import Int8
+from rarefy.schemes import Half, Int8, WeightOnly
 from rarefy.types import Budget, Limit, Target
 
 NAMES = "source: net.py\nmodel: make_model\ndata: make_data\n"
@@ -36,7 +36,7 @@ stages:
     round_to: 8
   repair: {samples: 64}
   distill: {epochs: 3, lr: 0.05, temperature: 2, label_weight: 0}
-  quantize: {observer: minmax}
+  quantize: {int8: {observer: minmax}}
 """
 
 MODULE = """\
@@ -89,7 +89,7 @@ def test_a_full_recipe_is_read(write: Write, tmp_path: Path) -> None:
     assert recipe.stages.prune.budget() == Budget(macs=0.5, round_to=8)
     assert recipe.stages.prune.exclude == ("head", "stage1.*")
     assert recipe.stages.quantize is not None
-    assert recipe.stages.quantize.int8() == Int8(observer="minmax")
+    assert recipe.stages.quantize.scheme() == Int8(observer="minmax")
     assert recipe.target is not None
     assert recipe.target.target() == Target(speedup=2, size=8.5, max_drop=0.01)
     assert (recipe.seed, recipe.output) == (3, tmp_path / "small")
@@ -138,7 +138,6 @@ def test_a_byte_order_mark_is_harmless(write: Write) -> None:
     [
         # layers are spelled otherwise
         (PruneStage, Budget, {"criterion", "exclude", "layers", "structure"}),
-        (QuantizeStage, Int8, {"max_drop", "epochs", "lr", "temperature", "label_weight"}),
         (TargetOptions, Target, set()),
     ],
 )
@@ -149,6 +148,24 @@ def test_options_mirror_their_values(
     fields = {f.name: f.default for f in dataclasses.fields(option) if f.name not in extra}
     mirrored = {n: f.default for n, f in mirror.model_fields.items() if n not in extra}
     assert mirrored == fields
+
+
+@pytest.mark.parametrize(
+    ("text", "scheme"),
+    [
+        ("{}", Int8()),
+        ("{int8: {smooth: null, skip: [head]}}", Int8(smooth=None, skip=("head",))),
+        ("{weights: {bits: 4, group: 32}}", WeightOnly(bits=4, group=32)),
+        ("{weights: {bits: 1, method: palette}}", WeightOnly(bits=1, method="palette")),
+        ("{half: {}}", Half()),
+    ],
+)
+def test_the_stage_of_quantization_holds_a_scheme(write: Write, text: str, scheme: Int8) -> None:
+    stage = load_recipe(write(f"{NAMES}stages: {{quantize: {text}}}\n")).stages.quantize
+    assert stage is not None
+    assert stage.scheme() == scheme
+    name = {Int8: "int8", WeightOnly: "weights", Half: "half"}[type(scheme)]
+    assert QuantizeStage(**{name: scheme}).scheme() == scheme
 
 
 def test_blocks_and_units_as_a_recipe_names_them(write: Write) -> None:
@@ -199,7 +216,7 @@ def test_all_problems_are_listed_at_once_in_order(write: Write) -> None:
             "    scope: everywhere\n"
             "    round_to: 0\n"
             "  quantize:\n"
-            "    observer: magic\n"
+            "    int8: {observer: magic, bitts: 3}\n"
             "  distil: {}\n"
         )
     )
@@ -216,7 +233,8 @@ def test_all_problems_are_listed_at_once_in_order(write: Write) -> None:
         "recipe.yaml:8: stages.prune.macs: a budget is the share of the original",
         "recipe.yaml:9: stages.prune.scope: unknown scope",
         "recipe.yaml:10: stages.prune.round_to: round_to must be at least 1",
-        "recipe.yaml:12: stages.quantize.observer: unknown observer",
+        "recipe.yaml:12: stages.quantize.int8.bitts: unknown key; known keys are observer",
+        "recipe.yaml:12: stages.quantize.int8.observer: unknown observer",
         "recipe.yaml:13: stages.distil: unknown key; did you mean 'distill'?",
     ]
     assert f"{len(starts)} problems" in lines[0]
@@ -269,7 +287,17 @@ def test_all_problems_are_listed_at_once_in_order(write: Write) -> None:
         ),
         (NAMES + "stages: {distill: {label_weight: 1.5}}\n", "label_weight: must be at most 1"),
         (NAMES + "stages: {distill: {temperature: 0}}\n", "temperature: must be above 0"),
-        (NAMES + "stages: {quantize: {percentile: 0.2}}\n", "the share of values kept"),
+        (NAMES + "stages: {quantize: {int8: {percentile: 0.2}}}\n", "the share of values kept"),
+        (
+            NAMES + "stages: {quantize: {weights: {bits: 9}}}\n",
+            "quantize.weights.bits: a weight has",
+        ),
+        (
+            NAMES + "stages: {quantize: {half: {dtype: fp8}}}\n",
+            "quantize.half.dtype: unknown dtype",
+        ),
+        (NAMES + "stages: {quantize: {int8: {}, half: {}}}\n", "at most one of int8, weights"),
+        (NAMES + "stages: {quantize: {half: {}, epochs: 1}}\n", "epochs are for int8"),
     ],
 )
 def test_bad_recipes_are_refused_with_their_place(write: Write, recipe: str, expected: str) -> None:

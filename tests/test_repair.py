@@ -427,6 +427,24 @@ def test_quantized_networks_come_nearer_and_stay_on_their_grids() -> None:
     assert changed
 
 
+@pytest.mark.parametrize("rounding", ["gptq", "learned"])
+def test_an_equalized_network_is_held_against_its_own_channels(rounding) -> None:
+    """Its layers give other numbers than the original's, which are no error to heal."""
+    net, x = settled()
+    with torch.no_grad():
+        net = copy.deepcopy(net)
+        net.b.weight[:3] *= 30
+    q = rf.quantize(net, [x[:64]], rf.Int8(equalize=True))
+    assert any(bool((factors != 1).any()) for factors in q.rescaled.values())
+    healed = repair(net, q, [x[:64]], rounding=rounding)
+    noise = [10 ** (-ratio / 10) for ratio in q.quantization.layers.values()]
+    assert healed.repaired.errors
+    for before, after in healed.repaired.errors.values():
+        assert after <= before < 10 * max(noise)
+    assert any(after < before for before, after in healed.repaired.errors.values())
+    assert distance(net, healed, x[:64]) < distance(net, q, x[:64])
+
+
 def test_eight_bits_are_never_worse() -> None:
     net, x = settled()
     q = rf.quantize(net, [x[:64]])

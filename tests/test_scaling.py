@@ -13,7 +13,7 @@ from rarefy.graph.program import GraphModel
 from rarefy.graph.stubs import plain_graph
 from rarefy.quantization.fold import fold_batch_norms
 from rarefy.quantization.quantize import quantize
-from rarefy.quantization.scaling import equalize, folds, smooth
+from rarefy.quantization.scaling import equalize, folds, rescaled, smooth
 from rarefy.schemes import Int8
 
 
@@ -90,9 +90,52 @@ def test_smoothed_network_computes_the_same(norm, seed, strength):
     x = torch.randn(3, 4, 12, dtype=torch.float64)
     net = captured(uneven(Encoder(NORMS[norm]), seed), x)
     result = smooth(net, [x], strength)
-    assert [len(fold.readers) for fold in folds(net.graph) if fold.is_norm] == [2, 1]
+    found = {fold.made[0]: len(fold.readers) for fold in folds(net.graph)}
+    assert found == {"first.weight": 2, "second.weight": 1, "up.weight": 1}
     assert not torch.equal(result.tensor("up.weight"), net.tensor("up.weight"))
     torch.testing.assert_close(result(x), net(x), rtol=1e-9, atol=1e-9)
+
+
+class Heads(nn.Module):
+    """Attention of four heads, whose values are projected; several queries may share a head."""
+
+    def __init__(self, kind="fused", shared=1):
+        super().__init__()
+        self.kind, self.shared = kind, shared
+        self.q, self.k = nn.Linear(12, 16), nn.Linear(12, 16 // shared)
+        self.v, self.out = nn.Linear(12, 16 // shared), nn.Linear(16, 12)
+
+    def forward(self, x):
+        q, k, v = (f(x).unflatten(2, (-1, 4)).transpose(1, 2) for f in (self.q, self.k, self.v))
+        k, v = (t.repeat_interleave(self.shared, 1) if self.shared > 1 else t for t in (k, v))
+        if self.kind == "fused":
+            y = F.scaled_dot_product_attention(q, k, v)
+        else:
+            y = torch.softmax(q @ k.transpose(2, 3) / 2, -1) @ v
+        return self.out(y.transpose(1, 2).reshape(*x.shape[:2], 16))
+
+
+@pytest.mark.parametrize("kind", ["fused", "written out"])
+def test_values_of_attention_are_smoothed_through_their_projection(kind):
+    torch.manual_seed(0)
+    model, x = uneven(Heads(kind), 0), torch.randn(3, 5, 12, dtype=torch.float64)
+    net = captured(model, x)
+    assert [fold.made for fold in folds(net.graph)] == [("v.weight", "v.bias")]
+    result = smooth(net, [x], 0.5)
+    torch.testing.assert_close(result(x), net(x), rtol=1e-9, atol=1e-9)
+    factors = rescaled(result)["v.weight"]
+    assert bool((factors != 1).all())
+    expected = net.tensor("v.weight") / factors[:, None]
+    torch.testing.assert_close(result.tensor("v.weight"), expected)
+    expected = net.tensor("out.weight") * factors
+    torch.testing.assert_close(result.tensor("out.weight"), expected)
+
+
+def test_values_that_several_heads_share_are_left_alone():
+    x = torch.randn(3, 5, 12, dtype=torch.float64)
+    net = captured(Heads(shared=2), x)
+    assert folds(net.graph) == ()
+    assert smooth(net, [x], 0.5) is net
 
 
 @given(seed=st.integers(0, 2**16))

@@ -8,7 +8,7 @@ beside the best so far, and stays there where that is faster.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -26,7 +26,7 @@ from rarefy.graph.program import Graph, GraphModel, Node
 from rarefy.graph.stubs import plain_graph
 from rarefy.measured import SECONDS, Served
 from rarefy.quantization import quantize as quantization
-from rarefy.quantization.placement import LAYERS, layer_name
+from rarefy.quantization.placement import FUNCTIONS, LAYERS, layer_name
 from rarefy.quantization.quantize import QuantizeOptions
 from rarefy.quantization.weight_only import half, weight_only
 from rarefy.schemes import Half, Int8, WeightOnly
@@ -48,6 +48,18 @@ def quantize(
 @overload
 def quantize(
     model: nn.Module, calibration: Data | None, scheme: WeightOnly | Half
+) -> nn.Module: ...
+
+
+@overload
+def quantize(
+    model: nn.Module,
+    calibration: Data,
+    scheme: Int8 | WeightOnly | Half | None = None,
+    *,
+    runtime: str | None = None,
+    threads: int = 1,
+    **options: Unpack[QuantizeOptions],
 ) -> nn.Module: ...
 
 
@@ -137,10 +149,15 @@ def quantize(
             relative, example_inputs=example, runtime=runtime, threads=threads, max_seconds=SECONDS
         )
         contest = _Contest(Path(folder), lambda net, path: export(net, path, example), compared)
-        reasons = _slower(model, calibration, scheme, contest, runtime)
-        chosen = replace(scheme, skip=(*scheme.skip, *reasons))
-        result = quantization.quantize(model, calibration, chosen, **options)
-        before, after, share = contest.beside(contest.written(model), contest.written(result))
+        quick = replace(scheme, rounding="nearest")  # values take no time, rounding them may
+        result, file, quick, reasons = _fastest(model, calibration, quick, contest, runtime)
+        chosen = replace(quick, rounding=scheme.rounding)
+        asked = any(options.get(name) is not None for name in ("evaluate", "costs"))
+        if asked or chosen != quick:
+            held = _left(result)
+            result = quantization.quantize(model, calibration, chosen, **options)
+            file = file if _left(result) == held else contest.written(result)
+        before, after, share = contest.beside(contest.written(model), file)
     summary: Any = result.quantization
     result.quantization = replace(summary, left={**summary.left, **reasons})
     faster = share.high < 1
@@ -183,39 +200,58 @@ class _Contest:
         return self.write(network, self.folder / f"{self._count}.onnx")
 
 
-def _slower(
+def _left(network: nn.Module) -> Collection[str]:
+    """Layers that are in float, which tell apart two results for one network and data."""
+    summary: Any = network.quantization
+    return set(summary.left)
+
+
+FASTER = {"onnxruntime": "split", "openvino": "fused"}
+"""Runtime -> how it may compute functions behind convolutions faster, a value of
+``Int8(functions=)``."""
+
+
+def _fastest(
     model: nn.Module, calibration: Data, scheme: Int8, contest: _Contest, runtime: str
-) -> dict[str, str]:
-    """Layers that are faster in float -> reason; at least one kind of layers stays in int8."""
+) -> tuple[GraphModel, Path, Int8, dict[str, str]]:
+    """The quantized network with layers in float where that is faster, in a file of its own.
+
+    At least one kind of layers stays in int8.
+
+    Returns:
+        The network, its file, its scheme, and the layers that went back to float -> reason.
+    """
     first, _ = next(batches(calibration, "quantize(calibration)"))
-    whole = quantization.quantize(model, calibration, scheme)
-    kinds = _kinds(plain_graph(model, first).graph, whole.quantization.layers)  # type: ignore[union-attr,arg-type]
-    best, reasons = contest.written(whole), dict[str, str]()
-    for kind in sorted(kinds, key=lambda name: len(kinds[name])):
-        trial = {*reasons, *kinds[kind]}
-        if trial >= set().union(*kinds.values()):
+    graph = plain_graph(model, first).graph
+    result = quantization.quantize(model, calibration, scheme)
+    best, reasons = contest.written(result), dict[str, str]()
+    kinds = _kinds(graph, result.quantization.layers)  # type: ignore[union-attr,arg-type]
+    trials: list[tuple[str, list[str], str]] = [(kind, kinds[kind], "") for kind in kinds]
+    if scheme.functions == "apart" and any(node.op in FUNCTIONS for node in graph.calls):
+        trials.insert(0, ("function", [], FASTER[runtime]))
+    for kind, layers, functions in trials:
+        if {*reasons, *layers} >= set().union(*kinds.values()):
             break
-        without = replace(scheme, skip=(*scheme.skip, *sorted(trial)))
-        candidate = contest.written(quantization.quantize(model, calibration, without))
+        functions = functions or scheme.functions
+        trial = replace(scheme, skip=(*scheme.skip, *layers), functions=functions)
+        network = quantization.quantize(model, calibration, trial)
+        candidate = contest.written(network)
         *_, share = contest.beside(best, candidate)
         if share.high < 1:
-            best = candidate
-            reasons |= dict.fromkeys(
-                kinds[kind],
-                f"faster in float: with every {kind} in float the network takes {share} of its "
-                f"time in {runtime}",
-            )
-    return reasons
+            result, best, scheme = network, candidate, trial
+            reason = f"faster in float: with every {kind} in float the network takes {share} of its"
+            reasons |= dict.fromkeys(layers, f"{reason} time in {runtime}")
+    return result, best, scheme, reasons
 
 
 def _kinds(graph: Graph, layers: Mapping[str, float]) -> dict[str, list[str]]:
-    """Kind of layer -> the quantized layers that are of it."""
+    """Kind of layer -> the quantized layers that are of it, the rarest kind first."""
     found: dict[str, list[str]] = {}
     for node in graph.calls:
         layer = layer_name(graph, node) if node.op in LAYERS else ""
         if layer in layers and not any(layer in held for held in found.values()):
             found.setdefault(_kind(graph, node), []).append(layer)
-    return found
+    return {kind: found[kind] for kind in sorted(found, key=lambda kind: len(found[kind]))}
 
 
 def _kind(graph: Graph, node: Node) -> str:

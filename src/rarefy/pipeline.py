@@ -22,6 +22,7 @@ from rarefy.deployment.runtimes import OnnxSession, load_onnx, load_onnxruntime
 from rarefy.distillation.losses import KD
 from rarefy.environment import environment
 from rarefy.errors import ExportError, InputError
+from rarefy.gains import quantize
 from rarefy.graph.count import count
 from rarefy.measured import prune
 from rarefy.metrics import top1
@@ -37,7 +38,6 @@ from rarefy.process import replayable
 from rarefy.pruning.checks import check_finite
 from rarefy.pruning.narrow import Pruned
 from rarefy.pruning.repair import repair
-from rarefy.quantization.quantize import quantize
 from rarefy.recipe.options import DistillStage, PruneStage, QuantizeStage, Stages
 from rarefy.reporting.files import write
 from rarefy.run_folder import PruningFacts, RunFolder, StageFacts
@@ -250,7 +250,7 @@ def _prune_options(job: _Job, teacher: nn.Module) -> tuple[PruneStage, tuple[str
     if job.target is None or (job.target.speedup is None and job.target.size is None):
         return PruneStage(macs=0.5), ()
     job.console.print("searching for the largest network that reaches the target ...")
-    scheme = None if job.stages.quantize is None else job.stages.quantize.int8()
+    scheme = None if job.stages.quantize is None else job.stages.quantize.scheme()
     examples = _limited(job.train, SCORING)
     share, note = reachable_budget(teacher, job.example_inputs, job.target, examples, scheme)
     return PruneStage(macs=share), (note,)
@@ -292,7 +292,7 @@ def _quantized(job: _Job, before: Mapping[str, nn.Module]) -> Made:
     assert options is not None
     source = before.get("distilled") or before.get("repaired") or before["pruned"]
     limit = {} if options.max_drop is None else _limit(job, options.max_drop)
-    result = quantize(source, _limited(job.train, CALIBRATION), options.int8(), **limit)
+    result = quantize(source, _limited(job.train, CALIBRATION), options.scheme(), **limit)
     left: Mapping[str, str] = result.quantization.left  # type: ignore[union-attr,assignment]
     notes = tuple(f"{layer} left in float: {reason}" for layer, reason in left.items())
     if options.epochs:

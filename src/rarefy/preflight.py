@@ -15,6 +15,7 @@ from rarefy.batches import batch_size, batches, call, evaluating, logits, take, 
 from rarefy.distillation.losses import IGNORE, label_dim
 from rarefy.errors import DataError, InputError
 from rarefy.recipe.options import Stages
+from rarefy.schemes import Int8
 from rarefy.types import Data, Inputs, Target
 
 _WRAPPERS: Mapping[str, str] = {
@@ -71,7 +72,7 @@ def check_precision(model: nn.Module, stages: Stages) -> None:
     """
     dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()}
     other = sorted(str(dtype).removeprefix("torch.") for dtype in dtypes - {torch.float32})
-    if stages.quantize is not None and other:
+    if stages.quantize is not None and isinstance(stages.quantize.scheme(), Int8) and other:
         what = f"its weights are {', '.join(other)}, and int8 is made from float32"
         raise InputError("compress(model)", what, "Call model.float(), or leave quantize out")
     trains = stages.train is not None or stages.distill is not None

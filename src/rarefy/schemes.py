@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from rarefy.errors import InputError
 from rarefy.types import check_choice, check_numbers
 
+ROUNDINGS = ("gptq", "learned")
+"""How weights are rounded so that outputs stay near, on calibration data."""
+
 OBSERVERS = ("minmax", "average", "percentile", "mse", "entropy")
 """How activation ranges are found."""
 
@@ -25,10 +28,10 @@ class Int8:
         percentile: the share of values that ``"percentile"`` keeps, in (0.5, 1].
         symmetric: whether ranges that go below 0 reach as far below it as above.
         activations: ``"static"`` for ranges from the calibration data; ``"dynamic"`` for ranges
-            of each call, of linear layers alone: no calibration, more work per call, and the
-            examples of one call share their range.
-        smooth: strength of SmoothQuant between a norm and the linear layers that read it, in
-            [0, 1]; None for none.
+            of each call, of linear layers and LSTMs alone: no calibration, more work per call, and
+            the examples of one call share their range. Files with such LSTMs are for onnxruntime.
+        smooth: strength of SmoothQuant between a norm or a linear layer and the linear layers that
+            read it (behind a relu, or through attention), in [0, 1]; None for none.
         equalize: whether weights of consecutive layers are equalized over channels.
         correct_bias: whether the mean error of every layer is taken into its bias.
         functions: how a SiLU, GELU, hardswish and the like behind a convolution are computed:
@@ -36,6 +39,10 @@ class Int8:
             integers as a sigmoid and a product, which onnxruntime does faster; ``"fused"`` in float
             as a part of the convolution, whose output is not rounded, which OpenVINO does faster
             and onnxruntime much slower.
+        rounding: of the weights: ``"nearest"``; ``"gptq"``, column by column, the columns to come
+            making up for it; or ``"learned"``, each weight up or down as gradient descent decides
+            (AdaRound). The latter two work layer by layer on the calibration data, with the
+            quantized network's own inputs, and keep what is nearest where that is better.
         skip: paths or patterns with ``*?[]`` of layers, or of modules around them, that stay in
             float.
 
@@ -52,6 +59,7 @@ class Int8:
     equalize: bool = False
     correct_bias: bool = False
     functions: str = "apart"
+    rounding: str = "nearest"
     skip: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -59,6 +67,7 @@ class Int8:
         check_choice(self, "observer", OBSERVERS)
         check_choice(self, "activations", ("static", "dynamic"))
         check_choice(self, "functions", FUNCTIONS)
+        check_choice(self, "rounding", ("nearest", *ROUNDINGS))
         for name in ("symmetric", "equalize", "correct_bias"):
             check_choice(self, name, (True, False))
         if not 0.5 < self.percentile <= 1:
@@ -76,7 +85,7 @@ class Int8:
         _freeze_skip(self)
 
 
-METHODS = ("rtn", "gptq", "awq", "palette")
+METHODS = ("rtn", *ROUNDINGS, "awq", "palette")
 """How weights alone are quantized."""
 
 
@@ -90,8 +99,10 @@ class WeightOnly:
             Smaller groups are more accurate; each adds 16 bits for its scale.
         method: ``"rtn"`` rounds to nearest. ``"awq"`` does so with ranges that count errors by the
             size of the inputs that they meet. ``"gptq"`` rounds column by column, the columns to
-            come making up for it. ``"palette"`` takes the values of a codebook for each tensor,
-            found by k-means. ``"gptq"`` and ``"awq"`` need calibration data.
+            come making up for it. ``"learned"`` learns which weights go up and which down
+            (AdaRound): nearer than GPTQ, and slower. ``"palette"`` takes the values of a codebook
+            for each tensor, found by k-means. ``"gptq"``, ``"learned"`` and ``"awq"`` need
+            calibration data.
         symmetric: a range around 0; otherwise from the smallest to the largest value.
         observer: ``"minmax"`` for the whole range, or ``"mse"`` for the share of it with the least
             squared error of the weights. ``"awq"`` searches in any case.

@@ -12,9 +12,9 @@ from rarefy.batches import Leading, take
 from rarefy.deployment.export import export
 from rarefy.deployment.measure import compare, speedup
 from rarefy.errors import BudgetError
+from rarefy.gains import quantize
 from rarefy.pruning.prune import prune
-from rarefy.quantization.quantize import quantize
-from rarefy.schemes import Int8
+from rarefy.schemes import Half, Int8, WeightOnly
 from rarefy.storage.format import save
 from rarefy.types import Budget, Data, Inputs, Target
 
@@ -33,7 +33,7 @@ def reachable_budget(
     example_inputs: Inputs,
     target: Target,
     data: Data,
-    scheme: Int8 | None,
+    scheme: Int8 | WeightOnly | Half | None,
 ) -> tuple[float, str]:
     """Share of the MACs to keep so that latency and size reach the target.
 
@@ -82,7 +82,7 @@ class _Trial:
         example_inputs: Inputs,
         target: Target,
         data: Data,
-        scheme: Int8 | None,
+        scheme: Int8 | WeightOnly | Half | None,
         folder: Path,
     ) -> None:
         self.model, self.example_inputs, self.target = model, example_inputs, target

@@ -18,6 +18,7 @@ from torch.export import Dim, ExportedProgram
 from torch.utils import _pytree as pytree
 
 from rarefy.batches import arguments, call, evaluating, map_tensors, tensors
+from rarefy.deployment.recurrent import integer_lstms
 from rarefy.deployment.rewrite import rewrite
 from rarefy.deployment.rounded import fold_grids, opset, rounded_weights
 from rarefy.deployment.runtimes import ExactOnnxSession, OnnxSession, load_onnx, load_onnxruntime
@@ -116,6 +117,7 @@ def export(
         translated = _translate(source, traced, opset(weights.values()))
         _name(translated, traced, outputs)
         rewrite(translated)
+        integer_lstms(translated)
         fold_grids(translated, weights)
     try:
         with replacing(path) as draft:

@@ -92,7 +92,7 @@ def dynamic_products(model: Any) -> None:
             result = insert(model, node, "Add", [result, node.inputs[2]], {})
         _replace(model, node, result)
     if made:
-        _drop_unread(model)
+        drop_unread(model)
 
 
 def _ranged(value: Any) -> Any:
@@ -159,7 +159,7 @@ def _first_reader(model: Any, value: Any) -> Any:
     return next(node for node in model.graph if node in readers)
 
 
-def _drop_unread(model: Any) -> None:
+def drop_unread(model: Any) -> None:
     """Remove nodes whose results nothing reads."""
     for node in reversed(list(model.graph)):
         if not any(map(_is_read, node.outputs)):

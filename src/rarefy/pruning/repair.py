@@ -31,6 +31,7 @@ from rarefy.graph.program import GraphModel
 from rarefy.graph.stubs import plain_graph, stubs, without_zeros
 from rarefy.grid import grids
 from rarefy.pruning.repairing.pairs import StrangersError
+from rarefy.pruning.repairing.rounding import ROUNDINGS
 from rarefy.pruning.repairing.walk import Runs, Walk
 from rarefy.pruning.running.examples import Misses, affordable, collect, parts
 from rarefy.pruning.running.lockstep import Run
@@ -57,7 +58,13 @@ class Repaired:
 
 
 def repair(
-    original: nn.Module, pruned: nn.Module, data: Data, *, samples: int = 512, seed: int = 0
+    original: nn.Module,
+    pruned: nn.Module,
+    data: Data,
+    *,
+    samples: int = 512,
+    seed: int = 0,
+    rounding: str = "gptq",
 ) -> nn.Module:
     """Solve the weights of a compressed network so that it reproduces the original's activations.
 
@@ -66,7 +73,8 @@ def repair(
 
     What stays as it is: widths; the zeros of weights that were set to zero; the grids of quantized
     weights and activations. A quantized network's layers are held against the original's with
-    their BatchNorms; zeros of a sparse network that was quantized stay zero, too.
+    their BatchNorms, and with its scales of channels where it was smoothed or equalized; zeros of a
+    sparse network that was quantized stay zero, too.
 
     Args:
         original: the network before.
@@ -76,13 +84,16 @@ def repair(
         samples: number of examples to use, fewer where what is held of their activations exceeds
             :data:`~rarefy.pruning.running.examples.MEMORY`.
         seed: of the draw of rows.
+        rounding: how solved weights of a quantized network are rounded to their grids: ``"gptq"``,
+            column by column, or ``"learned"``
+            (:mod:`rarefy.pruning.repairing.rounding`), nearer to the optimum and slower.
 
     Returns:
         A new network. Its attribute ``repaired`` is a :class:`Repaired` record.
 
     Raises:
         DataError: the data yield nothing, or activations are not finite.
-        InputError: ``pruned`` is not a compression of ``original``.
+        InputError: ``pruned`` is not a compression of ``original``, or an option is unknown.
 
     Example:
         >>> net, x = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), torch.randn(64, 4)
@@ -98,13 +109,19 @@ def repair(
         )
     if samples < 1:
         raise InputError(f"repair(samples={samples})", "no sample", "Use a few hundred")
+    if rounding not in ROUNDINGS:
+        raise InputError(
+            f"repair(rounding={rounding!r})",
+            "unknown rounding",
+            f"Use {' or '.join(map(repr, ROUNDINGS))}",
+        )
     joined, single = collect(data, samples)
     failure = Exception()
     with evaluating(original, pruned):
         for inputs, shown in ((joined, take(joined, 2)), (single, single)):
             try:  # a network of one batch size takes a batch as it comes, if anything
                 with seeded(seed):
-                    return _healed(original, pruned, inputs, shown)
+                    return _healed(original, pruned, inputs, shown, rounding)
             except (DataError, StrangersError):
                 raise
             except Exception as error:  # noqa: BLE001 - forward may raise anything
@@ -117,7 +134,9 @@ def repair(
     return same
 
 
-def _healed(original: nn.Module, pruned: nn.Module, inputs: Inputs, shown: Inputs) -> nn.Module:
+def _healed(
+    original: nn.Module, pruned: nn.Module, inputs: Inputs, shown: Inputs, rounding: str
+) -> nn.Module:
     """A repaired copy of the compressed network, if that is nearer to the original on the inputs.
 
     Args:
@@ -125,6 +144,7 @@ def _healed(original: nn.Module, pruned: nn.Module, inputs: Inputs, shown: Input
         pruned: the network after it.
         inputs: what to solve on.
         shown: those of them that the networks are captured with, fewer where any number will do.
+        rounding: how solved weights of a quantized network are rounded.
     """
     healed = copied(pruned)
     first = plain_graph(original, shown)
@@ -146,6 +166,8 @@ def _healed(original: nn.Module, pruned: nn.Module, inputs: Inputs, shown: Input
         {id(tensor) for path, tensor in own.items() if path in sparse.keys() - known.keys()},
         {id(tensor) for tensor in (*own.values(), *healed.buffers())},
         {id(own[path]): grid for path, grid in grids(healed).items() if path in own},
+        rounding,
+        getattr(pruned, "rescaled", {}),
     )
     held_out = torch.split(_held_out(size), [batch_size(part) for part in divided])
     runs = walk.run(divided, held_out)

@@ -1,8 +1,11 @@
-"""Activation ranges of each call: linear layers whose inputs are quantized as they come.
+"""Activation ranges of each call: linear layers whose inputs are quantized as they come, and LSTMs.
 
 The quantizer is written out in operators of the graph, as ONNX defines DynamicQuantizeLinear: the
 range of the tensor, widened to 0, on 256 levels. ``rarefy.export`` puts that operator, and a
 product of integers, in its place.
+
+Of LSTMs, the weights are rounded here; their inputs and hidden states, which onnxruntime rounds at
+each call too, stay in float in the forward.
 """
 
 from __future__ import annotations
@@ -15,29 +18,68 @@ import torch
 from rarefy.graph.program import Graph, Node, Ref, Spec
 from rarefy.quantization.affine import SMALLEST_RANGE
 from rarefy.quantization.insertion import Quantizers
-from rarefy.quantization.placement import CONVOLUTIONS, Placement, not_empty, place
+from rarefy.quantization.placement import CONVOLUTIONS, Placement, layer_name, not_empty, place
 
 LEVELS = 255
+LSTM = "aten.lstm.input"
+
+UNSERVED = frozenset("gru rnn_tanh rnn_relu".split())
+"""Recurrent layers that stay in float."""
+
+UNSERVED_REASON = (
+    "onnxruntime computes LSTMs alone with integers; WeightOnly makes the file of this layer small"
+)
 QUANTIZER = "aten.fake_quantize_per_tensor_affine.tensor_qparams"
 
 
 def dynamic_placement(graph: Graph, kept: Mapping[str, str]) -> Placement:
-    """Linear layers, their weights and what they read.
+    """Linear layers, their weights and what they read; LSTMs and their weights.
 
     Args:
         graph: of a float network.
         kept: layer that stays in float by choice -> reason.
     """
-    reason = "dynamic ranges are for linear layers"
+    reason = "dynamic ranges are for linear layers and LSTMs"
     found = place(graph, None, kept)
     convolutions = {
         layer: reason
         for name, layer in found.layers.items()
         if graph.by_name[name].op in CONVOLUTIONS
     }
-    found = not_empty(place(graph, None, {**convolutions, **kept}))
+    found = place(graph, None, {**convolutions, **kept})
     sources = {graph.by_name[name].args[0].name for name in found.layers}
-    return replace(found, activations={name: name for name in sorted(sources)})
+    recurrent = {
+        node.name: layer_name(graph, node)
+        for node in graph.calls
+        if matrices(graph, node) and layer_name(graph, node) not in kept
+    }
+    weights = {name for node in recurrent for name in matrices(graph, graph.by_name[node])}
+    left = {layer: why for layer, why in found.left.items() if layer not in recurrent.values()}
+    for node in graph.calls:
+        if node.kind in UNSERVED and layer_name(graph, node) not in kept:
+            left[layer_name(graph, node)] = UNSERVED_REASON
+    return not_empty(
+        Placement(
+            {name: name for name in sorted(sources)},
+            found.weights | weights,
+            {**found.layers, **recurrent},
+            left,
+        )
+    )
+
+
+def matrices(graph: Graph, node: Node) -> tuple[str, ...]:
+    """Names of the weights of an LSTM that can be integers; none for other calls.
+
+    LSTMs with projections have more weights than the operator on integers.
+    """
+    if node.op != LSTM:
+        return ()
+    tensors = [graph.by_name[ref.name] for ref in node.argument("params")]
+    found = [tensor for tensor in tensors if len(tensor.shape) == 2]
+    wanted = 2 * node.argument("num_layers") * (1 + bool(node.argument("bidirectional")))
+    plain = all(t.op == "tensor" and t.value.dtype == torch.float32 for t in found)
+    return tuple(t.name for t in found) if plain and len(found) == wanted else ()
 
 
 def dynamic_quantizers(graph: Graph, placement: Placement) -> Quantizers:

@@ -13,6 +13,7 @@ from rarefy.errors import InputError
 from rarefy.graph.program import GraphModel
 from rarefy.graph.stubs import plain_graph
 from rarefy.paths import matching, within
+from rarefy.pruning.repair import repair
 from rarefy.quantization.affine import affine
 from rarefy.quantization.bias import correct_biases
 from rarefy.quantization.calibration import Calibration
@@ -21,7 +22,7 @@ from rarefy.quantization.fold import fold_batch_norms
 from rarefy.quantization.insertion import inserted, static_quantizers
 from rarefy.quantization.mixed import Allowance, Evaluate, checked_costs, search
 from rarefy.quantization.placement import Placement, place
-from rarefy.quantization.scaling import equalize, smooth
+from rarefy.quantization.scaling import equalize, rescaled, smooth
 from rarefy.quantization.splitting import split_silu
 from rarefy.quantization.summary import COMPARED, QuantizationSummary, noise, outputs, ratios
 from rarefy.schemes import Int8
@@ -76,7 +77,8 @@ def quantize(
 
     Returns:
         The quantized network, in eval mode, with the attribute ``quantization``, a
-        :class:`~rarefy.quantization.summary.QuantizationSummary`.
+        :class:`~rarefy.quantization.summary.QuantizationSummary`, and ``rescaled``: what layers'
+        outputs were divided by where their channels were smoothed or equalized.
 
     Raises:
         CaptureError: the network cannot be captured.
@@ -107,7 +109,7 @@ def quantize(
         net = smooth(net, calibration, scheme.smooth)
     if scheme.equalize:
         net = equalize(net)
-    job = _Job(net, Calibration(net, calibration, scheme), scheme, first, skipped)
+    job = _Job(net, calibration, Calibration(net, calibration, scheme), scheme, first, skipped)
     summary = QuantizationSummary()
     if allowance is not None:
         layer_costs = checked_costs(net.graph, job.placement({}), costs)
@@ -116,7 +118,11 @@ def quantize(
         summary = replace(summary, drop=found.drop, evaluations=found.evaluations)
     placement, quantized = job.placement({}), job.network({})
     layers = ratios(net, quantized, placement, take(first, COMPARED))
-    quantized.quantization = replace(summary, layers=layers, left=placement.left)  # type: ignore[assignment]
+    solved = getattr(getattr(quantized, "repaired", None), "errors", {})
+    quantized.quantization = replace(  # type: ignore[assignment]
+        summary, layers=layers, left=placement.left, rounding=solved
+    )
+    quantized.rescaled = rescaled(net)  # type: ignore[assignment]
     if hasattr(model, "sparsified"):  # its zeros are zeros here, and are to stay so
         quantized.sparsified = model.sparsified
     return quantized
@@ -151,13 +157,15 @@ class _Job:
 
     Attributes:
         net: with BatchNorms folded, channels rescaled.
-        calibration: of the same network.
+        data: examples.
+        calibration: of the same network on them.
         scheme: what is asked for.
         first: the first batch.
         skipped: layer that stays in float -> reason.
     """
 
     net: GraphModel
+    data: Data
     calibration: Calibration
     scheme: Int8
     first: Inputs
@@ -177,6 +185,15 @@ class _Job:
 
     def network(self, left: Mapping[str, str]) -> GraphModel:
         """The quantized network, without a summary."""
+        quantized = self.nearest(left)
+        if self.scheme.rounding == "nearest":
+            return quantized
+        quantized.quantization = QuantizationSummary()  # type: ignore[assignment]
+        rounding = self.scheme.rounding
+        return repair(self.net, quantized, self.data, rounding=rounding)  # type: ignore[return-value]
+
+    def nearest(self, left: Mapping[str, str]) -> GraphModel:
+        """The network with each weight rounded by itself."""
         net, placement = self.net, self.placement(left)
         if self.scheme.activations == "dynamic":
             return inserted(net, placement, dynamic_quantizers(net.graph, placement))
@@ -204,6 +221,6 @@ class _Job:
         inputs = take(self.first, SENSED)
         exact = outputs(self.net, inputs)
         return {
-            layer: noise(exact, outputs(self.network(left), inputs))
+            layer: noise(exact, outputs(self.nearest(left), inputs))
             for layer, left in alone.items()
         }

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from math import prod
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,9 @@ from rarefy.quantization.fold import named
 from rarefy.quantization.placement import CONVOLUTIONS, LAYERS, averages
 from rarefy.types import Data
 
+KEY = "rescaled"
+"""Attribute of a network: what :func:`rescaled` returns."""
+
 SMALLEST = 1e-5
 """Channels whose largest activation or weight is smaller keep their scale."""
 
@@ -30,6 +34,10 @@ SWEEPS = 30
 
 SETTLED = 1e-3
 """Largest change of a channel's scale, as a share, at which equalization is done."""
+
+
+Dims = tuple[int, ...]
+"""Dimensions that the channels are divided over, in their order."""
 
 
 @dataclass(frozen=True)
@@ -56,12 +64,12 @@ class Fold:
     Attributes:
         made: paths of what makes them, channels first: weight and bias.
         readers: all that read them.
-        is_norm: whether a norm's (or another) vector makes them, not a layer's matrix.
+        maker: operator that makes them: a layer, or a norm's (or another) product with a vector.
     """
 
     made: tuple[str, ...]
     readers: tuple[Reader, ...]
-    is_norm: bool
+    maker: str
 
 
 def folds(graph: Graph) -> tuple[Fold, ...]:
@@ -82,7 +90,7 @@ def _folds(graph: Graph) -> Iterator[Fold]:
         dim = 1 if node.op in CONVOLUTIONS else len(node.shape) - 1
         readers = _readers(graph, node, dim)
         if readers:
-            yield Fold(made, readers, node.op not in LAYERS)
+            yield Fold(made, readers, node.op)
 
 
 # --- what makes channels -------------------------------------------------------------------------
@@ -140,16 +148,16 @@ _MAKERS: Mapping[str, Callable[[Graph, Node], tuple[str, ...] | None]] = {
 def _readers(graph: Graph, node: Node, dim: int) -> tuple[Reader, ...] | None:
     """All layers that read a node's channels; None where anything else does."""
     found: list[Reader] = []
-    waiting = [(node, dim)]
+    waiting: list[tuple[Node, Dims]] = [(node, (dim,))]
     while waiting:
-        current, dim = waiting.pop()
+        current, dims = waiting.pop()
         for user in graph.users[current.name]:
-            reader = _reader(graph, user, current, dim)
+            reader = _reader(graph, user, current, dims[0]) if len(dims) == 1 else None
             if reader is not None:
                 found.append(reader)
                 continue
             passes = _PASSES.get(user.kind)
-            after = passes(graph, user, current, dim) if passes else None
+            after = passes(graph, user, current, dims) if passes else None
             if after is None:
                 return None
             waiting.append((user, after))
@@ -171,31 +179,68 @@ def _reader(graph: Graph, user: Node, source: Node, dim: int) -> Reader | None:
     return Reader(source.name, dim, own[0], groups) if fits else None
 
 
-def _same(graph: Graph, user: Node, source: Node, dim: int) -> int | None:
-    return dim
+def _same(graph: Graph, user: Node, source: Node, dims: Dims) -> Dims | None:
+    return dims
 
 
-def _leaky(graph: Graph, user: Node, source: Node, dim: int) -> int | None:
-    return dim if float(user.argument("negative_slope")) >= 0 else None
+def _leaky(graph: Graph, user: Node, source: Node, dims: Dims) -> Dims | None:
+    return dims if float(user.argument("negative_slope")) >= 0 else None
 
 
-def _pooled(graph: Graph, user: Node, source: Node, dim: int) -> int | None:
+def _pooled(graph: Graph, user: Node, source: Node, dims: Dims) -> Dims | None:
     rank = len(source.shape)
     window = int(user.kind[-2])
-    return dim if dim == 1 and rank == window + 2 and len(user.shape) == rank else None
+    return dims if dims == (1,) and rank == window + 2 and len(user.shape) == rank else None
 
 
-def _averaged(graph: Graph, user: Node, source: Node, dim: int) -> int | None:
-    return dim if dim == 1 and averages(graph, user) else None
+def _averaged(graph: Graph, user: Node, source: Node, dims: Dims) -> Dims | None:
+    return dims if dims == (1,) and averages(graph, user) else None
 
 
-def _flattened(graph: Graph, user: Node, source: Node, dim: int) -> int | None:
-    """Positions that are one are dropped; the channels stay second."""
-    single = dim == 1 and all(size == 1 for size in source.shape[2:])
-    return 1 if single and user.shape == source.shape[:2] else None
+def _viewed(graph: Graph, user: Node, source: Node, dims: Dims) -> Dims | None:
+    """Positions that are one are dropped, or channels divided into heads, or heads joined."""
+    before, after = source.shape, user.shape
+    if dims == (1,) and all(size == 1 for size in before[2:]) and after == before[:2]:
+        return dims
+    first, last = dims[0], dims[-1]
+    if after[:first] != before[:first] or last - first != len(dims) - 1:
+        return None
+    behind = len(before) - last - 1
+    made = after[first : len(after) - behind]
+    whole = prod(before[first : last + 1]) == prod(made)
+    if not whole or after[len(after) - behind :] != before[last + 1 :] or not made:
+        return None
+    return tuple(range(first, first + len(made)))
 
 
-_PASSES: Mapping[str, Callable[[Graph, Node, Node, int], int | None]] = {
+def _turned(graph: Graph, user: Node, source: Node, dims: Dims) -> Dims | None:
+    """Dimensions that change places."""
+    rank = len(source.shape)
+    order = list(range(rank))
+    if user.kind == "permute":
+        order = [d % rank for d in user.argument("dims")]
+    else:
+        one, two = (user.argument(name) for name in ("dim0", "dim1"))
+        if not isinstance(one, int) or not isinstance(two, int):
+            return None
+        order[one % rank], order[two % rank] = two % rank, one % rank
+    return tuple(order.index(d) for d in dims)
+
+
+def _weighed(graph: Graph, user: Node, source: Node, dims: Dims) -> Dims | None:
+    """Values of attention: sums over their tokens, weighed by what does not depend on them.
+
+    Not where several heads of the queries share one of the values.
+    """
+    place = {"matmul": 1, "scaled_dot_product_attention": 2}[user.kind]
+    rank = len(source.shape)
+    if user.args[place] != Ref(source.name) or user.inputs.count(source.name) != 1:
+        return None
+    kept = all(user.shape[d] == source.shape[d] for d in dims) and len(user.shape) == rank
+    return dims if kept and rank - 2 not in dims and rank > 2 else None
+
+
+_PASSES: Mapping[str, Callable[[Graph, Node, Node, Dims], Dims | None]] = {
     **dict.fromkeys("relu dropout clone contiguous alias detach".split(), _same),
     "leaky_relu": _leaky,
     **{
@@ -204,7 +249,9 @@ _PASSES: Mapping[str, Callable[[Graph, Node, Node, int], int | None]] = {
         for d in (1, 2)
     },
     "mean": _averaged,
-    **dict.fromkeys("flatten view reshape squeeze".split(), _flattened),
+    **dict.fromkeys("flatten view reshape squeeze unflatten _unsafe_view".split(), _viewed),
+    **dict.fromkeys("transpose permute".split(), _turned),
+    **dict.fromkeys("matmul scaled_dot_product_attention".split(), _weighed),
 }
 """Operators that commute with positive factors of channels -> where the channels are afterwards."""
 
@@ -213,7 +260,11 @@ _PASSES: Mapping[str, Callable[[Graph, Node, Node, int], int | None]] = {
 
 
 def smooth(net: GraphModel, data: Data, strength: float) -> GraphModel:
-    """Move outliers of activations behind norms into the weights that read them (SmoothQuant).
+    """Move outliers of activations into the weights that read them (SmoothQuant).
+
+    Of activations behind norms, and of those that a linear layer makes: behind a relu, or the
+    values of attention. Layers in front of anything else, or of several readers of different kinds,
+    are left alone.
 
     ``s_j = max|X_j| ** strength / max|W_j| ** (1 - strength)`` for channel j.
 
@@ -225,7 +276,7 @@ def smooth(net: GraphModel, data: Data, strength: float) -> GraphModel:
     Returns:
         A network that computes the same up to rounding.
     """
-    found = [fold for fold in folds(net.graph) if fold.is_norm]
+    found = [fold for fold in folds(net.graph) if fold.maker not in CONVOLUTIONS]
     dims = {reader.source: reader.dim for fold in found for reader in fold.readers}
     if not dims:
         return net
@@ -237,13 +288,14 @@ def smooth(net: GraphModel, data: Data, strength: float) -> GraphModel:
         reach[node.name] = torch.maximum(reach.get(node.name, largest), largest)
 
     watch(net, dims, data, show)
-    values = _values(net)
+    values, divided = _values(net), dict(rescaled(net))
     for fold in found:
         seen = torch.stack([reach[reader.source] for reader in fold.readers]).amax(0).double()
         weights = _read_ranges(values, fold)
         s = seen**strength / weights ** (1 - strength)
-        _rescale(values, fold, torch.where(_usable(seen) & _usable(weights), s, 1.0))
-    return _with(net, values)
+        s = torch.where(_usable(seen) & _usable(weights), s, 1.0)
+        _rescale(values, divided, fold, s)
+    return _with(net, values, divided)
 
 
 def equalize(net: GraphModel) -> GraphModel:
@@ -258,19 +310,25 @@ def equalize(net: GraphModel) -> GraphModel:
     Returns:
         A network that computes the same up to rounding.
     """
-    found = [fold for fold in folds(net.graph) if not fold.is_norm]
-    values = _values(net)
+    found = [fold for fold in folds(net.graph) if fold.maker in LAYERS]
+    values, divided = _values(net), dict(rescaled(net))
     for _ in range(SWEEPS):
         moved = 0.0
         for fold in found:
             rows = values[fold.made[0]].flatten(1).abs().amax(1)
             columns = _read_ranges(values, fold)
             s = torch.where(_usable(rows) & _usable(columns), (rows / columns).sqrt(), 1.0)
-            _rescale(values, fold, s)
+            _rescale(values, divided, fold, s)
             moved = max(moved, float((s - 1).abs().max()))
         if moved < SETTLED:
             break
-    return _with(net, values)
+    return _with(net, values, divided)
+
+
+def rescaled(net: GraphModel) -> Mapping[str, Tensor]:
+    """Path of a layer's weight -> what its outputs were divided by, for each channel."""
+    found: Mapping[str, Tensor] = vars(net).get(KEY, {})
+    return found
 
 
 def _usable(ranges: Tensor) -> Tensor:
@@ -290,8 +348,10 @@ def _read_ranges(values: Mapping[str, Tensor], fold: Fold) -> Tensor:
     return torch.stack(found).amax(0)
 
 
-def _rescale(values: dict[str, Tensor], fold: Fold, s: Tensor) -> None:
+def _rescale(values: dict[str, Tensor], divided: dict[str, Tensor], fold: Fold, s: Tensor) -> None:
     """Divide what makes the channels, multiply what reads them, in place."""
+    if fold.maker in LAYERS:
+        divided[fold.made[0]] = divided.get(fold.made[0], 1.0) * s
     for path in fold.made:
         values[path] /= s.reshape(-1, *[1] * (values[path].ndim - 1))
     for reader in fold.readers:
@@ -308,8 +368,10 @@ def _values(net: GraphModel) -> dict[str, Tensor]:
     }
 
 
-def _with(net: GraphModel, values: Mapping[str, Tensor]) -> GraphModel:
-    """The network with other values of its tensors."""
+def _with(
+    net: GraphModel, values: Mapping[str, Tensor], divided: Mapping[str, Tensor]
+) -> GraphModel:
+    """The network with other values of its tensors, and a record of what was divided."""
     parameters = {
         path: nn.Parameter(values[path].to(p.dtype), requires_grad=p.requires_grad)
         if path in values
@@ -320,4 +382,6 @@ def _with(net: GraphModel, values: Mapping[str, Tensor]) -> GraphModel:
         path: values[path].to(b.dtype) if path in values else b
         for path, b in named(net.named_buffers)
     }
-    return GraphModel(net.graph, parameters, buffers)
+    result = GraphModel(net.graph, parameters, buffers)
+    vars(result)[KEY] = divided
+    return result

@@ -26,13 +26,13 @@ from rarefy.quantization.readers import mean_squares, ratios
 from rarefy.quantization.rounding import grid_for
 from rarefy.quantization.summary import COMPARED, QuantizationSummary
 from rarefy.quantization.weights import Weight, find
-from rarefy.schemes import Half, WeightOnly
+from rarefy.schemes import ROUNDINGS, Half, WeightOnly
 from rarefy.types import Data, Inputs
 
 SAMPLES = 512
 """Calibration examples that are used at most."""
 
-ON_DATA = ("gptq", "awq")
+ON_DATA = (*ROUNDINGS, "awq")
 """Methods that need calibration data."""
 
 
@@ -40,28 +40,30 @@ def weight_only(model: nn.Module, calibration: Data | None, scheme: WeightOnly) 
     """A copy of a network whose weights take few values.
 
     Weights of convolutions, linear layers (also transformers' ``Conv1D``), embeddings, attention
-    and recurrent layers are quantized. Layers that GPTQ cannot solve, and those that are nearer to
-    the original without it on examples that it has not seen, are rounded to nearest. GPTQ's
-    targets are the outputs of the float network for the float network's activations, so that it
-    makes up for the layers before, too; means of the outputs are taken up by the layer's bias or
-    by the statistics of the BatchNorm behind it.
+    and recurrent layers are quantized. Layers that GPTQ or learned rounding cannot solve, and those
+    that are nearer to the original without it on examples that it has not seen, are rounded to
+    nearest. The targets of both are the outputs of the float network for the float network's
+    activations, so that they make up for the layers before, too; means of the outputs are taken up
+    by the layer's bias or by the statistics of the BatchNorm behind it.
 
     Args:
-        model: any network in float; for ``"gptq"`` and ``"awq"`` it must be one that can be
+        model: any network in float; for methods that need data it must be one that can be
             captured.
         calibration: batches; None for ``"rtn"`` and ``"palette"`` without figures of outputs.
         scheme: how.
 
     Returns:
         An instance of the network's own class in eval mode, with the attribute ``quantization``.
-        Without data its figures are those of the weights instead of the layers' outputs.
+        Without data its figures are those of the weights instead of the layers' outputs. With
+        GPTQ and learned rounding, ``repaired`` tells what became of each layer.
 
     Raises:
         CaptureError: data are given, and the network cannot be captured.
         DataError: the data yield nothing, or values are not finite.
         InputError: data are missing, no weight can be quantized, or they are quantized already.
 
-    Source: Frantar et al. 2022 (GPTQ), https://arxiv.org/abs/2210.17323; Lin et al. 2023 (AWQ),
+    Source: Frantar et al. 2022 (GPTQ), https://arxiv.org/abs/2210.17323; Nagel et al. 2020
+    (AdaRound), https://arxiv.org/abs/2004.10568; Lin et al. 2023 (AWQ),
     https://arxiv.org/abs/2306.00978, of which this is the search of ranges: its scaling of input
     channels would need another operator where it cannot be folded, and is not done. Han et al.
     2016 (Deep Compression), https://arxiv.org/abs/1510.00149.
@@ -93,15 +95,17 @@ def weight_only(model: nn.Module, calibration: Data | None, scheme: WeightOnly) 
         importance = _importance(first, weights, joined)
     _round(result, weights, scheme, importance)
     result.quantization = QuantizationSummary(left=left)  # type: ignore[assignment]
-    if scheme.method == "gptq" and calibration is not None:
-        result = repair(model, result, calibration, samples=SAMPLES)
+    solved: Mapping[str, tuple[float, float]] = {}
+    if scheme.method in ROUNDINGS and calibration is not None:
+        result = repair(model, result, calibration, samples=SAMPLES, rounding=scheme.method)
+        solved = result.repaired.errors  # type: ignore[union-attr,assignment]
         _settle(result)
     if first is not None and shown is not None:
         layers = {weight.path: weight.layer for weight in weights}
         noise = ratios((first, _graph(model, result, shown)), layers, shown)
     else:
         noise = _weight_noise(model, weights)
-    result.quantization = QuantizationSummary(noise, left)  # type: ignore[assignment]
+    result.quantization = QuantizationSummary(noise, left, rounding=solved)  # type: ignore[assignment]
     return result
 
 

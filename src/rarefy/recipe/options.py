@@ -1,4 +1,4 @@
-"""What a recipe may hold. The rules of Budget, Int8 and Target stay where those are defined."""
+"""What a recipe may hold. The rules of Budget, Target and the schemes stay where those are."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import keyword
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self, get_type_hints
 
 from pydantic import (
     BaseModel,
@@ -14,6 +14,7 @@ from pydantic import (
     Field,
     PrivateAttr,
     ValidationInfo,
+    create_model,
     field_validator,
     model_validator,
 )
@@ -21,7 +22,7 @@ from pydantic import (
 from rarefy.errors import InputError
 from rarefy.pruning.prune import check_fit, removes
 from rarefy.pruning.scoring.judging import named, on_data
-from rarefy.schemes import Int8
+from rarefy.schemes import Half, Int8, WeightOnly
 from rarefy.types import KINDS, Budget, Limit, Target
 
 Count = Annotated[int, Field(ge=1)]
@@ -155,37 +156,77 @@ class DistillStage(_Options):
     label_weight: Share = 0.1
 
 
-class QuantizeStage(_Options):
-    """The fields of :class:`~rarefy.schemes.Int8`, and what follows calibration.
+class SchemeOptions(_Options):
+    """The fields of a way to quantize, or one of its values."""
 
-    ``max_drop`` is how much validation accuracy may be lost before layers stay in float; with
-    ``epochs``, the quantized network is trained on the teacher's soft labels.
+    SCHEME: ClassVar[type[Int8 | WeightOnly | Half]]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _given(cls, value: Any) -> Any:
+        return dict(vars(value)) if isinstance(value, cls.SCHEME) else value
+
+    @field_validator("*")
+    @classmethod
+    def _each(cls, value: Any, info: ValidationInfo) -> Any:
+        _allowed(cls.SCHEME, **info.data, **{str(info.field_name): value})
+        return value
+
+    def scheme(self) -> Int8 | WeightOnly | Half:
+        """The quantization that these options describe."""
+        return self.SCHEME(**self.model_dump())
+
+
+def _options_of(scheme: type[Int8 | WeightOnly | Half]) -> type[SchemeOptions]:
+    """A model with the fields of a scheme, whose own rules hold for each field.
+
+    Names come first: which numbers are allowed depends on them.
+    """
+    hints = get_type_hints(scheme)
+    ordered = sorted(fields(scheme), key=lambda field: hints[field.name] is not str)
+    held: dict[str, Any] = {field.name: (hints[field.name], field.default) for field in ordered}
+    model = create_model(f"{scheme.__name__}Options", __base__=SchemeOptions, **held)
+    model.SCHEME = scheme
+    return model
+
+
+if TYPE_CHECKING:
+    Int8Options = WeightOnlyOptions = HalfOptions = SchemeOptions
+else:
+    Int8Options, WeightOnlyOptions, HalfOptions = map(_options_of, (Int8, WeightOnly, Half))
+
+
+class QuantizeStage(_Options):
+    """How to quantize: at most one of ``int8``, ``weights`` and ``half``, int8 if none is given.
+
+    Each holds the fields of its scheme (:class:`~rarefy.schemes.Int8`,
+    :class:`~rarefy.schemes.WeightOnly`, :class:`~rarefy.schemes.Half`). With int8, ``max_drop`` is
+    how much validation accuracy may be lost before layers stay in float; with ``epochs``, the
+    quantized network is trained on the teacher's soft labels.
     """
 
-    observer: str = "mse"
-    percentile: float = 0.9999
-    symmetric: bool = False
-    activations: str = "static"
-    smooth: float | None = 0.5
-    equalize: bool = False
-    correct_bias: bool = False
-    skip: tuple[str, ...] = ()
+    int8: Int8Options | None = None
+    weights: WeightOnlyOptions | None = None
+    half: HalfOptions | None = None
     max_drop: Share | None = None
     epochs: Annotated[int, Field(ge=0)] = 0
     lr: Positive = 0.001
     temperature: Positive = 4.0
     label_weight: Share = 0.1
 
-    @field_validator("observer", "percentile", "activations", "smooth")
-    @classmethod
-    def _each(cls, value: Any, info: ValidationInfo) -> Any:
-        _allowed(Int8, **{str(info.field_name): value})
-        return value
+    @model_validator(mode="after")
+    def _together(self) -> Self:
+        given = [name for name in ("int8", "weights", "half") if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise ValueError(f"at most one of int8, weights and half; given are {given}")
+        if given not in ([], ["int8"]) and (self.max_drop is not None or self.epochs):
+            raise ValueError("max_drop and epochs are for int8; leave them out, or write int8")
+        return self
 
-    def int8(self) -> Int8:
+    def scheme(self) -> Int8 | WeightOnly | Half:
         """The quantization that these options describe."""
-        own = {field.name for field in fields(Int8)}
-        return Int8(**self.model_dump(include=own))
+        options = self.int8 or self.weights or self.half
+        return Int8() if options is None else options.scheme()
 
 
 class TargetOptions(_Options):

@@ -1,10 +1,4 @@
-"""Weights that may take the values of a grid alone, and the nearest such weights by outputs.
-
-Rounding every weight to its neighbor loses what was gained by solving for them. Column by column,
-the weights that are not rounded yet make up for the rounding of those that are: the sweep of
-optimal brain surgery, with rounding instead of removal. Frantar et al. 2022 (GPTQ),
-https://arxiv.org/abs/2210.17323.
-"""
+"""The values that the weights of a layer may have, as a solve over its rows needs them."""
 
 from __future__ import annotations
 
@@ -17,9 +11,6 @@ from torch import Tensor
 from rarefy.graph.program import GraphModel, Node, Ref
 from rarefy.grid import Grid as WeightGrid
 from rarefy.grid import as_matrix
-
-BLOCK = 128
-"""Columns that are made up for at once; all others follow block by block."""
 
 
 @dataclass(frozen=True)
@@ -106,45 +97,3 @@ def _numbers(model: GraphModel, given: Any) -> Tensor | None:
             return None
         return model.tensor(node.path).detach().double().flatten()
     return torch.tensor([float(given)], dtype=torch.float64)
-
-
-def on_grid(optimum: Tensor, hessian: Tensor, grid: Grid, gone: Tensor | None = None) -> Tensor:
-    """Weights on a grid whose outputs are near those of the optimum.
-
-    Args:
-        optimum: (groups, outputs, unknowns), the best weights without a grid.
-        hessian: (groups, unknowns, unknowns), positive definite.
-        grid: what they may be.
-        gone: where they are zero.
-
-    Returns:
-        Shape of ``optimum``; the better for each output of this sweep and of the nearest values.
-
-    Raises:
-        RuntimeError: the Hessian is not positive definite in double precision.
-    """
-    nothing = torch.zeros_like(optimum, dtype=torch.bool) if gone is None else gone
-    swept = _swept(optimum, hessian, grid, nothing)
-    plain = grid.nearest(optimum).masked_fill(nothing, 0.0)
-    costs = [(((w - optimum) @ hessian) * (w - optimum)).sum(2) for w in (swept, plain)]
-    return torch.where((costs[0] <= costs[1])[..., None], swept, plain)
-
-
-def _swept(optimum: Tensor, hessian: Tensor, grid: Grid, gone: Tensor) -> Tensor:
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian))
-    factor = torch.linalg.cholesky(inverse, upper=True)
-    w = optimum.clone()
-    columns = w.shape[2]
-    for first in range(0, columns, BLOCK):
-        last = min(first + BLOCK, columns)
-        errors = w.new_zeros(*w.shape[:2], last - first)
-        for column in range(first, last):
-            now = w[:, :, column].clone()
-            value = grid.column(column).nearest(now[:, :, None])[:, :, 0]
-            value = value.masked_fill(gone[:, :, column], 0.0)
-            error = (now - value) / factor[:, column, column, None]
-            w[:, :, column:last] -= error[:, :, None] * factor[:, None, column, column:last]
-            w[:, :, column] = value
-            errors[:, :, column - first] = error
-        w[:, :, last:] -= errors @ factor[:, first:last, last:]
-    return w

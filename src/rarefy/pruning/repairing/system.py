@@ -13,7 +13,8 @@ from enum import Enum
 import torch
 from torch import Tensor
 
-from rarefy.pruning.repairing.grids import Grid, on_grid
+from rarefy.pruning.repairing.grids import Grid
+from rarefy.pruning.repairing.rounding import on_grid
 from rarefy.pruning.sparsity.gram import Gram
 from rarefy.pruning.sparsity.sparsegpt import moved, solved
 
@@ -52,6 +53,8 @@ class Weights:
         mean: what takes up the mean of the outputs.
         gone: which weights are zero and stay so, of the shape of ``values``; None for none.
         grid: the values that they may have; None for any.
+        rounding: how they are rounded to it, a name in
+            :data:`~rarefy.pruning.repairing.rounding.ROUNDINGS`.
     """
 
     values: Tensor
@@ -59,6 +62,7 @@ class Weights:
     mean: Mean
     gone: Tensor | None = None
     grid: Grid | None = None
+    rounding: str = "gptq"
 
 
 @dataclass(frozen=True)
@@ -85,7 +89,8 @@ class Solved:
 def solve(fit: Gram, check: Gram, weights: Weights) -> Solved:
     """The best of the weights that least squares give, and of the present ones.
 
-    The present ones are tried with their bias corrected, too.
+    The present ones are tried with their bias corrected, too. Weights with a grid change only where
+    the error on the rows to solve on does not rise either.
 
     Args:
         fit: sums over the rows to solve on.
@@ -96,17 +101,18 @@ def solve(fit: Gram, check: Gram, weights: Weights) -> Solved:
         RuntimeError: the sums are not finite or not positive definite.
     """
     sums = fit if weights.mean is Mean.NONE else fit.centered()
-    judged = check.centered() if weights.mean is Mean.NORM else check
+    judged, seen = (g.centered() if weights.mean is Mean.NORM else g for g in (check, fit))
     hessian = _regularized(sums.xx, fit.xx)
     found = least_squares(sums, hessian, weights)
     before = error(judged, weights.values, weights.bias)
+    limit = float("inf") if weights.grid is None else error(seen, weights.values, weights.bias)
     best = Solved(weights.values, weights.bias, (before, before))
     for values in (weights.values, found):
         bias = weights.bias
         if weights.mean is Mean.BIAS:
             bias = (fit.y - fit.x @ values.transpose(1, 2)) / max(fit.count, 1)
         after = error(judged, values, bias)
-        if after < best.errors[1]:
+        if after < best.errors[1] and error(seen, values, bias) <= limit:
             best = Solved(values, bias, (before, after))
     return best
 
@@ -117,7 +123,9 @@ def least_squares(sums: Gram, hessian: Tensor, weights: Weights) -> Tensor:
     gone = weights.gone
     if gone is not None:
         optimum = masked(optimum, hessian, gone, weights.values)
-    return optimum if weights.grid is None else on_grid(optimum, hessian, weights.grid, gone)
+    if weights.grid is None:
+        return optimum
+    return on_grid(optimum, hessian, weights.grid, gone, weights.rounding)
 
 
 def _regularized(gram: Tensor, raw: Tensor) -> Tensor:

@@ -55,6 +55,9 @@ class Walk:
         sparse: identities of the tensors whose zeros stay.
         own: identities of the tensors that may be changed.
         grids: identity of a weight that was rounded -> the values that it may have.
+        rounding: how solved weights are rounded to them.
+        rescaled: path of a weight -> what the layer's outputs, and all that reads them, are divided
+            by, channel by channel, in the network to heal alone.
         errors: layer -> held-out error before, after.
         skipped: layer -> why it was not solved.
     """
@@ -65,6 +68,8 @@ class Walk:
     sparse: Collection[int]
     own: Collection[int]
     grids: Mapping[int, WeightGrid] = field(default_factory=dict)
+    rounding: str = "gptq"
+    rescaled: Mapping[str, Tensor] = field(default_factory=dict)
     errors: dict[str, tuple[float, float]] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
     _norms: set[str] = field(default_factory=set)  # BatchNorms whose statistics can be moved
@@ -238,7 +243,7 @@ class _Layer:
             x = two.values[operand(self.pair.right, 0).name]
             target = one.values[self.pair.end.name]
             check_finite(self.pair.right, target, x)
-            target = target.index_select(self._dim, survivors)
+            target = self._rescaled(target.index_select(self._dim, survivors))
             layers = (self.pair.end, self.pair.right)
             lacking = owed(graphs, layers, (one.values, two.values), survivors, self._dim)
             if lacking is not None:
@@ -249,6 +254,14 @@ class _Layer:
             share = min(1.0, max(ROWS * sums[0].xx.shape[1], 2048) / max(every, 1))
             add_rows(sums, self.pair.right, (x, target), weight, held, share, generator)
         return changed
+
+    def _rescaled(self, target: Tensor) -> Tensor:
+        """The original's outputs, divided as those of this network's layer are."""
+        factors = self.walk.rescaled.get(self.weight.path)
+        if factors is None:
+            return target
+        shape = [-1 if d == self._dim % target.ndim else 1 for d in range(target.ndim)]
+        return target / factors.to(target.device, target.dtype).reshape(shape)
 
     @property
     def _transposed(self) -> bool:
@@ -281,7 +294,8 @@ class _Layer:
         if bias is not None:
             offset = bias.detach().double().reshape(offset.shape)
         gone = self._gone(held, groups)
-        return Weights(values, offset, self.walk.mean_of(right), gone, grid)
+        mean, rounding = self.walk.mean_of(right), self.walk.rounding
+        return Weights(values, offset, mean, gone, grid, rounding)
 
     @property
     def _is_rounded(self) -> bool:
