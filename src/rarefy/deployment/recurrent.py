@@ -34,12 +34,12 @@ def _as_integers(model: Any, node: Any) -> bool:
     """Put the operator on integers in the place of an LSTM, if both its weights are integers."""
     import onnx_ir as ir
 
-    weights = [_rows(value) for value in node.inputs[1:3]]
+    weights = [found for found in map(_rows, node.inputs[1:3]) if found is not None]
     options = {name: attribute.value for name, attribute in node.attributes.items()}
-    if any(weight is None for weight in weights) or options.pop("layout", 0):
+    if len(weights) < 2 or options.pop("layout", 0):
         return False
     quantized: list[Any] = []
-    for value, (codes, scales) in zip(node.inputs[1:3], weights, strict=True):  # type: ignore[misc]
+    for value, (codes, scales) in zip(node.inputs[1:3], weights, strict=True):
         turned = np.ascontiguousarray(codes.transpose(0, 2, 1))  # (directions, inputs, gates)
         parts = {"codes": turned, "scale": scales, "zero_point": np.zeros(scales.shape, np.int8)}
         quantized.append([add_constant(model, f"{value.name}_{k}", v) for k, v in parts.items()])
@@ -82,24 +82,27 @@ def _moved(value: Any) -> tuple[Array, Array] | None:
     if node.op_type == "DequantizeLinear":
         return _dequantized(node)
     if node.op_type == "Concat":
-        parts = [_moved(part) for part in node.inputs]
         axis = int(node.attributes["axis"].value)
-        if any(part is None for part in parts):
+        parts = [part for part in map(_moved, node.inputs) if part is not None]
+        if len(parts) < len(node.inputs):
             return None
-        codes, scales = (np.concatenate(side, axis) for side in zip(*parts, strict=True))  # type: ignore[arg-type]
-        return codes, scales
-    numbers = [_numbers(given) for given in node.inputs[1:]]
+        return np.concatenate([q for q, _ in parts], axis), np.concatenate(
+            [s for _, s in parts], axis
+        )
     found = _moved(node.inputs[0]) if node.op_type in ("Slice", "Unsqueeze") else None
-    if found is None or any(given is None for given in numbers):
+    numbers = [given for given in map(_numbers, node.inputs[1:]) if given is not None]
+    if found is None or len(numbers) < len(node.inputs) - 1:
         return None
+    codes, scales = found
     if node.op_type == "Unsqueeze":
-        return tuple(np.expand_dims(side, numbers[0]) for side in found)  # type: ignore[return-value]
-    starts, ends, axes, *steps = numbers
-    index = [slice(None)] * found[0].ndim
-    for place, axis in enumerate(axes or range(len(starts or ()))):
-        step = steps[0][place] if steps and steps[0] else 1
-        index[axis] = slice(starts[place], ends[place], step)  # type: ignore[index]
-    return found[0][tuple(index)], found[1][tuple(index)]
+        return np.expand_dims(codes, numbers[0]), np.expand_dims(scales, numbers[0])
+    starts, ends, *rest = numbers
+    axes = rest[0] if rest else tuple(range(len(starts)))
+    steps = rest[1] if len(rest) > 1 else (1,) * len(axes)
+    index = [slice(None)] * codes.ndim
+    for place, axis in enumerate(axes):
+        index[axis] = slice(starts[place], ends[place], steps[place])
+    return codes[tuple(index)], scales[tuple(index)]
 
 
 def _dequantized(node: Any) -> tuple[Array, Array] | None:

@@ -78,7 +78,10 @@ def matrices(graph: Graph, node: Node) -> tuple[str, ...]:
     tensors = [graph.by_name[ref.name] for ref in node.argument("params")]
     found = [tensor for tensor in tensors if len(tensor.shape) == 2]
     wanted = 2 * node.argument("num_layers") * (1 + bool(node.argument("bidirectional")))
-    plain = all(t.op == "tensor" and t.value.dtype == torch.float32 for t in found)
+    plain = all(
+        t.op == "tensor" and isinstance(t.value, Spec) and t.value.dtype == torch.float32
+        for t in found
+    )
     return tuple(t.name for t in found) if plain and len(found) == wanted else ()
 
 

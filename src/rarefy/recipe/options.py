@@ -191,7 +191,9 @@ def _options_of(scheme: type[Int8 | WeightOnly | Half]) -> type[SchemeOptions]:
 
 
 if TYPE_CHECKING:
-    Int8Options = WeightOnlyOptions = HalfOptions = SchemeOptions
+    Int8Options = SchemeOptions
+    WeightOnlyOptions = SchemeOptions
+    HalfOptions = SchemeOptions
 else:
     Int8Options, WeightOnlyOptions, HalfOptions = map(_options_of, (Int8, WeightOnly, Half))
 
