@@ -1,5 +1,7 @@
 """Quantization for a runtime: kinds of layers that int8 does not speed up stay in float."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 
@@ -77,6 +79,31 @@ def test_no_network_is_made_or_written_twice(timed, monkeypatch, evaluate, depth
     assert len(made) == tried + (evaluate is not None)
     assert written[-1] is model
     assert ("depth.0" in net.quantization.left) == (depthwise > 1)
+
+
+@pytest.mark.parametrize(("runtime", "way"), [("onnxruntime", "split"), ("openvino", "fused")])
+@pytest.mark.parametrize("pays", [True, False])
+def test_functions_are_computed_as_the_runtime_does_it_faster(monkeypatch, runtime, way, pays):
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.SiLU(), torch.nn.Conv2d(4, 4, 3))
+    schemes, quantize = [], gains.quantization.quantize
+
+    def noted(net, data, scheme, **options):
+        schemes.append(scheme)
+        return quantize(net, data, scheme, **options)
+
+    def relative(before, after, **options):
+        share = 0.9 if pays and "/2." in str(after) else 1.1
+        return None, None, Ratio(share, share - 0.01, share + 0.01)
+
+    monkeypatch.setattr(gains.quantization, "quantize", noted)
+    monkeypatch.setattr(gains, "export", lambda net, path, inputs: path)
+    monkeypatch.setattr(gains, "relative", relative)
+    with nullcontext() if pays else pytest.warns(RuntimeWarning, match="not faster"):
+        net = rf.quantize(model.eval(), [torch.randn(4, 3, 8, 8)], runtime=runtime)
+    assert [scheme.functions for scheme in schemes][:2] == ["apart", way]
+    quantizers = sum("fake_quantize" in node.op for node in net.graph.calls)
+    kept = quantize(model, [torch.randn(4, 3, 8, 8)], Int8(functions=way if pays else "apart"))
+    assert quantizers == sum("fake_quantize" in node.op for node in kept.graph.calls)
 
 
 def test_a_result_that_is_not_faster_is_warned_of(timed):

@@ -28,6 +28,7 @@ from rarefy.measured import SECONDS, Served
 from rarefy.quantization import quantize as quantization
 from rarefy.quantization.placement import FUNCTIONS, LAYERS, layer_name
 from rarefy.quantization.quantize import QuantizeOptions
+from rarefy.quantization.splitting import SILU
 from rarefy.quantization.weight_only import half, weight_only
 from rarefy.schemes import Half, Int8, WeightOnly
 from rarefy.types import Data, Measurement, Ratio
@@ -206,9 +207,9 @@ def _left(network: nn.Module) -> Collection[str]:
     return set(summary.left)
 
 
-FASTER = {"onnxruntime": "split", "openvino": "fused"}
+FASTER = {"onnxruntime": ("split", frozenset({SILU})), "openvino": ("fused", FUNCTIONS)}
 """Runtime -> how it may compute functions behind convolutions faster, a value of
-``Int8(functions=)``."""
+``Int8(functions=)``, and the operators that this concerns."""
 
 
 def _fastest(
@@ -227,8 +228,9 @@ def _fastest(
     best, reasons = contest.written(result), dict[str, str]()
     kinds = _kinds(graph, result.quantization.layers)  # type: ignore[union-attr,arg-type]
     trials: list[tuple[str, list[str], str]] = [(kind, kinds[kind], "") for kind in kinds]
-    if scheme.functions == "apart" and any(node.op in FUNCTIONS for node in graph.calls):
-        trials.insert(0, ("function", [], FASTER[runtime]))
+    way, concerned = FASTER[runtime]
+    if scheme.functions == "apart" and any(node.op in concerned for node in graph.calls):
+        trials.insert(0, ("function", [], way))
     for kind, layers, functions in trials:
         if {*reasons, *layers} >= set().union(*kinds.values()):
             break

@@ -10,15 +10,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
-from rarefy.graph.program import Graph, GraphModel, Node, Ref
+from rarefy.graph.program import GraphModel, Node, Ref
 from rarefy.quantization.fold import named
 
 SILU = "aten.silu.default"
-
-
-def holds_silu(graph: Graph) -> bool:
-    """Whether any operator of a graph can be split."""
-    return any(node.op == SILU for node in graph.calls)
 
 
 def split_silu(model: GraphModel) -> GraphModel:
