@@ -14,7 +14,7 @@ from torch import nn
 
 from quantized_networks import NETWORKS, build
 from rarefy.batches import call, take, tensors
-from rarefy.deployment import export as module
+from rarefy.deployment import proof as module
 from rarefy.deployment.export import export
 from rarefy.deployment.runtimes import OnnxSession, optimized_ops
 from rarefy.errors import ExportError, OutputError
