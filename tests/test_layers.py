@@ -66,6 +66,10 @@ DEPLOYMENT = (
     "cache ratios modules runtimes refusals tracing proof translations rewrite rounded onnx_file "
     "decoding program_file export opening memory measure bench timing"
 ).split()
+STORAGE = (
+    "frames ans streams pack codes index adapt grids container layout reading contents writing "
+    "format"
+).split()
 SOFT_LABELS = "seeds records shards manifest views source answers verify read write".split()
 ORDERS = {
     "graph": GRAPH,
@@ -74,6 +78,7 @@ ORDERS = {
     "distillation.losses": LOSSES,
     "distillation.soft_labels": SOFT_LABELS,
     "training": TRAINING,
+    "storage": STORAGE,
     "deployment": DEPLOYMENT,
 }
 

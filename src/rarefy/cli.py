@@ -117,7 +117,7 @@ def inspect(
 ) -> None:
     """Show what a saved network holds, tensor by tensor."""
     with _guarded(debug):
-        from rarefy.storage.format import inspect as contents
+        from rarefy.storage.contents import inspect as contents
 
         typer.echo(str(contents(file)))
 

@@ -194,7 +194,7 @@ class _Editor:
         while path in self.program.state_dict:
             path += "_"
         with self.graph.inserting_before(before):
-            node = self.graph.placeholder(f"b_{path.replace('.', '_')}")
+            node: Node = self.graph.placeholder(f"b_{path.replace('.', '_')}")
         node.meta["val"] = before.meta["val"].fake_mode.from_tensor(tensor, static_shapes=True)
         spec = InputSpec(InputKind.BUFFER, TensorArgument(node.name), path, persistent=True)
         place = next(i for i, s in enumerate(self.signature.input_specs) if _name(s) == before.name)
@@ -204,7 +204,7 @@ class _Editor:
 
     def _call(self, op: Any, *args: Any) -> Node:
         """A new call, with what PyTorch wants to know of its result."""
-        node = self.graph.call_function(op, args)
+        node: Node = self.graph.call_function(op, args)
         known = pytree.tree_map_only(Node, lambda n: n.meta["val"], args)
         first = next(v for v in pytree.tree_leaves(known) if isinstance(v, Tensor))
         fake: Any = first
@@ -223,17 +223,13 @@ class _Editor:
 
     def _skip(self, reader: Node, decoded: Node, values: Tensor) -> None:
         """Take out a quantizer that leaves the decoded weight as it is."""
-        if "fake_quantize" not in str(reader.target) or reader.args[0] is not decoded:
+        quantizer: Any = reader.target
+        if "fake_quantize" not in str(quantizer) or reader.args[0] is not decoded:
             return
-        known = {
-            node: self.program.state_dict[path]
-            for node, path in self.tensors()
-            if node in reader.args
-        }
-        arguments = [known.get(a) if isinstance(a, Node) else a for a in reader.args[1:]]
-        if any(a is None for a in arguments) or not torch.equal(
-            reader.target(values, *arguments), values
-        ):
+        state = self.program.state_dict
+        known = {node: state[path] for node, path in self.tensors() if node in reader.args}
+        given = [known.get(a) if isinstance(a, Node) else a for a in reader.args[1:]]
+        if any(a is None for a in given) or not torch.equal(quantizer(values, *given), values):
             return
         reader.replace_all_uses_with(decoded)
         self.graph.erase_node(reader)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import ClassVar, Protocol
+from typing import Protocol
 
 import torch
 from torch import nn
@@ -21,13 +21,7 @@ from rarefy.types import Inputs
 
 
 class Target(Protocol):
-    """A form of file. An instance is a traced network in that form.
-
-    Attributes:
-        trace: makes the program of a network.
-    """
-
-    trace: ClassVar[Callable[[nn.Module, Inputs], Traced]]
+    """A form of file. An instance is a traced network in that form."""
 
     def __init__(
         self, model: nn.Module, source: nn.Module, traced: Traced, inputs: Inputs
@@ -36,6 +30,10 @@ class Target(Protocol):
     @staticmethod
     def require(check: bool) -> None:
         """Pass where all that is needed is installed."""
+
+    @staticmethod
+    def trace(model: nn.Module, inputs: Inputs) -> Traced:
+        """The program of a network."""
 
     def save(self, path: Path) -> None:
         """Write the file."""

@@ -37,8 +37,6 @@ class OnnxFile:
         ExportError: an operator cannot be written as ONNX.
     """
 
-    trace = staticmethod(trace_flat)
-
     def __init__(self, model: nn.Module, source: nn.Module, traced: Traced, inputs: Inputs) -> None:
         self.model, self.traced = model, traced
         outputs = call(model, map_tensors(torch.clone, inputs))
@@ -64,6 +62,11 @@ class OnnxFile:
                 raise MissingExtraError(name, "onnx") from error
         if check:
             load_onnxruntime()
+
+    @staticmethod
+    def trace(model: nn.Module, inputs: Inputs) -> Traced:
+        """The program of a network."""
+        return trace_flat(model, inputs)
 
     def save(self, path: Path) -> None:
         """Write the file.

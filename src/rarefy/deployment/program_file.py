@@ -34,8 +34,6 @@ class ProgramFile:
         inputs: the examples.
     """
 
-    trace = staticmethod(trace)
-
     def __init__(self, model: nn.Module, source: nn.Module, traced: Traced, inputs: Inputs) -> None:
         self.source, self.program = source, traced.program
         self.program.example_inputs = None  # whatever is exported, its examples are not
@@ -47,6 +45,11 @@ class ProgramFile:
     @staticmethod
     def require(check: bool) -> None:
         """Nothing beside PyTorch is needed."""
+
+    @staticmethod
+    def trace(model: nn.Module, inputs: Inputs) -> Traced:
+        """The program of a network."""
+        return trace(model, inputs)
 
     def save(self, path: Path) -> None:
         """Write the file.
