@@ -146,4 +146,5 @@ def at_most(memory: int, seconds: float) -> Iterator[None]:
     taken = time.process_time() - start
     assert taken <= seconds, f"{taken:.2f} s"
     grown = _bytes("VmHWM") - before if told else 0
+    print(f"{grown:,} bytes, {taken:.2f} s")  # shown where a test fails, or with -s
     assert grown <= memory, f"{grown:,} bytes"

@@ -1,5 +1,6 @@
 """Small files that ask for much: what cannot be there is refused before memory is used for it."""
 
+import base64
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +19,7 @@ from rarefy.storage import ans
 from rarefy.storage.contents import inspect
 from rarefy.storage.format import load, load_tensor, save
 from rarefy.storage.frames import compress
+from rarefy.storage.index import MAX_INDEX
 
 LITTLE = 32 << 20
 """Bytes by which refusing a file may let the process grow."""
@@ -144,6 +146,28 @@ def test_tables_of_contents_stay_small(name: str, tmp_path: Path) -> None:
         load(path, target("planes"))
     with pytest.raises(FormatError):
         inspect(path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("repeated", [b"[],", b"0,", b"[0,0,0,0,0,0,0,0,0,0,0,0,0,0],"])
+@pytest.mark.parametrize("where", ["table", "graph"])
+def test_the_largest_tables_take_bounded_memory(
+    where: str, repeated: bytes, tmp_path: Path
+) -> None:
+    """As much as a table may declare, with noise that makes it worth its compressed size."""
+    noise = base64.b64encode(np.random.default_rng(0).bytes(60_000))
+    many = repeated * ((MAX_INDEX - 100_000) // len(repeated)) + b"0]"
+    head = b'{"kind":"graph","class_name":"","tensors":{"sizes":['
+    if where == "table":
+        table = compress(head + many + b"}}\n" + noise)
+    else:
+        table = compress(head + b']}}\n{"noise":"' + noise + b'","nodes":[' + many + b"}")
+    path = tmp_path / "a.safetensors"
+    parts = Parts.of(file_of("graph", "zstd", path))
+    parts.header["__metadata__"]["rarefy"] = '{"version":1,"kind":"graph"}'
+    path.write_bytes(parts.joined(lambda _: table))
+    with at_most(1 << 29, 5.0), pytest.raises(FormatError):
+        load(path)
 
 
 def test_the_command_line_says_it_in_a_sentence(tmp_path: Path) -> None:
