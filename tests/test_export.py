@@ -3,6 +3,7 @@
 import copy
 import logging
 import math
+import sys
 import warnings
 from dataclasses import replace
 
@@ -14,10 +15,10 @@ from torch import nn
 
 from quantized_networks import NETWORKS, build
 from rarefy.batches import call, take, tensors
-from rarefy.deployment import export as module
+from rarefy.deployment import proof as module
 from rarefy.deployment.export import export
 from rarefy.deployment.runtimes import OnnxSession, optimized_ops
-from rarefy.errors import ExportError, OutputError
+from rarefy.errors import ExportError, MissingExtraError, OutputError
 from rarefy.quantization.affine import sqnr
 from rarefy.quantization.quantize import quantize
 
@@ -124,6 +125,46 @@ def test_operator_without_onnx_form_is_named_with_its_module(tmp_path):
     assert "igamma" in str(caught.value)
     assert "'odd'" in str(caught.value)
     assert not list(tmp_path.iterdir())
+
+
+class Short(nn.Module):
+    """A convolution in bfloat16, for which onnxruntime has no kernel."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv1d(1, 1, 3, dtype=torch.bfloat16)
+
+    def forward(self, x):
+        return self.conv(x[:, None].to(torch.bfloat16)).float()[:, 0]
+
+
+class Branch(nn.Module):
+    def forward(self, x):
+        return x if x.sum() > 0 else -x
+
+
+def test_operator_without_kernel_in_onnxruntime_is_named_with_its_module(tmp_path):
+    model = nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.ReLU(), Short()))
+    with pytest.raises(ExportError, match=r"module '1\.1\.conv'.*made for aten\.conv1d"):
+        export(model, tmp_path / "net.onnx", torch.randn(2, 4))
+    assert not list(tmp_path.iterdir())
+    assert export(model, tmp_path / "net.pt2", torch.randn(2, 4)).is_file()
+
+
+@pytest.mark.parametrize("suffix", ["onnx", "pt2"])
+def test_module_whose_forward_cannot_be_followed_is_named(suffix, tmp_path):
+    model = nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.ReLU(), Branch()))
+    with pytest.raises(ExportError, match=r"module '1\.1'.*cannot follow.*torch\.where"):
+        export(model, tmp_path / f"net.{suffix}", torch.randn(2, 4))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["onnx", "onnxscript", "onnx_ir", "onnxruntime"])
+def test_missing_extra_names_its_install_line(name, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(MissingExtraError, match=r"pip install 'rarefy\[onnx\]'"):
+        export(nn.Identity(), tmp_path / "net.onnx", torch.randn(2, 4))
+    assert export(nn.Identity(), tmp_path / "net.pt2", torch.randn(2, 4)).is_file()
 
 
 def test_difference_is_reported_and_leaves_the_older_file(tmp_path, monkeypatch):

@@ -19,7 +19,8 @@ from rarefy.graph.capture import capture, graph_model
 from rarefy.graph.program import Graph, GraphModel, Node, Ref, Spec, substitute
 from rarefy.pruning.prune import prune
 from rarefy.pruning.structure.attributes import refresh
-from rarefy.storage.format import inspect, load, load_tensor, save
+from rarefy.storage.contents import inspect
+from rarefy.storage.format import load, load_tensor, save
 from rarefy.types import Budget
 
 

@@ -7,14 +7,15 @@ from typing import Any
 
 import pytest
 import torch
+from test_format_attacks import rewritten, state
 from torch import nn
 
 import rarefy as rf
 from rarefy.errors import FormatError
 from rarefy.grid import Grid, grids, put_grids
 from rarefy.schemes import WeightOnly
-from rarefy.storage.format import inspect, load, load_tensor, save
-from test_format_attacks import rewritten, state
+from rarefy.storage.contents import inspect
+from rarefy.storage.format import load, load_tensor, save
 
 
 def network(dtype: torch.dtype = torch.float32) -> nn.Module:

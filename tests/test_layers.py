@@ -62,6 +62,14 @@ QUANTIZATION = (
     "affine fold splitting placement observers calibration scaling insertion dynamic bias summary "
     "mixed palette rounding readers weights weight_only quantize"
 ).split()
+DEPLOYMENT = (
+    "cache ratios modules runtimes refusals tracing proof translations rewrite rounded onnx_file "
+    "decoding program_file export opening memory measure bench timing"
+).split()
+STORAGE = (
+    "frames ans streams pack codes index adapt grids container layout reading contents writing "
+    "format"
+).split()
 SOFT_LABELS = "seeds records shards manifest views source answers verify read write".split()
 ORDERS = {
     "graph": GRAPH,
@@ -70,6 +78,8 @@ ORDERS = {
     "distillation.losses": LOSSES,
     "distillation.soft_labels": SOFT_LABELS,
     "training": TRAINING,
+    "storage": STORAGE,
+    "deployment": DEPLOYMENT,
 }
 
 

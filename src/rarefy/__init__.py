@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from rarefy.schemes import Half as Half
     from rarefy.schemes import Int8 as Int8
     from rarefy.schemes import WeightOnly as WeightOnly
-    from rarefy.storage.format import inspect as inspect
+    from rarefy.storage.contents import inspect as inspect
     from rarefy.storage.format import load as load
     from rarefy.storage.format import load_tensor as load_tensor
     from rarefy.storage.format import save as save
@@ -71,7 +71,7 @@ _HOME = {
     "evaluate": "rarefy.training.evaluate",
     "export": "rarefy.deployment.export",
     "hold": "rarefy.pruning.sparsity.masks",
-    "inspect": "rarefy.storage.format",
+    "inspect": "rarefy.storage.contents",
     "load": "rarefy.storage.format",
     "load_tensor": "rarefy.storage.format",
     "measure": "rarefy.deployment.measure",

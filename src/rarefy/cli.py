@@ -117,15 +117,19 @@ def inspect(
 ) -> None:
     """Show what a saved network holds, tensor by tensor."""
     with _guarded(debug):
-        from rarefy.storage.format import inspect as contents
+        from rarefy.storage.contents import inspect as contents
 
         typer.echo(str(contents(file)))
 
 
 @app.command()
 def bench(
-    files: Annotated[list[Path], typer.Argument(help="ONNX files; the first is the baseline.")],
-    runtime: Annotated[str, typer.Option(help="onnxruntime or openvino.")] = "onnxruntime",
+    files: Annotated[
+        list[Path], typer.Argument(help="ONNX or .pt2 files; the first is the baseline.")
+    ],
+    runtime: Annotated[
+        str, typer.Option(help="onnxruntime or openvino; for .pt2 files eager or compile.")
+    ] = "onnxruntime",
     threads: Annotated[int, typer.Option(help="Threads of the runtime.", min=1)] = 1,
     shape: Annotated[
         list[str] | None,
@@ -136,7 +140,7 @@ def bench(
     as_json: Annotated[bool, typer.Option("--json", help="Print all figures as JSON.")] = False,
     debug: Debug = False,
 ) -> None:
-    """Compare the speed, size and memory of any ONNX files, called in turn.
+    """Compare the speed, size and memory of any ONNX or .pt2 files, called in turn.
 
     Inputs are made from the shapes that the files declare; sizes that they leave open are 1 where
     --shape does not give them.

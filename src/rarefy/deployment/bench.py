@@ -1,4 +1,4 @@
-"""Any ONNX files side by side, on inputs that are made from what the files declare."""
+"""Any files side by side, on inputs that are made from what the files declare."""
 
 from __future__ import annotations
 
@@ -12,11 +12,28 @@ import torch
 from torch import Tensor
 
 from rarefy.deployment.measure import MAX_SECONDS, side_by_side
+from rarefy.deployment.opening import check_form
+from rarefy.deployment.program_file import SUFFIX, read_program
 from rarefy.deployment.runtimes import load_onnx, runtime_named
 from rarefy.errors import FormatError, InputError, first_line
-from rarefy.types import Measurement
+from rarefy.types import Inputs, Measurement
 
 Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Declared:
+    """What a file says of its inputs.
+
+    Attributes:
+        sizes: those of each input, by name; one that is left open has a name.
+        dtypes: by name; None for what is no tensor of numbers.
+        by_name: whether inputs are given by name, and not in their order.
+    """
+
+    sizes: Mapping[str, Sequence[int | str]]
+    dtypes: Mapping[str, torch.dtype | None]
+    by_name: bool = True
 
 
 @dataclass(frozen=True)
@@ -26,10 +43,17 @@ class Made:
     Attributes:
         tensors: by name.
         notes: which sizes the file leaves open, and what they were set to.
+        by_name: whether they are given by name, and not in their order.
     """
 
     tensors: Mapping[str, Tensor]
     notes: tuple[str, ...] = ()
+    by_name: bool = True
+
+    @property
+    def inputs(self) -> Inputs:
+        """As the file takes them."""
+        return self.tensors if self.by_name else tuple(self.tensors.values())
 
 
 @dataclass(frozen=True)
@@ -55,14 +79,15 @@ def bench(
     memory: bool = False,
     max_seconds: float = MAX_SECONDS,
 ) -> Bench:
-    """Measure ONNX files side by side; the first is the baseline.
+    """Measure files side by side; the first is the baseline.
 
     Inputs are random where they are floats, ones and True where they are not. Dimensions that a
     file leaves open are 1 unless a shape is given.
 
     Args:
-        paths: the files.
-        runtime: ``"onnxruntime"`` or ``"openvino"``.
+        paths: ONNX files, or ``.pt2`` files for the runtimes of PyTorch.
+        runtime: ``"onnxruntime"`` or ``"openvino"``; for ``.pt2`` files ``"eager"`` or
+            ``"compile"``.
         threads: intra-op threads.
         shapes: ``"1x3x224x224"`` for files with one input, ``"name=1x3x224x224"`` for the input of
             that name.
@@ -72,16 +97,13 @@ def bench(
 
     Raises:
         InputError: no such file, a shape that cannot be read or does not fit, or a runtime that
-            serves no files.
-        FormatError: a file is no ONNX file, or the runtime cannot load it.
+            does not serve such files.
+        FormatError: a file cannot be read, or the runtime cannot load it.
         MissingExtraError: onnx or the runtime is not installed.
     """
-    if runtime_named(runtime).serves != "file":
-        raise InputError(
-            f"runtime={runtime!r}",
-            "it runs networks in PyTorch, and files are to be compared",
-            "Use 'onnxruntime' or 'openvino'",
-        )
+    runtime_named(runtime)
+    for path in paths:
+        check_form(path, runtime)
     given = dict(map(_shape, shapes))
     made = [inputs_of(path, given) for path in paths]
     unknown = given.keys() - {"", *(name for one in made for name in one.tensors)}
@@ -94,7 +116,7 @@ def bench(
         )
     measured = side_by_side(
         paths,
-        [one.tensors for one in made],
+        [one.inputs for one in made],
         runtime=runtime,
         threads=threads,
         rounds=calls,
@@ -121,16 +143,34 @@ def inputs_of(path: Path, shapes: Mapping[str, Shape]) -> Made:
     """Inputs as a file declares them.
 
     Args:
-        path: an ONNX file.
+        path: an ONNX or ``.pt2`` file.
         shapes: by the name of the input; ``""`` is the shape of a file's only input.
 
     Raises:
         InputError: there is no such file, or a shape does not fit.
-        FormatError: it is no ONNX file, or an input is no tensor of numbers.
+        FormatError: it cannot be read, or an input is no tensor of numbers.
     """
-    onnx = load_onnx()
     if not path.is_file():
         raise InputError(str(path), "there is no such file", "Export the network first")
+    declared = (_of_program if path.suffix.lower() == SUFFIX else _of_onnx)(path)
+    if "" in shapes and len(declared.sizes) != 1:
+        names = ", ".join(declared.sizes)
+        raise InputError(
+            "--shape", f"{path.name} has the inputs {names or '(none)'}", "Write name=1x3x224x224"
+        )
+    tensors, notes = {}, []
+    for name, sizes in declared.sizes.items():
+        wanted = shapes.get(name, shapes.get(""))
+        shape = _fitted(path, name, sizes, wanted)
+        if wanted is None and list(shape) != list(sizes):
+            open_sizes = "x".join(map(str, sizes))
+            notes.append(f"{name} is {open_sizes}; taken as {'x'.join(map(str, shape))}")
+        tensors[name] = _values(path, name, declared.dtypes[name], shape)
+    return Made(tensors, tuple(notes), declared.by_name)
+
+
+def _of_onnx(path: Path) -> Declared:
+    onnx = load_onnx()
     try:
         graph = onnx.load(path, load_external_data=False).graph
     except Exception as error:
@@ -138,23 +178,48 @@ def inputs_of(path: Path, shapes: Mapping[str, Shape]) -> Made:
             str(path), f"it is no ONNX file: {first_line(error)}", "Give a file that is one"
         ) from error
     weights = {tensor.name for tensor in graph.initializer}
-    inputs = [value for value in graph.input if value.name not in weights]
-    if "" in shapes and len(inputs) != 1:
-        names = ", ".join(value.name for value in inputs)
-        raise InputError(
-            "--shape", f"{path.name} has the inputs {names or '(none)'}", "Write name=1x3x224x224"
+    types = {v.name: v.type.tensor_type for v in graph.input if v.name not in weights}
+    sizes = {
+        name: [size.dim_value or size.dim_param or "?" for size in held.shape.dim]
+        for name, held in types.items()
+    }
+    return Declared(sizes, {name: _dtype(held.elem_type) for name, held in types.items()})
+
+
+def _dtype(kind: int) -> torch.dtype | None:
+    """The dtype of a number of ONNX's enumeration."""
+    try:
+        held = np.dtype(load_onnx().helper.tensor_dtype_to_np_dtype(kind))
+        return torch.from_numpy(np.empty(0, held)).dtype
+    except (KeyError, TypeError, ValueError):
+        return None
+
+
+def _of_program(path: Path) -> Declared:
+    """Inputs of a program: tensors, all in their order or all by name."""
+    program = read_program(path)
+    positional, named = program.call_spec.in_spec.children()
+    given = program.graph_signature.user_inputs
+    flat = all(child.is_leaf() for spec in (positional, named) for child in spec.children())
+    if not flat or (positional.num_leaves and named.num_leaves):
+        raise FormatError(
+            str(path),
+            "its inputs are nested, or some in their order and others by name",
+            "Measure such a program in Python: rf.measure(path, inputs)",
         )
-    tensors, notes = {}, []
-    for value in inputs:
-        declared = value.type.tensor_type
-        sizes = [size.dim_value or size.dim_param or "?" for size in declared.shape.dim]
-        wanted = shapes.get(value.name, shapes.get(""))
-        shape = _fitted(path, value.name, sizes, wanted)
-        if wanted is None and list(shape) != sizes:
-            open_sizes = "x".join(map(str, sizes))
-            notes.append(f"{value.name} is {open_sizes}; taken as {'x'.join(map(str, shape))}")
-        tensors[value.name] = _values(path, value.name, declared.elem_type, shape)
-    return Made(tensors, tuple(notes))
+    values = {n.name: n.meta.get("val") for n in program.graph.nodes if n.op == "placeholder"}
+    names = [*named.context] if named.num_leaves else [str(name) for name in given]
+    held = dict(zip(names, (values.get(str(name)) for name in given), strict=True))
+    return Declared(
+        {name: _sizes(v) for name, v in held.items()},
+        {name: v.dtype if isinstance(v, Tensor) else None for name, v in held.items()},
+        by_name=bool(named.num_leaves),
+    )
+
+
+def _sizes(value: object) -> list[int | str]:
+    shape = value.shape if isinstance(value, Tensor) else ()
+    return [size if isinstance(size, int) else str(size) for size in shape]
 
 
 def _fitted(path: Path, name: str, sizes: Sequence[int | str], wanted: Shape | None) -> Shape:
@@ -173,15 +238,12 @@ def _fitted(path: Path, name: str, sizes: Sequence[int | str], wanted: Shape | N
     return wanted
 
 
-def _values(path: Path, name: str, kind: int, shape: Shape) -> Tensor:
+def _values(path: Path, name: str, dtype: torch.dtype | None, shape: Shape) -> Tensor:
     """Random floats, or ones: a valid index, and a mask that hides nothing."""
-    try:
-        dtype = np.dtype(load_onnx().helper.tensor_dtype_to_np_dtype(kind))
-        array = np.ones(shape, dtype)
-        if array.dtype.kind == "f":
-            array = np.random.default_rng(0).standard_normal(shape).astype(dtype)
-        return torch.from_numpy(array)
-    except (KeyError, TypeError, ValueError) as error:
+    if dtype is None:
         raise FormatError(
             str(path), f"its input {name!r} is no tensor of numbers", "Give a file with such inputs"
-        ) from error
+        )
+    if not dtype.is_floating_point:
+        return torch.ones(shape, dtype=dtype)
+    return torch.from_numpy(np.random.default_rng(0).standard_normal(shape)).to(dtype)

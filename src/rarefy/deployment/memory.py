@@ -37,9 +37,9 @@ def peak_mb(path: Path, inputs: Inputs, runtime: str, threads: int) -> float | N
     """Megabytes (10^6 bytes) that loading and calling a file takes at most.
 
     Args:
-        path: an ONNX file.
+        path: an ONNX or ``.pt2`` file.
         inputs: what it is called with.
-        runtime: one that serves files.
+        runtime: one that serves such files.
         threads: intra-op threads.
 
     Returns:
@@ -75,18 +75,19 @@ def peak_mb(path: Path, inputs: Inputs, runtime: str, threads: int) -> float | N
 
 def report() -> None:
     """In a process of its own: load, call, and print the bytes that this took at most."""
-    from rarefy.deployment.runtimes import RUNTIMES, load_onnxruntime, load_openvino
+    from rarefy.deployment.opening import opened
+    from rarefy.deployment.runtimes import load_onnxruntime, load_openvino
 
     path, given, runtime, threads = sys.argv[1:]
     inputs: Inputs = torch.load(given, weights_only=True)
-    {"onnxruntime": load_onnxruntime, "openvino": load_openvino}[runtime]()
+    {"onnxruntime": load_onnxruntime, "openvino": load_openvino}.get(runtime, lambda: None)()
     with suppress(OSError):
         RESET.write_text("5", encoding="ascii")  # forget the highest of the imports
     before = _kilobytes("VmRSS")
-    session = RUNTIMES[runtime].open(path, int(threads))
-    feed = session.feed(inputs)
-    for _ in range(CALLS):
-        session.run(feed)
+    with opened(path, inputs, runtime, int(threads)) as (session, _):
+        feed = session.feed(inputs)
+        for _ in range(CALLS):
+            session.run(feed)
     print(1024 * max(_kilobytes("VmHWM") - before, 0))
 
 

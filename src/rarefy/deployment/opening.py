@@ -10,12 +10,13 @@ from tempfile import TemporaryDirectory
 from torch import nn
 
 from rarefy.deployment.export import export
-from rarefy.deployment.runtimes import Session, runtime_named
+from rarefy.deployment.program_file import SUFFIX, load_program
+from rarefy.deployment.runtimes import RUNTIMES, Session, runtime_named
 from rarefy.errors import InputError
 from rarefy.types import Inputs
 
 Served = str | Path | nn.Module
-"""An ONNX file, or a network."""
+"""An ONNX file, a ``.pt2`` file of ``torch.export``, or a network."""
 
 
 @contextmanager
@@ -24,16 +25,17 @@ def opened(
 ) -> Iterator[tuple[Session, Path | None]]:
     """A session, closed afterwards, and the file that it serves, if any.
 
-    A network is exported to a temporary file for the runtimes that serve files.
+    A network is exported to a temporary file for the runtimes that serve ONNX files. A ``.pt2``
+    file is loaded as a network for those of PyTorch.
 
     Args:
-        what: an ONNX file or a network.
+        what: a file or a network.
         example_inputs: what a network is exported with.
         runtime: a key of :data:`~rarefy.deployment.runtimes.RUNTIMES`.
         threads: intra-op threads.
 
     Raises:
-        InputError: unknown runtime, no such file, or a file for a runtime that serves networks.
+        InputError: unknown runtime, no such file, or a file of a form that is another runtime's.
         FormatError: the runtime cannot load the file.
         ExportError: the network cannot be exported.
         MissingExtraError: the runtime is not installed.
@@ -41,14 +43,11 @@ def opened(
     row = runtime_named(runtime)
     with TemporaryDirectory(prefix="rarefy-") as folder:
         path: Path | None = None
+        served: Path | nn.Module
         if isinstance(what, str | Path):
             path = Path(what)
-            if row.serves == "module":
-                raise InputError(
-                    f"runtime={runtime!r}",
-                    f"it runs networks in PyTorch, and {path.name!r} is a file",
-                    "Give the nn.Module, or use 'onnxruntime' or 'openvino'",
-                )
+            check_form(path, runtime)
+            served = load_program(path) if row.serves == "module" else path
         elif not isinstance(what, nn.Module):
             raise InputError(
                 f"a {type(what).__name__} in {runtime}",
@@ -57,8 +56,27 @@ def opened(
             )
         elif row.serves == "file":
             path = export(what, Path(folder) / f"{type(what).__name__}.onnx", example_inputs)
-        session = row.open(path or what, threads)
+            served = path
+        else:
+            served = what
+        session = row.open(served, threads)
         try:
             yield session, path
         finally:
             session.close()
+
+
+def check_form(path: Path, runtime: str) -> None:
+    """Pass where a file is of the form that a runtime serves.
+
+    Raises:
+        InputError: unknown runtime, or it serves files of the other form.
+    """
+    in_pytorch = runtime_named(runtime).serves == "module"
+    if in_pytorch == (path.suffix.lower() == SUFFIX):
+        return
+    what = f"it runs ONNX files, and {path.name!r} is a program of torch.export"
+    if in_pytorch:
+        what = f"it runs networks and {SUFFIX} files in PyTorch, and {path.name!r} is neither"
+    others = [n for n, row in RUNTIMES.items() if (row.serves == "module") != in_pytorch]
+    raise InputError(f"runtime={runtime!r}", what, f"Use {' or '.join(map(repr, others))}")

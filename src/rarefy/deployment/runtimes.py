@@ -382,7 +382,8 @@ class Runtime:
 
     Attributes:
         open: (what it serves, threads) -> a session.
-        serves: ``"file"``, an ONNX file, or ``"module"``, a network in PyTorch.
+        serves: ``"file"``, an ONNX file, or ``"module"``, a network in PyTorch, as which a ``.pt2``
+            file is loaded.
         widths: precision -> the number whose multiples are widths that it computes fast: the
             channels of one vector. In float32, 33 channels took 61 % longer than 32.
         layers: the runtime in which single layers are timed.

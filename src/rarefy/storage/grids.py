@@ -64,7 +64,7 @@ def _rounded(model: nn.Module, held: Held) -> dict[str, Quantized]:
             continue
         paths = (f"{path}.scale", f"{path}.zero_point")
         if held.paths().isdisjoint(paths) and grid.holds(tensor):
-            own = {paths[0]: _short(grid.scale)}
+            own = {paths[0]: shortest(grid.scale)}
             zero: str | int = paths[1]
             if grid.zero_point.ndim:
                 own[paths[1]] = grid.zero_point.to(torch.uint8)
@@ -82,7 +82,7 @@ def _rounded(model: nn.Module, held: Held) -> dict[str, Quantized]:
     return found
 
 
-def _short(scale: Tensor) -> Tensor:
+def shortest(scale: Tensor) -> Tensor:
     """Scales in half precision where that is exact."""
     half = scale.half()
     return half if torch.equal(half.float(), scale) else scale

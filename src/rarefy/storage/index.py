@@ -8,12 +8,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Literal, TypeAlias
+from typing import Annotated, Literal, TypeAlias, TypeVar
 
 import zstandard
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from rarefy.errors import FormatError
+from rarefy.errors import FormatError, InputError
 from rarefy.graph.serialize import valid_path
 from rarefy.graph.stubs import Gives
 from rarefy.storage.frames import compress, damaged, decompress
@@ -25,8 +25,16 @@ VERSION = 1
 WEIGHTS = ("float16", "bfloat16", "float32", "float64")
 """Dtypes of weights that may be stored as codes; float32 alone where a quantizer reads them."""
 
-MAX_INDEX = 1 << 26
+MAX_INDEX = 1 << 24
 """Longest table of contents, decompressed."""
+
+FREE_LISTS = 1000
+BYTES_PER_LIST = 16
+"""A table may hold ``FREE_LISTS`` lists and objects, and one for so many of its bytes: a parser
+takes a hundred times the two bytes of an empty one, and a tensor's two lists come with 50 bytes."""
+
+SHOWN = 100
+"""More errors of a table of contents than these are only counted."""
 
 FREE_BYTES = 1 << 28
 MAX_RATIO = 1024
@@ -37,7 +45,10 @@ _Size: TypeAlias = Annotated[int, Field(ge=0, lt=2**48)]
 _Code: TypeAlias = Annotated[int, Field(ge=-(2**15), lt=2**16)]
 _Number: TypeAlias = Annotated[int, Field(ge=0, lt=2**31)]
 _Finite: TypeAlias = Annotated[float, Field(allow_inf_nan=False)]
-_Settings: TypeAlias = dict[str, dict[str, _Number | list[_Number]]]
+_Item = TypeVar("_Item")
+# To tell of millions of values what is wrong with each would take half a minute.
+_List: TypeAlias = Annotated[list[_Item], Field(fail_fast=True)]
+_Settings: TypeAlias = dict[str, dict[str, _Number | _List[_Number]]]
 
 
 class _Strict(BaseModel):
@@ -68,13 +79,13 @@ class StubRecord(_Strict):
 class Columns(_Strict):
     """One column per property of the tensors; columns compress better than rows."""
 
-    path: list[str] = []
-    dtype: list[str] = []
-    shape: list[Annotated[list[_Size], Field(max_length=64)]] = []
-    flags: list[str] = []
-    codec: list[str] = []
-    sizes: list[list[_Size]] = []
-    crc32: list[str] = []
+    path: _List[str] = []
+    dtype: _List[str] = []
+    shape: _List[Annotated[_List[_Size], Field(max_length=64)]] = []
+    flags: _List[str] = []
+    codec: _List[str] = []
+    sizes: _List[_List[_Size]] = []
+    crc32: _List[str] = []
 
 
 class Index(_Strict):
@@ -166,9 +177,19 @@ def records(index: Index) -> Iterator[Record]:
 
 
 def encode(index: Index, graph: str) -> bytes:
-    """Index and graph (or ``""``) as compressed bytes."""
-    text = index.model_dump_json(exclude_defaults=True)
-    return compress(f"{text}\n{graph}".encode())
+    """Index and graph (or ``""``) as compressed bytes.
+
+    Raises:
+        InputError: they are longer than a reader takes.
+    """
+    text = f"{index.model_dump_json(exclude_defaults=True)}\n{graph}".encode()
+    if len(text) > MAX_INDEX:
+        raise InputError(
+            "save(model)",
+            f"its structure takes {len(text)} bytes, and {MAX_INDEX} are the most",
+            "Save parts of the network as files of their own",
+        )
+    return compress(text)
 
 
 def decode(data: bytes) -> tuple[Index, str]:
@@ -185,9 +206,15 @@ def decode(data: bytes) -> tuple[Index, str]:
         raise damaged("index", f"it declares {size} bytes")
     try:
         text, _, graph = decompress(data, size).decode().partition("\n")
+        if text.count("[") + text.count("{") > FREE_LISTS + len(text) // BYTES_PER_LIST:
+            raise damaged("index", "it has more lists than tensors need")
         return Index.model_validate_json(text), graph
-    except (UnicodeDecodeError, ValidationError) as error:
-        raise damaged("index", f"it is not valid ({' '.join(str(error).split())[:300]})") from error
+    except UnicodeDecodeError as error:
+        raise damaged("index", f"it is not valid ({error.reason})") from error
+    except ValidationError as error:
+        many = error.error_count() > SHOWN
+        shown = f"{error.error_count()} values" if many else " ".join(str(error).split())[:300]
+        raise damaged("index", f"it is not valid ({shown})") from error
 
 
 # --- checks ------------------------------------------------------------------------------------
