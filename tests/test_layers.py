@@ -59,8 +59,8 @@ TRAINING = (
 ).split()
 
 QUANTIZATION = (
-    "affine fold placement observers calibration scaling insertion dynamic bias summary mixed "
-    "palette rounding readers weights weight_only quantize"
+    "affine fold placement constants observers calibration scaling insertion dynamic bias summary "
+    "mixed palette rounding readers weights weight_only quantize"
 ).split()
 SOFT_LABELS = "seeds records shards manifest views source answers verify read write".split()
 ORDERS = {

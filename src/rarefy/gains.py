@@ -16,6 +16,7 @@ from tempfile import TemporaryDirectory
 from typing import Any, Unpack, overload
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from rarefy.batches import batches
 from rarefy.deployment.export import export
@@ -26,6 +27,7 @@ from rarefy.graph.program import Graph, GraphModel, Node
 from rarefy.graph.stubs import plain_graph
 from rarefy.measured import SECONDS, Served
 from rarefy.quantization import quantize as quantization
+from rarefy.quantization.constants import fold_constants
 from rarefy.quantization.placement import LAYERS, layer_name
 from rarefy.quantization.quantize import QuantizeOptions
 from rarefy.quantization.weight_only import half, weight_only
@@ -108,6 +110,7 @@ def quantize(
         >>> sorted(quantize(net, [torch.randn(16, 4)]).quantization.layers)  # doctest: +SKIP
         ['0', '2']
     """
+    _check(model, scheme)
     if isinstance(scheme, WeightOnly | Half):
         if runtime is not None or options:
             raise InputError(
@@ -155,6 +158,31 @@ def quantize(
     return result
 
 
+def _check(model: object, scheme: object) -> None:
+    """Pass where there is a network with data, and a scheme.
+
+    Raises:
+        InputError: there is not.
+    """
+    if not isinstance(model, nn.Module):
+        raise InputError(
+            "quantize(model)", f"it is a {type(model).__name__}, no nn.Module", "Give the network"
+        )
+    if scheme is not None and not isinstance(scheme, Int8 | WeightOnly | Half):
+        raise InputError(
+            f"quantize(scheme={scheme!r})",
+            "it is no scheme",
+            "Give rarefy.Int8(), rarefy.WeightOnly() or rarefy.Half(), or None for Int8()",
+        )
+    for path, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if is_lazy(tensor) or tensor.device.type == "meta":
+            raise InputError(
+                f"quantize(model), tensor {path!r}",
+                "it has no values yet: it is lazy or on the meta device",
+                "Run a lazy network once on an example; load a checkpoint into one without values",
+            )
+
+
 def _file_runtimes() -> list[str]:
     return [name for name, row in RUNTIMES.items() if row.serves != "module"]
 
@@ -189,7 +217,7 @@ def _slower(
     """Layers that are faster in float -> reason; at least one kind of layers stays in int8."""
     first, _ = next(batches(calibration, "quantize(calibration)"))
     whole = quantization.quantize(model, calibration, scheme)
-    kinds = _kinds(plain_graph(model, first).graph, whole.quantization.layers)  # type: ignore[union-attr,arg-type]
+    kinds = _kinds(fold_constants(plain_graph(model, first)).graph, whole.quantization.layers)  # type: ignore[union-attr,arg-type]
     best, reasons = contest.written(whole), dict[str, str]()
     for kind in sorted(kinds, key=lambda name: len(kinds[name])):
         trial = {*reasons, *kinds[kind]}

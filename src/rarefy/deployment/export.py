@@ -8,7 +8,7 @@ import logging
 import re
 import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from rarefy.errors import ExportError, MissingExtraError, OutputError, RarefyErr
 from rarefy.files import replacing
 from rarefy.graph.program import GraphModel
 from rarefy.graph.stubs import plain_graph, stubs
+from rarefy.quantization.insertion import is_quantized
 from rarefy.quantization.summary import QuantizationSummary
 from rarefy.types import Inputs
 
@@ -44,7 +45,10 @@ class Tolerance:
 
 
 FLOAT_TOLERANCE = Tolerance(5e-4, 5e-4)
-"""Of a float network."""
+"""Of a float network in single precision; in half precision :data:`ROUNDINGS` are the limit."""
+
+ROUNDINGS = 8
+"""Steps of a half-precision number at 1, by which sums in another order may differ."""
 
 QUANTIZED_TOLERANCE = Tolerance(0.5, 0.1)
 """Of a quantized network. Sums that fall between two integers are rounded either way, and one step
@@ -106,14 +110,9 @@ def export(
     inputs = map_tensors(torch.Tensor.contiguous, _doubled(example_inputs))
     with evaluating(model), _quiet(), _fake_quantize_shapes():
         source = plain_graph(model, inputs) if stubs(model) else model
-        traced = (
-            _traced_graph(source, inputs)
-            if isinstance(source, GraphModel)
-            else _trace(source, inputs)
-        )
-        outputs = call(model, map_tensors(torch.clone, inputs))
         weights = rounded_weights(model)
-        translated = _translate(source, traced, opset(weights.values()))
+        traced, translated = _written(source, inputs, opset(weights.values()))
+        outputs = call(model, map_tensors(torch.clone, inputs))
         _name(translated, traced, outputs)
         rewrite(translated)
         fold_grids(translated, weights)
@@ -136,6 +135,19 @@ def _require(check: bool) -> None:
             raise MissingExtraError(name, "onnx") from error
     if check:
         load_onnxruntime()
+
+
+def _written(model: nn.Module, inputs: Inputs, version: int | None) -> tuple[Traced, Any]:
+    """The traced and the translated network, with a free batch where that can be written."""
+    trace = _traced_graph if isinstance(model, GraphModel) else _trace
+    traced = trace(model, inputs, (True, False))  # type: ignore[arg-type]
+    try:
+        return traced, _translate(model, traced, version)
+    except ExportError:
+        if not any(traced.free):
+            raise
+    traced = trace(model, inputs, (False,))  # type: ignore[arg-type]
+    return traced, _translate(model, traced, version)
 
 
 # --- tracing -----------------------------------------------------------------------------------
@@ -163,10 +175,10 @@ def _doubled(inputs: Inputs) -> Inputs:
     return map_tensors(lambda t: torch.cat([t, t]) if t.ndim else t, inputs)  # type: ignore[no-any-return]
 
 
-def _trace(model: nn.Module, inputs: Inputs) -> Traced:
+def _trace(model: nn.Module, inputs: Inputs, free: tuple[bool, ...]) -> Traced:
     args, kwargs = arguments(inputs)
     errors: list[Exception] = []
-    for dynamic in (True, False):
+    for dynamic in free:
         try:
             program = _program(model, args, kwargs, dynamic)
         except Exception as error:  # noqa: BLE001 - export runs the user's code: anything may arise
@@ -189,7 +201,7 @@ def _is_free(size: int | torch.SymInt) -> bool:
     return isinstance(size, torch.SymInt) and size.node.maybe_as_int() is None
 
 
-def _traced_graph(model: GraphModel, inputs: Inputs) -> Traced:
+def _traced_graph(model: GraphModel, inputs: Inputs, free: tuple[bool, ...]) -> Traced:
     """Trace a captured network with its inputs one by one: its forward has no named arguments."""
     leaves, _ = pytree.tree_flatten(arguments(inputs))
     _, spec = pytree.tree_flatten((tuple(leaves), {}))
@@ -198,7 +210,7 @@ def _traced_graph(model: GraphModel, inputs: Inputs) -> Traced:
         dict(model.named_parameters(remove_duplicate=False)),
         dict(model.named_buffers(remove_duplicate=False)),
     )
-    traced = _trace(flat, tuple(leaves))
+    traced = _trace(flat, tuple(leaves), free)
     if isinstance(inputs, Mapping) and len(inputs) == len(traced.names):
         return replace(traced, names=tuple(inputs))
     return traced
@@ -432,13 +444,11 @@ def _shortened(inputs: Inputs, free: tuple[bool, ...]) -> Inputs:
     return map_tensors(lambda t: t[:1] if next(flags) else t, inputs)  # type: ignore[no-any-return]
 
 
-def _is_quantized(model: nn.Module) -> bool:
-    return isinstance(model, GraphModel) and any("fake_quantize" in n.op for n in model.graph.calls)
-
-
 def _tolerance(model: nn.Module) -> Tolerance:
-    if not _is_quantized(model):
-        return FLOAT_TOLERANCE
+    if not is_quantized(model):
+        dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()}
+        steps = max((ROUNDINGS * torch.finfo(dtype).eps for dtype in dtypes), default=0.0)
+        return Tolerance(*(max(limit, steps) for limit in astuple(FLOAT_TOLERANCE)))
     summary = getattr(model, "quantization", None)
     ratios = summary.layers.values() if isinstance(summary, QuantizationSummary) else ()
     noise = [10 ** (-ratio / 20) for ratio in ratios]
