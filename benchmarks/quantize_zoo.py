@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import zoo_odd_more  # noqa: F401 - it adds to ODD
 from torch import Tensor, nn
 from zoo import (
     Figures,

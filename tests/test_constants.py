@@ -140,5 +140,16 @@ def test_a_transposed_weight_keeps_its_path_zeros_and_file(tmp_path):
         assert torch.equal(again(rows), q(rows))
 
 
+def test_repair_rounds_layers_anew_that_were_products():
+    torch.manual_seed(0)
+    model, data = Products(), [torch.randn(256, 6)]
+    q = rf.quantize(model, data)
+    better = rf.repair(model, q, data)
+    with torch.no_grad():
+        exact = model(data[0])
+        assert sqnr(exact, better(data[0])) >= sqnr(exact, q(data[0])) - 1e-6
+    assert "tied" in {**better.repaired.errors, **better.repaired.skipped}
+
+
 def _is_layer(node):
     return node.kind in ("linear", "conv2d")

@@ -98,9 +98,11 @@ def quantize(
 
     Raises:
         CaptureError: the network cannot be captured.
-        DataError: there are no calibration data, or a tensor is not finite on them.
-        InputError: no layer can be quantized, a name to skip matches nothing, the evaluation
-            failed, or the runtime is unknown or does not serve files.
+        DataError: there are no calibration data, the network does not run on a batch, or a tensor
+            is not finite on them.
+        InputError: no layer can be quantized, the model is quantized already, or has tensors
+            without values or, for int8, weights that are not finite, a name to skip matches
+            nothing, the evaluation failed, or the runtime is unknown or does not serve files.
         BudgetError: with a single layer quantized the metric still falls too far.
         ExportError: a network cannot be exported to be timed.
         MissingExtraError: the runtime is not installed.

@@ -81,9 +81,10 @@ def quantize(
 
     Raises:
         CaptureError: the network cannot be captured.
-        DataError: there are no calibration data, or a tensor is not finite on them.
-        InputError: no layer can be quantized, the model is quantized already, a name to skip
-            matches nothing, or the evaluation failed.
+        DataError: there are no calibration data, the network does not run on a batch, or a tensor
+            is not finite on them.
+        InputError: no layer can be quantized, a weight is not finite, the model is quantized
+            already, a name to skip matches nothing, or the evaluation failed.
         BudgetError: with a single layer quantized the metric still falls too far.
 
     Example:
