@@ -20,6 +20,15 @@ class Standardized(nn.Conv2d):
         return F.conv2d(x, w, self.bias, self.stride, self.padding)
 
 
+class Scaled(nn.Conv2d):
+    """Standardized by a BatchNorm over the weight, as NFNets do."""
+
+    def forward(self, x):
+        flat = self.weight.reshape(1, self.out_channels, -1)
+        w = F.batch_norm(flat, None, None, training=True, momentum=0.0)
+        return F.conv2d(x, w.reshape_as(self.weight), self.bias)
+
+
 class Products(nn.Module):
     """A product with a matrix, one with a transposed matrix that another layer reads, addmm."""
 
@@ -69,6 +78,12 @@ NETWORKS = {
     "spectral norm": (lambda: normed(nn.utils.parametrizations.spectral_norm), image, 2, None),
     "standardized": (
         lambda: nn.Sequential(Standardized(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 1)),
+        image,
+        2,
+        ["0", "2"],
+    ),
+    "scaled": (
+        lambda: nn.Sequential(Scaled(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 1)),
         image,
         2,
         ["0", "2"],

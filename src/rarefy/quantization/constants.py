@@ -16,7 +16,6 @@ import torch
 from torch import nn
 
 from rarefy.graph.program import (
-    TRAINING_FLAG,
     Graph,
     GraphModel,
     Node,
@@ -70,7 +69,7 @@ def _constant(graph: Graph) -> Mapping[str, frozenset[str]]:
         if node.op == "tensor":
             found[node.name] = frozenset({node.name})
         elif all(name in found for name in node.inputs) and not (
-            writes(node.op) or is_random(node.op) or node.op in TRAINING_FLAG
+            writes(node.op) or is_random(node.op) or node.argument("running_mean") is not None
         ):
             found[node.name] = frozenset().union(*(found[name] for name in node.inputs))
     return found
