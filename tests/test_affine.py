@@ -98,3 +98,8 @@ def test_sqnr_in_decibel():
     assert sqnr(torch.ones(4), torch.ones(4)) == math.inf
     assert sqnr(torch.zeros(4), torch.ones(4)) == -math.inf
     assert sqnr(torch.tensor([10.0]), torch.tensor([9.0])) == pytest.approx(20)
+
+
+def test_sqnr_of_an_approximation_that_overflows_is_minus_infinity():
+    assert sqnr(torch.ones(2), torch.tensor([1.0, math.inf])) == -math.inf
+    assert math.isnan(sqnr(torch.ones(2), torch.tensor([1.0, math.nan])))

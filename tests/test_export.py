@@ -298,3 +298,30 @@ def test_joined_linear_layers_are_quantized_and_exported(tmp_path, split):
 
     x = torch.randn(32, 8, generator=torch.Generator().manual_seed(0))
     assert export(quantize(Joined(), [x]), tmp_path / "net.onnx", x).is_file()
+
+
+def test_a_network_in_half_precision_is_held_to_half_precision(tmp_path):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh()).half()
+    x = torch.randn(16, 64).half()
+    path = export(model, tmp_path / "half.onnx", x)
+    assert sqnr(model(x), OnnxSession(path)(x)[0]) > 40
+
+
+class PerExample(nn.Module):
+    """A convolution whose number of groups is the batch, which ONNX cannot leave free."""
+
+    def __init__(self):
+        super().__init__()
+        self.kernels, self.head = nn.Linear(6, 6 * 9), nn.Conv2d(6, 3, 1)
+
+    def forward(self, x):
+        weight = self.kernels(x.mean((2, 3))).view(-1, 1, 3, 3)
+        y = nn.functional.conv2d(x.reshape(1, -1, 8, 8), weight, padding=1, groups=len(weight))
+        return self.head(y.view(x.shape))
+
+
+def test_what_onnx_cannot_leave_free_is_written_for_the_batch_given(tmp_path):
+    model, x = PerExample(), torch.randn(2, 6, 8, 8)
+    path = export(model, tmp_path / "net.onnx", x)
+    assert onnx.load(path).graph.input[0].type.tensor_type.shape.dim[0].dim_value == 2

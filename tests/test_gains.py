@@ -8,7 +8,7 @@ import torch
 import rarefy as rf
 from quantized_networks import build
 from rarefy import gains
-from rarefy.errors import InputError
+from rarefy.errors import DataError, InputError
 from rarefy.gains import _kinds
 from rarefy.graph.stubs import plain_graph
 from rarefy.schemes import Int8
@@ -150,3 +150,36 @@ def test_a_network_is_timed_in_onnxruntime():
     net = rf.quantize(model.eval(), [torch.randn(64, 256)], runtime="onnxruntime")
     assert isinstance(net.served.after, Measurement)
     assert isinstance(net.served.after.latency_ms, Latency)
+
+
+LAYER, ROWS = torch.nn.Linear(4, 3), torch.randn(8, 4)
+
+
+@pytest.mark.parametrize(
+    ("model", "scheme", "message"),
+    [
+        (lambda x: x, None, "it is a function"),
+        (LAYER, "int8", "it is no scheme"),
+        (torch.nn.Linear(4, 3, device="meta"), rf.Half(), "'weight'.*no values"),
+        (torch.nn.LazyLinear(3), rf.WeightOnly(method="rtn"), "'weight'.*no values"),
+        (rf.quantize(LAYER, [ROWS]), rf.Half(), "quantized already"),
+        (rf.quantize(LAYER, [ROWS]), rf.WeightOnly(method="rtn"), "quantized already"),
+    ],
+)
+def test_what_is_no_float_network_or_no_scheme_is_refused(model, scheme, message):
+    with pytest.raises(InputError, match=message):
+        rf.quantize(model, [ROWS], scheme)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("activations", ["static", "dynamic"])
+def test_weights_that_are_no_numbers_are_refused_by_name(bad, activations):
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 3))
+    model[1].weight.data[0, 0] = bad
+    with pytest.raises(InputError, match=r"'1\.weight'.*NaN or infinite"):
+        rf.quantize(model, [ROWS], Int8(activations=activations))
+
+
+def test_a_later_batch_on_which_the_network_does_not_run_is_named():
+    with pytest.raises(DataError, match="does not run on a batch"):
+        rf.quantize(LAYER, [ROWS, torch.randn(8, 5)])

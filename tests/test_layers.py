@@ -59,8 +59,8 @@ TRAINING = (
 ).split()
 
 QUANTIZATION = (
-    "affine fold splitting placement observers calibration scaling insertion dynamic bias summary "
-    "mixed palette rounding readers weights weight_only quantize"
+    "affine fold splitting placement constants observers calibration scaling insertion dynamic "
+    "bias summary mixed palette rounding readers weights weight_only quantize"
 ).split()
 DEPLOYMENT = (
     "cache ratios modules runtimes refusals tracing proof translations rewrite rounded onnx_file "

@@ -123,9 +123,17 @@ def test_calibration_that_cannot_be_used_is_refused():
         quantize(model, [data[0] * float("nan")])
 
 
-def test_nan_inside_of_the_network_is_refused_with_its_module():
+def test_nan_in_a_weight_is_refused_with_its_path():
     model, data = build("lenet")
     model.conv2.weight.data[0] = float("nan")
+    with pytest.raises(InputError, match=r"'conv2\.weight'.*NaN"):
+        quantize(model, data)
+
+
+def test_overflow_inside_of_the_network_is_refused_with_its_module():
+    model, data = build("lenet")
+    model.conv1.weight.data *= 1e38
+    model.conv2.weight.data *= 1e38
     with pytest.raises(DataError, match="not finite"):
         quantize(model, data)
 

@@ -256,10 +256,12 @@ def answering(where: str) -> Iterator[None]:
     """Whatever a network raises on data says so: these are not data that it was traced with.
 
     Raises:
-        DataError: instead of any other error.
+        DataError: instead of any other error; one that was raised already passes.
     """
     try:
         yield
+    except DataError:
+        raise
     except Exception as error:
         raise DataError(
             where,

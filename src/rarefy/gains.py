@@ -16,6 +16,7 @@ from tempfile import TemporaryDirectory
 from typing import Any, Unpack, overload
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from rarefy.batches import batches
 from rarefy.deployment.export import export
@@ -26,6 +27,7 @@ from rarefy.graph.program import Graph, GraphModel, Node
 from rarefy.graph.stubs import plain_graph
 from rarefy.measured import SECONDS, Served
 from rarefy.quantization import quantize as quantization
+from rarefy.quantization.constants import fold_constants
 from rarefy.quantization.placement import FUNCTIONS, LAYERS, layer_name
 from rarefy.quantization.quantize import QuantizeOptions
 from rarefy.quantization.splitting import SILU
@@ -109,9 +111,11 @@ def quantize(
 
     Raises:
         CaptureError: the network cannot be captured.
-        DataError: there are no calibration data, or a tensor is not finite on them.
-        InputError: no layer can be quantized, a name to skip matches nothing, the evaluation
-            failed, or the runtime is unknown or does not serve files.
+        DataError: there are no calibration data, the network does not run on a batch, or a tensor
+            is not finite on them.
+        InputError: no layer can be quantized, the model is quantized already, or has tensors
+            without values or, for int8, weights that are not finite, a name to skip matches
+            nothing, the evaluation failed, or the runtime is unknown or does not serve files.
         BudgetError: with a single layer quantized the metric still falls too far.
         ExportError: a network cannot be exported to be timed.
         MissingExtraError: the runtime is not installed.
@@ -121,6 +125,7 @@ def quantize(
         >>> sorted(quantize(net, [torch.randn(16, 4)]).quantization.layers)  # doctest: +SKIP
         ['0', '2']
     """
+    _check(model, scheme)
     if isinstance(scheme, WeightOnly | Half):
         if runtime is not None or options:
             raise InputError(
@@ -173,6 +178,31 @@ def quantize(
     return result
 
 
+def _check(model: object, scheme: object) -> None:
+    """Pass where there is a network with data, and a scheme.
+
+    Raises:
+        InputError: there is not.
+    """
+    if not isinstance(model, nn.Module):
+        raise InputError(
+            "quantize(model)", f"it is a {type(model).__name__}, no nn.Module", "Give the network"
+        )
+    if scheme is not None and not isinstance(scheme, Int8 | WeightOnly | Half):
+        raise InputError(
+            f"quantize(scheme={scheme!r})",
+            "it is no scheme",
+            "Give rarefy.Int8(), rarefy.WeightOnly() or rarefy.Half(), or None for Int8()",
+        )
+    for path, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if is_lazy(tensor) or tensor.device.type == "meta":
+            raise InputError(
+                f"quantize(model), tensor {path!r}",
+                "it has no values yet: it is lazy or on the meta device",
+                "Run a lazy network once on an example; load a checkpoint into one without values",
+            )
+
+
 def _file_runtimes() -> list[str]:
     return [name for name, row in RUNTIMES.items() if row.serves != "module"]
 
@@ -223,7 +253,7 @@ def _fastest(
         The network, its file, its scheme, and the layers that went back to float -> reason.
     """
     first, _ = next(batches(calibration, "quantize(calibration)"))
-    graph = plain_graph(model, first).graph
+    graph = fold_constants(plain_graph(model, first)).graph
     result = quantization.quantize(model, calibration, scheme)
     best, reasons = contest.written(result), dict[str, str]()
     kinds = _kinds(graph, result.quantization.layers)  # type: ignore[union-attr,arg-type]

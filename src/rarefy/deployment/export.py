@@ -13,8 +13,8 @@ from rarefy.batches import evaluating, map_tensors
 from rarefy.deployment.onnx_file import OnnxFile
 from rarefy.deployment.program_file import ProgramFile
 from rarefy.deployment.proof import Run, prove
-from rarefy.deployment.tracing import Traced, doubled, fake_quantize_shapes, quiet
-from rarefy.errors import InputError, OutputError
+from rarefy.deployment.tracing import WAYS, Traced, doubled, fake_quantize_shapes, quiet
+from rarefy.errors import ExportError, InputError, OutputError
 from rarefy.files import replacing
 from rarefy.graph.stubs import plain_graph, stubs
 from rarefy.types import Inputs
@@ -32,8 +32,8 @@ class Target(Protocol):
         """Pass where all that is needed is installed."""
 
     @staticmethod
-    def trace(model: nn.Module, inputs: Inputs) -> Traced:
-        """The program of a network."""
+    def trace(model: nn.Module, inputs: Inputs, ways: tuple[bool, ...] = WAYS) -> Traced:
+        """The program of a network; the batch is free in the ways to try, in this order."""
 
     def save(self, path: Path) -> None:
         """Write the file."""
@@ -97,8 +97,7 @@ def export(
     inputs = map_tensors(torch.Tensor.contiguous, doubled(example_inputs))
     with evaluating(model), quiet(), fake_quantize_shapes():
         source = plain_graph(model, inputs) if stubs(model) else model
-        traced = target.trace(source, inputs)
-        made = target(model, source, traced, inputs)
+        traced, made = _made(target, model, source, inputs)
     try:
         with replacing(path) as draft:
             made.save(draft)
@@ -107,6 +106,20 @@ def export(
     except OSError as error:
         raise OutputError(f"export({str(path)!r})", str(error), "Check the path") from error
     return path
+
+
+def _made(
+    target: type[Target], model: nn.Module, source: nn.Module, inputs: Inputs
+) -> tuple[Traced, Target]:
+    """The network in its form, with a free batch where that can be written."""
+    traced = target.trace(source, inputs)
+    try:
+        return traced, target(model, source, traced, inputs)
+    except ExportError:
+        if not any(traced.free):
+            raise
+    traced = target.trace(source, inputs, (False,))
+    return traced, target(model, source, traced, inputs)
 
 
 def _target(path: Path) -> type[Target]:

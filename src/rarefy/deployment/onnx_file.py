@@ -19,7 +19,7 @@ from rarefy.deployment.refusals import unrunnable, unwritable
 from rarefy.deployment.rewrite import rewrite
 from rarefy.deployment.rounded import fold_grids, opset, rounded_weights
 from rarefy.deployment.runtimes import ExactOnnxSession, load_onnx, load_onnxruntime
-from rarefy.deployment.tracing import Traced, trace_flat
+from rarefy.deployment.tracing import WAYS, Traced, trace_flat
 from rarefy.deployment.translations import translations
 from rarefy.errors import ExportError, FormatError, MissingExtraError, first_line
 from rarefy.types import Inputs
@@ -66,9 +66,9 @@ class OnnxFile:
             load_onnxruntime()
 
     @staticmethod
-    def trace(model: nn.Module, inputs: Inputs) -> Traced:
-        """The program of a network."""
-        return trace_flat(model, inputs)
+    def trace(model: nn.Module, inputs: Inputs, ways: tuple[bool, ...] = WAYS) -> Traced:
+        """The program of a network; the batch is free in the ways to try, in this order."""
+        return trace_flat(model, inputs, ways)
 
     def save(self, path: Path) -> None:
         """Write the file.

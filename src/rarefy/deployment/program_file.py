@@ -15,7 +15,7 @@ from rarefy.batches import call, map_tensors, tensors
 from rarefy.deployment.decoding import store_codes
 from rarefy.deployment.proof import Run
 from rarefy.deployment.refusals import unwritable
-from rarefy.deployment.tracing import Traced, quiet, trace
+from rarefy.deployment.tracing import WAYS, Traced, quiet, trace
 from rarefy.errors import FormatError, InputError, first_line
 from rarefy.storage.adapt import held
 from rarefy.storage.grids import quantized_weights
@@ -47,9 +47,9 @@ class ProgramFile:
         """Nothing beside PyTorch is needed."""
 
     @staticmethod
-    def trace(model: nn.Module, inputs: Inputs) -> Traced:
-        """The program of a network."""
-        return trace(model, inputs)
+    def trace(model: nn.Module, inputs: Inputs, ways: tuple[bool, ...] = WAYS) -> Traced:
+        """The program of a network; the batch is free in the ways to try, in this order."""
+        return trace(model, inputs, ways)
 
     def save(self, path: Path) -> None:
         """Write the file.

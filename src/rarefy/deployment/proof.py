@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,7 @@ from torch.utils import _pytree as pytree
 
 from rarefy.batches import call, evaluating, map_tensors, tensors
 from rarefy.errors import ExportError, RarefyError, first_line
-from rarefy.graph.program import GraphModel
+from rarefy.quantization.insertion import is_quantized
 from rarefy.quantization.summary import QuantizationSummary
 from rarefy.types import Inputs
 
@@ -33,7 +33,10 @@ class Tolerance:
 
 
 FLOAT_TOLERANCE = Tolerance(5e-4, 5e-4)
-"""Of a float network."""
+"""Of a float network in single precision; in half precision :data:`ROUNDINGS` are the limit."""
+
+ROUNDINGS = 8
+"""Steps of a half-precision number at 1, by which sums in another order may differ."""
 
 QUANTIZED_TOLERANCE = Tolerance(0.5, 0.1)
 """Of a quantized network. Sums that fall between two integers are rounded either way, and one step
@@ -105,13 +108,11 @@ def _shortened(inputs: Inputs, free: tuple[bool, ...]) -> Inputs:
     return map_tensors(lambda t: t[:1] if next(flags) else t, inputs)  # type: ignore[no-any-return]
 
 
-def _is_quantized(model: nn.Module) -> bool:
-    return isinstance(model, GraphModel) and any("fake_quantize" in n.op for n in model.graph.calls)
-
-
 def _tolerance(model: nn.Module) -> Tolerance:
-    if not _is_quantized(model):
-        return FLOAT_TOLERANCE
+    if not is_quantized(model):
+        dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()}
+        steps = max((ROUNDINGS * torch.finfo(dtype).eps for dtype in dtypes), default=0.0)
+        return Tolerance(*(max(limit, steps) for limit in astuple(FLOAT_TOLERANCE)))
     summary = getattr(model, "quantization", None)
     ratios = summary.layers.values() if isinstance(summary, QuantizationSummary) else ()
     noise = [10 ** (-ratio / 20) for ratio in ratios]

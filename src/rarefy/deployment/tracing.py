@@ -43,14 +43,23 @@ def doubled(inputs: Inputs) -> Inputs:
     return map_tensors(lambda t: torch.cat([t, t]) if t.ndim else t, inputs)  # type: ignore[no-any-return]
 
 
-def trace(model: nn.Module, inputs: Inputs) -> Traced:
+WAYS = (True, False)
+"""Whether the batch is free: preferably, and where it cannot be."""
+
+
+def trace(model: nn.Module, inputs: Inputs, ways: tuple[bool, ...] = WAYS) -> Traced:
     """The program of a network, of any batch size where its forward allows that.
+
+    Args:
+        model: the network, in eval mode.
+        inputs: the examples.
+        ways: whether the batch is free; the first that can be traced is taken.
 
     Raises:
         ExportError: ``torch.export`` cannot follow the forward; the module is named.
     """
     errors: list[Exception] = []
-    for dynamic in (True, False):
+    for dynamic in ways:
         try:
             program = _program(model, inputs, dynamic)
         except Exception as error:  # noqa: BLE001 - export runs the user's code: anything may arise
@@ -64,13 +73,13 @@ def trace(model: nn.Module, inputs: Inputs) -> Traced:
     raise untraceable(model, errors[-1]) from errors[-1]
 
 
-def trace_flat(model: nn.Module, inputs: Inputs) -> Traced:
+def trace_flat(model: nn.Module, inputs: Inputs, ways: tuple[bool, ...] = WAYS) -> Traced:
     """As :func:`trace`; a captured network takes its inputs one by one, in their order.
 
     The forward of such a network has no named arguments, for whose sizes ONNX could have names.
     """
     if not isinstance(model, GraphModel):
-        return trace(model, inputs)
+        return trace(model, inputs, ways)
     leaves, _ = pytree.tree_flatten(arguments(inputs))
     _, spec = pytree.tree_flatten((tuple(leaves), {}))
     flat = GraphModel(
@@ -78,7 +87,7 @@ def trace_flat(model: nn.Module, inputs: Inputs) -> Traced:
         dict(model.named_parameters(remove_duplicate=False)),
         dict(model.named_buffers(remove_duplicate=False)),
     )
-    traced = trace(flat, tuple(leaves))
+    traced = trace(flat, tuple(leaves), ways)
     if isinstance(inputs, Mapping) and len(inputs) == len(traced.names):
         return replace(traced, names=tuple(inputs))
     return traced

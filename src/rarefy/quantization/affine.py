@@ -147,7 +147,7 @@ def fake_quantize(x: Tensor, grid: Affine) -> Tensor:
 
 
 def sqnr(reference: Tensor, approximation: Tensor) -> float:
-    """Signal-to-quantization-noise ratio in dB; infinite for equal tensors.
+    """Signal-to-quantization-noise ratio in dB; infinite for equal tensors, NaN where there is NaN.
 
     Args:
         reference: the exact values, any shape.
@@ -161,4 +161,5 @@ def sqnr(reference: Tensor, approximation: Tensor) -> float:
     noise = float((reference.double() - approximation.double()).square().sum())
     if noise == 0:
         return math.inf
-    return 10 * math.log10(signal / noise) if signal else -math.inf
+    ratio = signal / noise
+    return 10 * math.log10(ratio) if ratio else -math.inf

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from rarefy.batches import batches, call, evaluating
+from rarefy.batches import answering, batches, call, evaluating
 from rarefy.graph.program import GraphModel, Node
 from rarefy.quantization.affine import SMALLEST_RANGE
 from rarefy.quantization.fold import named
@@ -60,12 +60,13 @@ def watch(
     """Show the values of some nodes on all batches to a function.
 
     Raises:
-        DataError: there are no data.
+        DataError: there are no data, or the network does not run on a batch.
     """
     watched = Watched(net, frozenset(names), show)
     with evaluating(watched):
         for inputs, _ in batches(data, WHERE):
-            call(watched, inputs)
+            with answering(WHERE):
+                call(watched, inputs)
 
 
 class Calibration:

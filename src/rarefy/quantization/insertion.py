@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from rarefy.errors import InputError
 from rarefy.graph.program import Graph, GraphModel, Node, Ref, substitute
 from rarefy.quantization.affine import (
     Affine,
@@ -27,6 +28,25 @@ BIAS_LIMIT = 2**30
 
 Quantizers = Mapping[str, Sequence[Node]]
 """Name of a node -> the calls that quantize its value; the last gives the quantized value."""
+
+
+def is_quantized(model: nn.Module) -> bool:
+    """Whether a network holds quantizers of activations or weights."""
+    return isinstance(model, GraphModel) and any(
+        node.kind.startswith(("fake_quantize", "_fake_quantize")) for node in model.graph.calls
+    )
+
+
+def check_unquantized(model: nn.Module) -> None:
+    """Pass where a network holds no quantizers yet.
+
+    Raises:
+        InputError: it does.
+    """
+    if is_quantized(model):
+        raise InputError(
+            "quantize(model)", "the model is quantized already", "Give the float model"
+        )
 
 
 def inserted(

@@ -109,7 +109,7 @@ def place(
     Returns:
         The placement; every layer is among its ``layers`` or its ``left``.
     """
-    barred = {**_written(graph), **(barred or {})}
+    barred = {**written(graph), **(barred or {})}
     left = {**_left_by_operator(graph), **(kept or {})}
     plain = _before_functions(graph) if fused else frozenset()
     layers: dict[str, str] = {}
@@ -194,7 +194,7 @@ def averages(graph: Graph, node: Node) -> bool:
     return rank > 2 and sorted(d % rank for d in dims) == list(range(2, rank))
 
 
-def _written(graph: Graph) -> dict[str, str]:
+def written(graph: Graph) -> dict[str, str]:
     """Tensors that are written in place, with all views: a quantizer would cut them apart."""
     found: set[str] = set()
     for node in reversed(list(graph.calls)):

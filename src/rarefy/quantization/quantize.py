@@ -17,11 +17,12 @@ from rarefy.pruning.repair import repair
 from rarefy.quantization.affine import affine
 from rarefy.quantization.bias import correct_biases
 from rarefy.quantization.calibration import Calibration
+from rarefy.quantization.constants import fold_constants
 from rarefy.quantization.dynamic import dynamic_placement, dynamic_quantizers
 from rarefy.quantization.fold import fold_batch_norms
-from rarefy.quantization.insertion import inserted, static_quantizers
+from rarefy.quantization.insertion import check_unquantized, inserted, static_quantizers
 from rarefy.quantization.mixed import Allowance, Evaluate, checked_costs, search
-from rarefy.quantization.placement import Placement, place
+from rarefy.quantization.placement import LAYERS, Placement, place
 from rarefy.quantization.scaling import equalize, rescaled, smooth
 from rarefy.quantization.splitting import split_silu
 from rarefy.quantization.summary import COMPARED, QuantizationSummary, noise, outputs, ratios
@@ -55,7 +56,8 @@ def quantize(
 
     Activations become unsigned 8-bit with one range per tensor, found on the calibration data;
     weights of convolutions and linear layers become signed 8-bit with a scale per output channel.
-    BatchNorms are folded. The forward of the result *is* the quantized network, computed in float
+    BatchNorms are folded, and weights that the forward makes of parameters alone are computed once.
+    The forward of the result *is* the quantized network, computed in float
     with rounded values; ``rarefy.export`` turns it into integers. Gradients pass the rounding
     straight through, so that the result can be trained.
 
@@ -82,9 +84,10 @@ def quantize(
 
     Raises:
         CaptureError: the network cannot be captured.
-        DataError: there are no calibration data, or a tensor is not finite on them.
-        InputError: no layer can be quantized, the model is quantized already, a name to skip
-            matches nothing, or the evaluation failed.
+        DataError: there are no calibration data, the network does not run on a batch, or a tensor
+            is not finite on them.
+        InputError: no layer can be quantized, a weight is not finite, the model is quantized
+            already, a name to skip matches nothing, or the evaluation failed.
         BudgetError: with a single layer quantized the metric still falls too far.
 
     Example:
@@ -129,12 +132,28 @@ def quantize(
 
 
 def _captured(model: nn.Module, example: Inputs) -> GraphModel:
-    net = plain_graph(model, example)
-    if any(node.kind.startswith("fake_quantize") for node in net.graph.nodes):
-        raise InputError(
-            "quantize(model)", "the model is quantized already", "Give the float model"
-        )
+    check_unquantized(model)
+    net = fold_constants(plain_graph(model, example))
+    _check_finite(net)
     return net
+
+
+def _check_finite(net: GraphModel) -> None:
+    """Pass where the weights and biases of all layers are numbers.
+
+    Raises:
+        InputError: some are not.
+    """
+    read = {name for node in net.graph.calls if node.op in LAYERS for name in node.inputs[1:]}
+    for node in net.graph.nodes:
+        if node.op != "tensor" or node.name not in read:
+            continue
+        if not bool(net.tensor(node.path).isfinite().all()):
+            raise InputError(
+                f"quantize(model), tensor {node.path!r}",
+                "it is NaN or infinite somewhere",
+                "Load a sound checkpoint, or look for where its training diverged",
+            )
 
 
 def _skipped(net: GraphModel, patterns: tuple[str, ...]) -> dict[str, str]:

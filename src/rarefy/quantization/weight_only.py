@@ -21,6 +21,7 @@ from rarefy.pruning.repair import repair
 from rarefy.pruning.running.examples import affordable, collect, parts
 from rarefy.quantization.affine import sqnr
 from rarefy.quantization.calibration import WHERE
+from rarefy.quantization.insertion import check_unquantized
 from rarefy.quantization.palette import palette
 from rarefy.quantization.readers import mean_squares, ratios
 from rarefy.quantization.rounding import grid_for
@@ -68,7 +69,7 @@ def weight_only(model: nn.Module, calibration: Data | None, scheme: WeightOnly) 
     channels would need another operator where it cannot be folded, and is not done. Han et al.
     2016 (Deep Compression), https://arxiv.org/abs/1510.00149.
     """
-    check_float(model, "quantize(model)")
+    _check(model)
     if calibration is None and scheme.method in ON_DATA:
         raise InputError(
             f"quantize(calibration=None, WeightOnly(method={scheme.method!r}))",
@@ -107,6 +108,11 @@ def weight_only(model: nn.Module, calibration: Data | None, scheme: WeightOnly) 
         noise = _weight_noise(model, weights)
     result.quantization = QuantizationSummary(noise, left, rounding=solved)  # type: ignore[assignment]
     return result
+
+
+def _check(model: nn.Module) -> None:
+    check_unquantized(model)
+    check_float(model, "quantize(model)")
 
 
 def _importance(
@@ -183,7 +189,7 @@ def half(model: nn.Module, scheme: Half) -> nn.Module:
         An instance of the network's own class in eval mode, with the attribute ``quantization``:
         SQNR of the parameters, and those that are left alone.
     """
-    check_float(model, "quantize(model)")
+    _check(model)
     dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}[scheme.dtype]
     result = copied(model).eval()
     noise: dict[str, float] = {}
