@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from test_format_attacks import rewritten, state
 from torch import nn
 
 import rarefy as rf
+from forging import rewritten, state
 from rarefy.errors import FormatError
 from rarefy.grid import Grid, grids, put_grids
 from rarefy.schemes import WeightOnly
