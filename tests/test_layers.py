@@ -63,8 +63,8 @@ QUANTIZATION = (
     "bias summary mixed palette rounding readers weights weight_only quantize"
 ).split()
 DEPLOYMENT = (
-    "cache ratios modules runtimes refusals tracing proof translations rewrite rounded onnx_file "
-    "decoding program_file export opening memory measure bench timing"
+    "cache ratios modules runtimes refusals tracing proof translations rewrite rounded recurrent "
+    "onnx_file decoding program_file export opening memory measure bench timing"
 ).split()
 STORAGE = (
     "frames ans streams pack codes index adapt grids container layout reading contents writing "
