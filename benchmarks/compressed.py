@@ -1,0 +1,84 @@
+"""``rf.compress`` of a trained ResNet on CIFAR-10: pruned, repaired, distilled, quantized, stored.
+
+    python benchmarks/compressed.py --params 0.36 --epochs 2 --bits 4
+
+Accuracy and bytes are those of each stage's file, read again; the first line is the size of the
+file that ``safetensors`` writes of the float network.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from pathlib import Path
+
+import cifar
+import torch
+from fine_tuning import Shuffled
+from safetensors.torch import save_file
+
+import rarefy as rf
+from rarefy.recipe.options import DistillStage, PruneStage, QuantizeStage, RepairStage, Stages
+from rarefy.schemes import Int8, WeightOnly
+
+
+def stages(chosen: argparse.Namespace) -> Stages:
+    """What is done, from the arguments."""
+    scheme = (
+        QuantizeStage(int8=Int8())
+        if chosen.bits == 8
+        else QuantizeStage(weights=WeightOnly(bits=chosen.bits))
+    )
+    return Stages(
+        prune=PruneStage(params=chosen.params, criterion=chosen.criterion),
+        repair=RepairStage(samples=1024),
+        distill=DistillStage(epochs=chosen.epochs, lr=chosen.lr),
+        quantize=scheme,
+    )
+
+
+def main() -> None:
+    """Print one row per stage, as a table in Markdown."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--depth", type=int, default=56)
+    parser.add_argument("--params", type=float, default=0.36, help="share that is kept")
+    parser.add_argument("--criterion", default="fisher")
+    parser.add_argument("--epochs", type=int, default=2)
+    parser.add_argument("--lr", type=float, default=0.02)
+    parser.add_argument("--bits", type=int, default=4)
+    parser.add_argument("--images", type=int, help="training images; all if not given")
+    parser.add_argument("--test", type=int, help="test images; all if not given")
+    chosen = parser.parse_args()
+
+    torch.set_num_threads(1)
+    model = cifar.network(chosen.depth)
+    x, y = cifar.images("test", chosen.test)
+    test = list(zip(x.split(250), y.split(250), strict=True))
+    train = Shuffled(*cifar.images("train", chosen.images), 128)
+    with tempfile.TemporaryDirectory() as folder:
+        plain = Path(folder, "plain.safetensors")
+        save_file(model.state_dict(), plain)
+        size = plain.stat().st_size
+        done = rf.compress(
+            model,
+            train=train,
+            val=test,
+            example_inputs=x[:2],
+            stages=stages(chosen),
+            out=Path(folder, "run"),
+            progress=False,
+        )
+        base = rf.evaluate(model, test)
+        print(f"ResNet-{chosen.depth}, {len(y)} test images; plain file {size:,} bytes, {base:.2%}")
+        print("\n| stage | parameters | bytes | times smaller | top-1 | lost |")
+        print("| --- " * 6 + "|")
+        for stage in done.report.stages:
+            lost = 100 * (base - stage.accuracy)
+            print(
+                f"| {stage.name} | {stage.params:,} | {stage.bytes:,} | {size / stage.bytes:.1f} | "
+                f"{stage.accuracy:.2%} | {lost:+.2f} |"
+            )
+
+
+if __name__ == "__main__":
+    main()
