@@ -6,15 +6,17 @@ The teacher is a pretrained ResNet-56 whose soft labels are stored once, with as
 views as epochs that they are cycled over. Students of about 80,000 parameters, a ResNet-8 from
 scratch and a network cut from the teacher, learn on the first images of CIFAR-10 with one optimizer
 and one schedule. Accuracy is that of the last epoch on all test images. Where torchdistill is
-installed, its losses train the same student in the same loop. ``--speed`` tells how long an epoch
-takes with the live teacher and with the store instead.
+installed, its losses train the same student in the same loop. ``--speed`` tells instead how long an
+epoch takes with the live teacher and with the store, what reading the store takes of it, and how
+long writing the store takes beside the teacher's plain inference on the same batches.
 """
 
 import argparse
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +27,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import rarefy as rf
 from rarefy.distillation.losses import AT, CRD, DIST, DKD, KD, SP, FitNet, Loss, Standardized
+from rarefy.training.stored import Joined
 
 OPTIONS: Mapping[str, Any] = {"lr": 0.1, "weight_decay": 5e-4, "progress": False}
 
@@ -160,22 +163,48 @@ def accuracy(teacher: nn.Module, store: str, chosen: Any) -> None:
             print(f"| {name} | {size:,} | {kind} | {mean:.2%} | {each} |", flush=True)
 
 
+def in_turn(*works: Callable[[], object]) -> list[float]:
+    """Median seconds of processor time of each, run in turn."""
+    rounds = []
+    for _ in range(3):
+        row = []
+        for work in works:
+            begin = time.process_time()
+            work()
+            row.append(time.process_time() - begin)
+        rounds.append(row)
+    return [statistics.median(side) for side in zip(*rounds, strict=True)]
+
+
+def inference(teacher: nn.Module, data: Iterable[Any]) -> None:
+    """The teacher on all batches, nothing kept."""
+    with torch.inference_mode():
+        for x, _ in data:
+            teacher(x)
+
+
 def speed(teacher: nn.Module, store: str, chosen: Any) -> None:
-    """Print the seconds of an epoch with the live teacher and with the store, in turn."""
+    """Print what an epoch takes with the live teacher and with the store, and writing the store."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         student = cifar.CifarResNet(3)
     data, options = loader(chosen.images, 0), {**OPTIONS, "epochs": 1}
-    rounds = []
-    for _ in range(3):
-        row = []
-        for source in (teacher, rf.SoftLabels(store)):
-            begin = time.perf_counter()
-            rf.distill(source, student, data, **options)
-            row.append(time.perf_counter() - begin)
-        rounds.append(row)
-    live, stored = (statistics.median(side) for side in zip(*rounds, strict=True))
+    labels = rf.SoftLabels(store)
+    live, stored, joined, plain = in_turn(
+        lambda: rf.distill(teacher, student, data, **options),
+        lambda: rf.distill(labels, student, data, **options),
+        lambda: deque(Joined(labels, data), maxlen=0),
+        lambda: deque(data, maxlen=0),
+    )
     print(f"an epoch of ResNet-20: {live:.1f} s live, {stored:.1f} s stored, {live / stored:.2f}x")
+    print(f"reading the store: {max(joined - plain, 0) / stored:.2%} of an epoch")
+
+    def write() -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            rf.write_soft_labels(teacher, data, folder, views=1)
+
+    alone, written = in_turn(lambda: inference(teacher, data), write)
+    print(f"plain inference: {alone:.1f} s, with writing {written:.1f} s: {alone / written:.1%}")
 
 
 def main() -> None:
