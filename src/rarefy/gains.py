@@ -28,7 +28,7 @@ from rarefy.graph.stubs import plain_graph
 from rarefy.measured import SECONDS, Served
 from rarefy.quantization import quantize as quantization
 from rarefy.quantization.constants import fold_constants
-from rarefy.quantization.placement import FUNCTIONS, LAYERS, layer_name
+from rarefy.quantization.placement import FUSABLE, LAYERS, layer_name
 from rarefy.quantization.quantize import QuantizeOptions
 from rarefy.quantization.splitting import SILU
 from rarefy.quantization.weight_only import half, weight_only
@@ -237,7 +237,7 @@ def _left(network: nn.Module) -> Collection[str]:
     return set(summary.left)
 
 
-FASTER = {"onnxruntime": ("split", frozenset({SILU})), "openvino": ("fused", FUNCTIONS)}
+FASTER = {"onnxruntime": ("split", frozenset({SILU})), "openvino": ("fused", FUSABLE)}
 """Runtime -> how it may compute functions behind convolutions faster, a value of
 ``Int8(functions=)``, and the operators that this concerns."""
 
