@@ -5,6 +5,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from folder import loaders
+from safetensors.torch import save
 from torch import Tensor, nn
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -78,6 +79,11 @@ def images(split: str, count: int | None = None) -> tuple[Tensor, Tensor]:
     x = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255
     x = (x - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
     return x.contiguous(), torch.from_numpy(labels).long()
+
+
+def plain_bytes(model: nn.Module) -> int:
+    """Size of the file that ``safetensors`` writes of a network."""
+    return len(save({name: tensor.contiguous() for name, tensor in model.state_dict().items()}))
 
 
 def kept_whole(model: nn.Module, *, inner: bool) -> list[str]:

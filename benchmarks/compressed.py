@@ -15,7 +15,6 @@ from pathlib import Path
 import cifar
 import torch
 from fine_tuning import Shuffled
-from safetensors.torch import save_file
 
 import rarefy as rf
 from rarefy.recipe.options import DistillStage, PruneStage, QuantizeStage, RepairStage, Stages
@@ -55,10 +54,8 @@ def main() -> None:
     x, y = cifar.images("test", chosen.test)
     test = list(zip(x.split(250), y.split(250), strict=True))
     train = Shuffled(*cifar.images("train", chosen.images), 128)
+    size = cifar.plain_bytes(model)
     with tempfile.TemporaryDirectory() as folder:
-        plain = Path(folder, "plain.safetensors")
-        save_file(model.state_dict(), plain)
-        size = plain.stat().st_size
         done = rf.compress(
             model,
             train=train,

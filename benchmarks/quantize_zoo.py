@@ -29,14 +29,16 @@ from torch import Tensor, nn
 from zoo import (
     Figures,
     Limits,
-    NotReachedError,
+    Record,
     Step,
     Subject,
     Task,
     built,
+    needed,
     outputs,
     parameters,
     read,
+    reloaded,
     run,
 )
 from zoo_networks import networks
@@ -143,20 +145,8 @@ def quantized(subject: Subject, scheme: Any) -> Figures:
 
 def stored(subject: Subject) -> Figures:
     """Save, load on another instance of the class where there is one, compare bit for bit."""
-    import rarefy as rf
-
-    small, fresh = needed(subject), None
-    if isinstance(small, type(subject.model)):
-        torch.manual_seed(1)
-        fresh, _ = subject.build()
-    with tempfile.TemporaryDirectory() as folder:
-        path = rf.save(small, Path(folder) / "small.safetensors")
-        size = path.stat().st_size
-        again = rf.load(path, fresh)
-    pairs = zip(outputs(small, subject.inputs), outputs(again, subject.inputs), strict=True)
-    if any(changed(a, b) for a, b in pairs):
-        raise AssertionError("the loaded network gives other outputs")
-    return {"bytes": size}
+    small = needed(subject.small)
+    return reloaded(subject, small, isinstance(small, type(subject.model)))
 
 
 def exported(subject: Subject) -> Figures:
@@ -164,7 +154,7 @@ def exported(subject: Subject) -> Figures:
     import rarefy as rf
     from rarefy.deployment.runtimes import OnnxSession
 
-    small = needed(subject)
+    small = needed(subject.small)
     with tempfile.TemporaryDirectory() as folder:
         path = rf.export(small, Path(folder) / "small.onnx", subject.inputs)
         session = OnnxSession(path)
@@ -221,13 +211,6 @@ STEPS: Mapping[str, Step] = {
 """Steps of every network, in this order; files are of the result before them."""
 
 
-def needed(subject: Subject) -> nn.Module:
-    """The quantized network, if there is one."""
-    if subject.small is None:
-        raise NotReachedError
-    return subject.small
-
-
 def ratio(exact: Sequence[Tensor], found: Sequence[Tensor]) -> float:
     """SQNR in decibels of all outputs of real numbers, the worst of them; 200 where equal."""
     if len(exact) != len(found):
@@ -252,8 +235,6 @@ def _known(session: Any, subject: Subject) -> Any:
 
 
 # --- the page ----------------------------------------------------------------------------------
-
-Record = dict[str, Any]
 
 
 def faults(record: Record) -> list[str]:

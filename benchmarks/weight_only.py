@@ -15,8 +15,7 @@ import time
 from pathlib import Path
 
 import torch
-from cifar import images, network
-from safetensors.torch import save_file
+from cifar import images, network, plain_bytes
 from torch import Tensor, nn
 
 import rarefy as rf
@@ -61,9 +60,7 @@ def main() -> None:
     calibration = [images("train", given.calibration)[0]]
     x, y = images("test", given.images)
     with tempfile.TemporaryDirectory() as folder:
-        plain, small = Path(folder, "float.safetensors"), Path(folder, "small.safetensors")
-        save_file(model.state_dict(), plain)
-        size = plain.stat().st_size
+        small, size = Path(folder, "small.safetensors"), plain_bytes(model)
         print(
             f"ResNet-{given.depth}, {given.images} test images, {given.calibration} unlabelled "
             "training images"

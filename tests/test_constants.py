@@ -166,5 +166,60 @@ def test_repair_rounds_layers_anew_that_were_products():
     assert "tied" in {**better.repaired.errors, **better.repaired.skipped}
 
 
+class Similar(nn.Module):
+    """Tensors under the names that nodes and tensors of a quantized network are made of."""
+
+    def __init__(self):
+        super().__init__()
+        self.w, self.w_transposed = (nn.Parameter(torch.randn(6, 6)) for _ in range(2))
+        self.w_scale, self.w_quantized = (nn.Parameter(torch.rand(6) + 1) for _ in range(2))
+
+    def forward(self, x):
+        return (F.relu(x @ self.w) @ self.w_transposed) * self.w_scale + self.w_quantized
+
+
+class Nested(nn.Module):
+    """A weight made by a module of that name, whose own tensor is read besides."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Module()
+        self.weight.raw = nn.Parameter(torch.randn(6, 6))
+
+    def forward(self, x):
+        return F.linear(x, self.weight.raw.tanh()), self.weight.raw.sum() + x.sum()
+
+
+class Chain(nn.Module):
+    """A weight behind more operators than Python calls may be nested."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.rand(6, 6) + 0.1)
+
+    def forward(self, x):
+        w = self.weight
+        for _ in range(300):
+            w = w / w.sum(0, keepdim=True)
+            w = w / w.sum(1, keepdim=True)
+        return F.linear(x, w)
+
+
+@pytest.mark.parametrize("make", [Similar, Nested, Chain])
+def test_unusual_weights_are_folded(make):
+    torch.manual_seed(0)
+    net = make().eval()
+    _, result = folded(net, rows)
+    assert any(node.op == "aten.linear.default" for node in result.graph.calls)
+    small = rf.quantize(net, [rows])
+    with torch.no_grad():
+        pairs = zip(tuples(net(rows)), tuples(small(rows)), strict=True)
+    assert all(sqnr(exact, found) > 30 for exact, found in pairs)
+
+
+def tuples(outputs):
+    return outputs if isinstance(outputs, tuple) else (outputs,)
+
+
 def _is_layer(node):
     return node.kind in ("linear", "conv2d")

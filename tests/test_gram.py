@@ -9,7 +9,7 @@ from torch import nn
 from rarefy.graph.capture import capture, graph_model
 from rarefy.pruning.running.lockstep import OPERANDS, TRANSPOSED, Run, operand
 from rarefy.pruning.sparsity import gram
-from rarefy.pruning.sparsity.gram import Gram, add_rows, rows
+from rarefy.pruning.sparsity.gram import Sums, add_rows, rows
 
 CASES = {
     "linear": (nn.Linear(5, 3), (7, 5)),
@@ -73,7 +73,7 @@ def test_sums_tell_the_error_of_the_rows() -> None:
     torch.manual_seed(0)
     x, y = torch.randn(2, 50, 4).double() + 1, torch.randn(2, 50, 3).double() - 2
     w, offset = torch.randn(2, 4, 3).double(), torch.randn(2, 1, 3).double()
-    sums = Gram.empty(2, 4, 3)
+    sums = Sums.empty(2, 4, 3)
     for part in range(0, 50, 20):
         sums.add(x[:, part : part + 20], y[:, part : part + 20])
     expected = (x @ w + offset - y).square().sum() / (y - y.mean(1, keepdim=True)).square().sum()
@@ -102,7 +102,7 @@ def test_sums_of_parts_are_the_sums_of_all_and_nothing_is_lost(name) -> None:
     held = torch.tensor([False, True, False, False, True, False])
     found = []
     for step in (1, 2, examples):
-        sums = Gram.empty(*sizes), Gram.empty(*sizes)
+        sums = Sums.empty(*sizes), Sums.empty(*sizes)
         each = len(given) // examples
         for i in range(0, examples, step):
             pair = given[i * each : (i + step) * each], y[i * each : (i + step) * each]

@@ -18,7 +18,7 @@ from rarefy.pruning.repairing.system import (
     masked,
     solve,
 )
-from rarefy.pruning.sparsity.gram import Gram
+from rarefy.pruning.sparsity.gram import Sums
 
 torch.set_num_threads(1)
 
@@ -27,8 +27,8 @@ def randn(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def gram(x: Tensor, y: Tensor) -> Gram:
-    sums = Gram.empty(len(x), x.shape[2], y.shape[2])
+def gram(x: Tensor, y: Tensor) -> Sums:
+    sums = Sums.empty(len(x), x.shape[2], y.shape[2])
     sums.add(x, y)
     return sums
 

@@ -28,7 +28,7 @@ from rarefy.graph.stubs import plain_graph
 from rarefy.measured import SECONDS, Served
 from rarefy.quantization import quantize as quantization
 from rarefy.quantization.constants import fold_constants
-from rarefy.quantization.placement import FUNCTIONS, LAYERS, layer_name
+from rarefy.quantization.placement import FUSABLE, LAYERS, layer_name
 from rarefy.quantization.quantize import QuantizeOptions
 from rarefy.quantization.splitting import SILU
 from rarefy.quantization.weight_only import half, weight_only
@@ -88,8 +88,9 @@ def quantize(
     With ``evaluate``, the few and cheap layers whose quantization costs too much stay in float.
     With ``runtime``, the result and the float network are timed in it on the first batch, and kinds
     of layers (linear, depthwise, pointwise and larger convolutions) that int8 does not speed up
-    stay in float; the attribute ``served`` then is a :class:`~rarefy.measured.Served` record, and a
-    result that is not faster than the float network is warned of.
+    stay in float, and functions behind convolutions are computed in the faster way (see
+    ``Int8(functions=)``); the attribute ``served`` then is a :class:`~rarefy.measured.Served`
+    record, and a result that is not faster than the float network is warned of.
 
     Args:
         model: any module that can be captured, in float; left as it is.
@@ -237,7 +238,7 @@ def _left(network: nn.Module) -> Collection[str]:
     return set(summary.left)
 
 
-FASTER = {"onnxruntime": ("split", frozenset({SILU})), "openvino": ("fused", FUNCTIONS)}
+FASTER = {"onnxruntime": ("split", frozenset({SILU})), "openvino": ("fused", FUSABLE)}
 """Runtime -> how it may compute functions behind convolutions faster, a value of
 ``Int8(functions=)``, and the operators that this concerns."""
 
@@ -259,7 +260,8 @@ def _fastest(
     kinds = _kinds(graph, result.quantization.layers)  # type: ignore[union-attr,arg-type]
     trials: list[tuple[str, list[str], str]] = [(kind, kinds[kind], "") for kind in kinds]
     way, concerned = FASTER[runtime]
-    if scheme.functions == "apart" and any(node.op in concerned for node in graph.calls):
+    undecided = (scheme.activations, scheme.functions) == ("static", "apart")
+    if undecided and any(node.op in concerned for node in graph.calls):
         trials.insert(0, ("function", [], way))
     for kind, layers, functions in trials:
         if {*reasons, *layers} >= set().union(*kinds.values()):

@@ -33,12 +33,13 @@ class Int8:
         smooth: strength of SmoothQuant between a norm or a linear layer and the linear layers that
             read it (behind a relu, or through attention), in [0, 1]; None for none.
         equalize: whether weights of consecutive layers are equalized over channels.
-        correct_bias: whether the mean error of every layer is taken into its bias.
-        functions: how a SiLU, GELU, hardswish and the like behind a convolution are computed:
-            ``"apart"`` in float between two roundings, as every runtime can; ``"split"``: SiLU in
-            integers as a sigmoid and a product, which onnxruntime does faster; ``"fused"`` in float
-            as a part of the convolution, whose output is not rounded, which OpenVINO does faster
-            and onnxruntime much slower.
+        correct_bias: whether the mean error of every layer is taken into its bias, with static
+            ranges.
+        functions: how a SiLU, GELU, hardswish and the like behind a convolution are computed, with
+            static ranges: ``"apart"`` in float between two roundings, as every runtime can;
+            ``"split"``: SiLU in integers as a sigmoid and a product, which onnxruntime does faster;
+            ``"fused"`` in float as a part of the convolution, whose output is not rounded, which
+            OpenVINO does faster and onnxruntime much slower.
         rounding: of the weights: ``"nearest"``; ``"gptq"``, column by column, the columns to come
             making up for it; or ``"learned"``, each weight up or down as gradient descent decides
             (AdaRound). The latter two work layer by layer on the calibration data, with the

@@ -13,7 +13,7 @@ from rarefy.batches import evaluating, map_tensors
 from rarefy.deployment.onnx_file import OnnxFile
 from rarefy.deployment.program_file import ProgramFile
 from rarefy.deployment.proof import Run, prove
-from rarefy.deployment.tracing import WAYS, Traced, doubled, fake_quantize_shapes, quiet
+from rarefy.deployment.tracing import WAYS, Traced, at_least_two, fake_quantize_shapes, quiet
 from rarefy.errors import ExportError, InputError, OutputError
 from rarefy.files import replacing
 from rarefy.graph.stubs import plain_graph, stubs
@@ -94,7 +94,7 @@ def export(
         raise OutputError(
             f"export({str(path)!r})", "no file can be written there", "Check the path"
         )
-    inputs = map_tensors(torch.Tensor.contiguous, doubled(example_inputs))
+    inputs = map_tensors(torch.Tensor.contiguous, at_least_two(example_inputs))
     with evaluating(model), quiet(), fake_quantize_shapes():
         source = plain_graph(model, inputs) if stubs(model) else model
         traced, made = _made(target, model, source, inputs)

@@ -33,9 +33,9 @@ class Tolerance:
 
 
 FLOAT_TOLERANCE = Tolerance(5e-4, 5e-4)
-"""Of a float network in single precision; in half precision :data:`ROUNDINGS` are the limit."""
+"""Of a float network in single precision; in half precision :data:`HALF_STEPS` are the limit."""
 
-ROUNDINGS = 8
+HALF_STEPS = 8
 """Steps of a half-precision number at 1, by which sums in another order may differ."""
 
 QUANTIZED_TOLERANCE = Tolerance(0.5, 0.1)
@@ -111,7 +111,7 @@ def _shortened(inputs: Inputs, free: tuple[bool, ...]) -> Inputs:
 def _tolerance(model: nn.Module) -> Tolerance:
     if not is_quantized(model):
         dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()}
-        steps = max((ROUNDINGS * torch.finfo(dtype).eps for dtype in dtypes), default=0.0)
+        steps = max((HALF_STEPS * torch.finfo(dtype).eps for dtype in dtypes), default=0.0)
         return Tolerance(*(max(limit, steps) for limit in astuple(FLOAT_TOLERANCE)))
     summary = getattr(model, "quantization", None)
     ratios = summary.layers.values() if isinstance(summary, QuantizationSummary) else ()

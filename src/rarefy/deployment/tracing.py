@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.utils import _pytree as pytree
 
-from rarefy.batches import arguments, map_tensors, tensors
+from rarefy.batches import arguments, doubled, is_single, tensors
 from rarefy.deployment.refusals import untraceable
 from rarefy.graph.program import GraphModel
 from rarefy.types import Inputs
@@ -36,11 +36,10 @@ class Traced:
     names: tuple[str, ...]
 
 
-def doubled(inputs: Inputs) -> Inputs:
-    """Inputs of at least two examples, since a dimension of 1 would be taken for a constant."""
-    if {t.shape[0] for t in tensors(inputs) if t.ndim} != {1}:
-        return inputs
-    return map_tensors(lambda t: torch.cat([t, t]) if t.ndim else t, inputs)  # type: ignore[no-any-return]
+def at_least_two(inputs: Inputs) -> Inputs:
+    """Inputs of two examples or more, since a dimension of 1 would be taken for a constant."""
+    alone = all(is_single(t) for t in tensors(inputs) if t.ndim)
+    return doubled(inputs) if alone else inputs
 
 
 WAYS = (True, False)

@@ -107,6 +107,11 @@ class Node:
         return tuple(ref.name for ref in refs((self.args, dict(self.options))))
 
 
+def derived(name: str, suffix: str) -> str:
+    """The name of a node that is made for another; captured names are identifiers, without dots."""
+    return f"{name}.{suffix}"
+
+
 def refs(arg: Any) -> Iterator[Ref]:
     """All references in nested arguments."""
     if isinstance(arg, Ref):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from functools import partial
+from itertools import accumulate, chain, count
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from rarefy.graph.program import (
     Node,
     Ref,
     Spec,
+    derived,
     is_random,
     resolve,
     substitute,
@@ -148,19 +149,27 @@ class _Folding:
         path = self._path(sources, reader, "bias" if value.ndim == 1 else "weight")
         trained = any(tensor.requires_grad for tensor in held)
         self.made[path] = nn.Parameter(value.detach().clone().contiguous(), requires_grad=trained)
-        suffix = "transposed" if transposed else "folded"
-        return Node(f"{arg.name}_{suffix}", "tensor", (path,), value=spec, scope=reader.scope)
+        name = derived(arg.name, "transposed" if transposed else "folded")
+        return Node(name, "tensor", (path,), value=spec, scope=reader.scope)
 
     def _value(self, name: str) -> Any:
-        if name not in self.values:
-            node = self.net.graph.by_name[name]
-            if node.op == "tensor":
-                self.values[name] = self.net.tensor(node.path).detach()
-            else:
-                lookup = partial(_of, self._value)
-                args, kwargs = substitute(node.args, lookup), substitute(node.options, lookup)
-                self.values[name] = resolve(node.op)(*args, **kwargs)
+        """What a constant node returns; a loop, since chains of them may be long."""
+        waiting = [name]
+        while waiting:
+            node = self.net.graph.by_name[waiting[-1]]
+            missing = [other for other in node.inputs if other not in self.values]
+            if missing:
+                waiting += missing
+            elif waiting.pop() not in self.values:
+                self.values[node.name] = self._computed(node)
         return self.values[name]
+
+    def _computed(self, node: Node) -> Any:
+        """What a node returns whose inputs' values are known."""
+        if node.op == "tensor":
+            return self.net.tensor(node.path).detach()
+        args, kwargs = substitute((node.args, node.options), lambda ref: self.values[ref.name])
+        return resolve(node.op)(*args, **kwargs)
 
     def _path(self, sources: list[Node], reader: Node, leaf: str) -> str:
         """That of the one tensor that it is made of, if nobody else reads it, or a free one."""
@@ -171,13 +180,10 @@ class _Folding:
             if readers == 1 and source not in self.made:
                 return source
         prefix = f"{reader.scope}." if reader.scope else ""
-        taken = graph.tensor_paths | self.made.keys()
-        free = (f"{prefix}{leaf}", f"{prefix}{reader.name}_{leaf}")
-        return next(path for path in free if path not in taken)
-
-
-def _of(values: Any, ref: Ref) -> Any:
-    return values(ref.name)
+        held = graph.tensor_paths | self.made.keys()
+        taken = {part for path in held for part in accumulate(path.split("."), "{}.{}".format)}
+        names = chain((leaf,), (f"{reader.name}_{leaf}{'_' * number}" for number in count()))
+        return next(path for name in names if (path := f"{prefix}{name}") not in taken)
 
 
 def _layer(graph: Graph, node: Node) -> tuple[Any, list[Any], bool] | None:

@@ -15,9 +15,9 @@ from dataclasses import replace
 
 import torch
 
-from rarefy.graph.program import Graph, Node, Ref, Spec
+from rarefy.graph.program import Graph, Node, Ref, Spec, derived
 from rarefy.quantization.affine import SMALLEST_RANGE
-from rarefy.quantization.insertion import Quantizers
+from rarefy.quantization.insertion import QUANTIZED, Quantizers
 from rarefy.quantization.placement import CONVOLUTIONS, Placement, layer_name, not_empty, place
 
 LEVELS = 255
@@ -95,10 +95,10 @@ def _quantizer(node: Node) -> Iterator[Node]:
     scalar = Spec((), torch.float32)
 
     def made(suffix: str, op: str, *args: object) -> Node:
-        return Node(f"{node.name}_{suffix}", op, args, value=scalar, scope=node.scope)
+        return Node(derived(node.name, suffix), op, args, value=scalar, scope=node.scope)
 
     def ref(suffix: str) -> Ref:
-        return Ref(f"{node.name}_{suffix}")
+        return Ref(derived(node.name, suffix))
 
     alone = made("detached", "aten.detach.default", Ref(node.name))
     yield replace(alone, value=node.value)
@@ -115,4 +115,5 @@ def _quantizer(node: Node) -> Iterator[Node]:
     zero = made("point", "aten.to.dtype", ref("zero"), torch.int32)
     yield replace(zero, value=Spec((), torch.int32))
     args = (Ref(node.name), ref("step"), ref("point"), 0, LEVELS)
-    yield Node(f"{node.name}_fq", QUANTIZER, args, value=node.value, scope=node.scope)
+    name = derived(node.name, QUANTIZED)
+    yield Node(name, QUANTIZER, args, value=node.value, scope=node.scope)

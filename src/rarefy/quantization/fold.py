@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rarefy.graph.program import Graph, GraphModel, Node, Ref, substitute
+from rarefy.graph.program import Graph, GraphModel, Node, Ref, derived, substitute
 from rarefy.graph.rules.normalization import STATISTICS
 
 FOLDABLE = frozenset(
@@ -210,7 +210,7 @@ def _without(graph: Graph, norms: Mapping[str, Pair]) -> Graph:
         if node.name in layers:
             pair = layers[node.name]
             if pair.bias not in biases:
-                biases[pair.bias] = f"{node.name}_bias"
+                biases[pair.bias] = derived(node.name, "bias")
                 nodes.append(Node(biases[pair.bias], "tensor", (pair.bias,), scope=node.scope))
             node = replace(node, args=(*node.args[:2], Ref(biases[pair.bias]), *node.args[3:]))
         nodes.append(node)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from rarefy.errors import InputError
-from rarefy.graph.program import Graph, GraphModel, Node, Ref, substitute
+from rarefy.graph.program import Graph, GraphModel, Node, Ref, derived, substitute
 from rarefy.quantization.affine import (
     Affine,
     along,
@@ -28,6 +28,9 @@ BIAS_LIMIT = 2**30
 
 Quantizers = Mapping[str, Sequence[Node]]
 """Name of a node -> the calls that quantize its value; the last gives the quantized value."""
+
+QUANTIZED = "quantized"
+"""Suffix of the names of these last calls."""
 
 
 def is_quantized(model: nn.Module) -> bool:
@@ -99,15 +102,16 @@ def _leaf(path: str) -> str:
 
 def _activation_quantizer(node: Node, grid: Affine) -> Node:
     args = (Ref(node.name), grid.scale, grid.zero_point, grid.qmin, grid.qmax)
-    return Node(f"{node.name}_fq", PER_TENSOR, args, value=node.value, scope=node.scope)
+    return Node(derived(node.name, QUANTIZED), PER_TENSOR, args, value=node.value, scope=node.scope)
 
 
 def _weight_quantizer(weight: Node, paths: list[str]) -> Iterator[Node]:
-    sources = [f"{weight.name}_{suffix}" for suffix in _SUFFIXES]
+    sources = [derived(weight.name, suffix) for suffix in _SUFFIXES]
     for name, path in zip(sources, paths, strict=True):
         yield Node(name, "tensor", (path,), scope=weight.scope)
     args = (Ref(weight.name), *(Ref(name) for name in sources), 0, -128, 127)
-    yield Node(f"{weight.name}_fq", PER_CHANNEL, args, value=weight.value, scope=weight.scope)
+    name = derived(weight.name, QUANTIZED)
+    yield Node(name, PER_CHANNEL, args, value=weight.value, scope=weight.scope)
 
 
 def _rewired(

@@ -36,7 +36,7 @@ UNARY = frozenset(
 """Operators with an integer kernel whose output has a scale of its own; also a mean over all
 positions, see :func:`averages`."""
 
-FUNCTIONS = frozenset(
+FUSABLE = frozenset(
     f"aten.{name}.default"
     for name in ("silu", "hardswish", "gelu", "mish", "elu", "hardsigmoid", "softplus", "tanh")
 )
@@ -104,7 +104,7 @@ def place(
         graph: with BatchNorms folded.
         barred: nodes that cannot carry one -> reason, e.g. since they are always 0.
         kept: layer that stays in float by choice -> reason.
-        fused: whether the output of a convolution goes to a function of :data:`FUNCTIONS` as it is.
+        fused: whether the output of a convolution goes to a function of :data:`FUSABLE` as it is.
 
     Returns:
         The placement; every layer is among its ``layers`` or its ``left``.
@@ -215,7 +215,7 @@ def _before_functions(graph: Graph) -> frozenset[str]:
     found = set()
     for node in graph.calls:
         users = graph.users[node.name]
-        if node.op in CONVOLUTIONS and len(users) == 1 and users[0].op in FUNCTIONS:
+        if node.op in CONVOLUTIONS and len(users) == 1 and users[0].op in FUSABLE:
             found.add(node.name)
     return frozenset(found)
 

@@ -25,7 +25,7 @@ from rarefy.quantization.mixed import Allowance, Evaluate, checked_costs, search
 from rarefy.quantization.placement import LAYERS, Placement, place
 from rarefy.quantization.scaling import equalize, rescaled, smooth
 from rarefy.quantization.splitting import split_silu
-from rarefy.quantization.summary import COMPARED, QuantizationSummary, noise, outputs, ratios
+from rarefy.quantization.summary import COMPARED, QuantizationSummary, noise, outputs, sqnr_by_layer
 from rarefy.schemes import Int8
 from rarefy.types import Data, Inputs
 
@@ -120,7 +120,7 @@ def quantize(
         job = replace(job, skipped={**skipped, **found.left})
         summary = replace(summary, drop=found.drop, evaluations=found.evaluations)
     placement, quantized = job.placement({}), job.network({})
-    layers = ratios(net, quantized, placement, take(first, COMPARED))
+    layers = sqnr_by_layer(net, quantized, placement, take(first, COMPARED))
     solved = getattr(getattr(quantized, "repaired", None), "errors", {})
     quantized.quantization = replace(  # type: ignore[assignment]
         summary, layers=layers, left=placement.left, rounding=solved

@@ -31,10 +31,10 @@ def readers(graph: Graph, paths: Collection[str]) -> Iterator[tuple[Node, str]]:
             yield from ((node, path) for path in dict.fromkeys(own))
 
 
-def ratios(
+def sqnr_of_readers(
     pair: tuple[GraphModel, GraphModel], layers: Mapping[str, str], inputs: Inputs
 ) -> dict[str, float]:
-    """SQNR in dB of every layer's output, the worst of its calls.
+    """SQNR in dB of what reads a weight, by layer, the worst of its calls.
 
     Args:
         pair: the float network and the quantized one, with one graph.

@@ -35,7 +35,6 @@ SWEEPS = 30
 SETTLED = 1e-3
 """Largest change of a channel's scale, as a share, at which equalization is done."""
 
-
 Dims = tuple[int, ...]
 """Dimensions that the channels are divided over, in their order."""
 

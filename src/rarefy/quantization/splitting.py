@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
-from rarefy.graph.program import GraphModel, Node, Ref
+from rarefy.graph.program import GraphModel, Node, Ref, derived
 from rarefy.quantization.fold import named
 
 SILU = "aten.silu.default"
@@ -33,6 +33,6 @@ def _parts(node: Node) -> Iterator[Node]:
     if node.op != SILU:
         yield node
         return
-    gate = f"{node.name}_gate"
+    gate = derived(node.name, "gate")
     yield replace(node, name=gate, op="aten.sigmoid.default")
     yield replace(node, op="aten.mul.Tensor", args=(node.args[0], Ref(gate)))

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from rarefy.batches import call, evaluating, tensors
-from rarefy.graph.program import GraphModel, Node
+from rarefy.graph.program import GraphModel, Node, derived
 from rarefy.quantization.affine import sqnr
 from rarefy.quantization.calibration import Watched
-from rarefy.quantization.insertion import PER_TENSOR
+from rarefy.quantization.insertion import PER_TENSOR, QUANTIZED
 from rarefy.quantization.placement import Placement, carrier
 from rarefy.types import Inputs
 
@@ -43,10 +43,10 @@ class QuantizationSummary:
     rounding: Mapping[str, tuple[float, float]] = field(default_factory=dict)
 
 
-def ratios(
+def sqnr_by_layer(
     net: GraphModel, quantized: GraphModel, placement: Placement, inputs: Inputs
 ) -> dict[str, float]:
-    """SQNR of every layer's output, the worst call of a layer that is called several times.
+    """SQNR in dB of every layer's output, the worst call of a layer that is called several times.
 
     Args:
         net: the float network.
@@ -65,17 +65,18 @@ def ratios(
         exact[node.name] = tensors(value)[0]
 
     def compare(node: Node, value: Any) -> None:
-        name = node.name.removesuffix("_fq")
+        name = shown[node.name]
         reference, layer = exact.pop(name), carriers[name]
         if node.op == PER_TENSOR and node.argument("zero_point") == 0:
             reference = reference.clamp_min(0)  # it does the work of a relu further on
         found[layer] = min(sqnr(reference, tensors(value)[0]), found.get(layer, float("inf")))
 
+    last = {name: derived(name, QUANTIZED) for name in carriers}
     present = quantized.graph.by_name.keys()
-    shown = frozenset(f"{n}_fq" if f"{n}_fq" in present else n for n in carriers)
+    shown = {q if q in present else name: name for name, q in last.items()}
     with evaluating(net, quantized):
         call(Watched(net, frozenset(carriers), remember), inputs)
-        call(Watched(quantized, shown, compare), inputs)
+        call(Watched(quantized, frozenset(shown), compare), inputs)
     return {layer: found[layer] for layer in dict.fromkeys(placement.layers.values())}
 
 

@@ -23,7 +23,7 @@ from rarefy.quantization.affine import sqnr
 from rarefy.quantization.calibration import WHERE
 from rarefy.quantization.insertion import check_unquantized
 from rarefy.quantization.palette import palette
-from rarefy.quantization.readers import mean_squares, ratios
+from rarefy.quantization.readers import mean_squares, sqnr_of_readers
 from rarefy.quantization.rounding import grid_for
 from rarefy.quantization.summary import COMPARED, QuantizationSummary
 from rarefy.quantization.weights import Weight, find
@@ -103,7 +103,7 @@ def weight_only(model: nn.Module, calibration: Data | None, scheme: WeightOnly) 
         _settle(result)
     if first is not None and shown is not None:
         layers = {weight.path: weight.layer for weight in weights}
-        noise = ratios((first, _graph(model, result, shown)), layers, shown)
+        noise = sqnr_of_readers((first, _graph(model, result, shown)), layers, shown)
     else:
         noise = _weight_noise(model, weights)
     result.quantization = QuantizationSummary(noise, left, rounding=solved)  # type: ignore[assignment]
@@ -111,6 +111,7 @@ def weight_only(model: nn.Module, calibration: Data | None, scheme: WeightOnly) 
 
 
 def _check(model: nn.Module) -> None:
+    """Pass where a network is in float and not quantized yet."""
     check_unquantized(model)
     check_float(model, "quantize(model)")
 

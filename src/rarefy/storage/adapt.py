@@ -172,7 +172,7 @@ def _changes(model: nn.Module, settings: Settings) -> list[tuple[nn.Module, str,
         if path not in modules:
             raise FormatError(
                 f"module {path[:80]!r}",
-                f"the model has no such module{_nearest(path, modules)}",
+                f"the model has no such module{nearest(path, modules)}",
                 "Create the model as it was created before it was saved",
             )
         for name, value in values.items():
@@ -240,7 +240,7 @@ def put_stubs(model: nn.Module, given: Mapping[str, StubRecord]) -> None:
         if not path or path not in modules or any(p in given for p in parents):
             raise FormatError(
                 f"module {path[:80]!r}",
-                f"the model has no such module to be left out{_nearest(path, modules)}",
+                f"the model has no such module to be left out{nearest(path, modules)}",
                 "Create the model as it was created before it was saved",
             )
     for path, record in given.items():
@@ -284,9 +284,9 @@ def check_paths(model: nn.Module, paths: set[str], class_name: str) -> None:
         return
     parts = []
     if extra:
-        parts.append(f"the model has no {extra[0]!r}{_nearest(extra[0], own)}{_more(extra)}")
+        parts.append(f"the model has no {extra[0]!r}{nearest(extra[0], own)}{_more(extra)}")
     if missing:
-        parts.append(f"the file has no {missing[0]!r}{_nearest(missing[0], paths)}{_more(missing)}")
+        parts.append(f"the file has no {missing[0]!r}{nearest(missing[0], paths)}{_more(missing)}")
     raise FormatError(
         f"load(model={type(model).__name__})",
         f"{'; '.join(parts)}; the file was saved from class {class_name}",
@@ -294,7 +294,8 @@ def check_paths(model: nn.Module, paths: set[str], class_name: str) -> None:
     )
 
 
-def _nearest(path: str, known: Iterable[str]) -> str:
+def nearest(path: str, known: Iterable[str]) -> str:
+    """The end of a message on a path that is not there: the one like it, or nothing."""
     near = difflib.get_close_matches(path[:200], list(known)[:10_000], 1)
     return f" (the nearest is {near[0]!r})" if near else ""
 

@@ -165,7 +165,7 @@ def load_tensor(path: str | Path, name: str) -> Tensor:
             known = [*contents.records, *contents.index.aliases]
             raise FormatError(
                 f"load_tensor({str(path)!r})",
-                f"it has no tensor {name!r}{adapt._nearest(name, known)}",
+                f"it has no tensor {name!r}{adapt.nearest(name, known)}",
                 "Print inspect(path) for a list",
             )
         return contents.tensor(source).detach()

@@ -67,6 +67,13 @@ def _is_channels_last(tensor: Tensor) -> bool:
 def entries(
     packed: list[Part], index: Index, table: bytes
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The entries of a file by name, and its metadata.
+
+    Args:
+        packed: the tensors.
+        index: what says where they are.
+        table: the index as bytes.
+    """
     found: dict[str, Tensor] = {}
     small: list[bytes] = []
     for part in packed:

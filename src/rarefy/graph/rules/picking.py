@@ -21,7 +21,6 @@ from rarefy.graph.program import Node, Ref, Spec, resolve, shares_memory, substi
 
 LOOKED_UP = "is looked up by index"
 
-
 LARGEST = 1 << 20
 """Positions that are computed at capture, at most."""
 
@@ -128,9 +127,9 @@ def pick(flow: Flow, node: Node, dim: int, entries: Atoms | None) -> Labels:
 
 
 def cut(labels: Labels, dim: int, part: slice) -> Labels:
-    label = labels[dim]
-    cut = None if label is None else label[part]
-    return (*labels[:dim], cut, *labels[dim + 1 :])
+    """Labels with a part of those of one dimension."""
+    atoms = labels[dim]
+    return (*labels[:dim], None if atoms is None else atoms[part], *labels[dim + 1 :])
 
 
 def picked(choose: Picks) -> Rule:
@@ -240,7 +239,6 @@ def _flipped(node: Node) -> list[int]:
 
 strided: Rule = picked(_range)
 """The rule of a slice whose step is not 1."""
-
 
 edit_strided: Edit = edit_picked(_range)
 """Its edit."""

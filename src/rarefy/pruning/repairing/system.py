@@ -15,7 +15,7 @@ from torch import Tensor
 
 from rarefy.pruning.repairing.grids import Grid
 from rarefy.pruning.repairing.rounding import on_grid
-from rarefy.pruning.sparsity.gram import Gram
+from rarefy.pruning.sparsity.gram import Sums
 from rarefy.pruning.sparsity.sparsegpt import moved, solved
 
 RIDGE = 1e-3
@@ -86,7 +86,7 @@ class Solved:
         return self.errors[1] < self.errors[0]
 
 
-def solve(fit: Gram, check: Gram, weights: Weights) -> Solved:
+def solve(fit: Sums, check: Sums, weights: Weights) -> Solved:
     """The best of the weights that least squares give, and of the present ones.
 
     The present ones are tried with their bias corrected, too. Weights with a grid change only where
@@ -117,7 +117,7 @@ def solve(fit: Gram, check: Gram, weights: Weights) -> Solved:
     return best
 
 
-def least_squares(sums: Gram, hessian: Tensor, weights: Weights) -> Tensor:
+def least_squares(sums: Sums, hessian: Tensor, weights: Weights) -> Tensor:
     """The solved weights, zero where they are gone, on their grid if they have one."""
     optimum = moved(weights.values, sums.xx, sums.xy, hessian)
     gone = weights.gone
@@ -185,7 +185,7 @@ def conjugate_gradients(optimum: Tensor, hessian: Tensor, gone: Tensor, start: T
     return w
 
 
-def error(check: Gram, values: Tensor, bias: Tensor) -> float:
+def error(check: Sums, values: Tensor, bias: Tensor) -> float:
     """``||x w + b - y||^2`` over ``||y||^2``, of the sums as given; infinite where not finite."""
     w = values.transpose(1, 2)
     total = check.yy + ((check.xx @ w) * w - 2 * check.xy * w).sum(1, keepdim=True)

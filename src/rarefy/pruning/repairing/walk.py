@@ -33,7 +33,7 @@ from rarefy.pruning.running.lockstep import (
     unsolvable,
     weight_of,
 )
-from rarefy.pruning.sparsity.gram import Gram, add_rows
+from rarefy.pruning.sparsity.gram import Sums, add_rows
 from rarefy.pruning.sums import owed
 from rarefy.types import Inputs
 
@@ -202,7 +202,7 @@ class _Layer:
             return
         groups, outputs, unknowns = weights.values.shape
         device = weights.values.device
-        fit, check = (Gram.empty(groups, unknowns, outputs, device) for _ in range(2))
+        fit, check = (Sums.empty(groups, unknowns, outputs, device) for _ in range(2))
         means = Moments(self._dim)
         changed = self._sum_up(runs, (fit, check), means)
         if not changed:
@@ -229,7 +229,7 @@ class _Layer:
         if weights.mean is Mean.NORM:
             self.walk.solved(self.pair, means.mean)
 
-    def _sum_up(self, runs: Runs, sums: tuple[Gram, Gram], means: Moments) -> bool:
+    def _sum_up(self, runs: Runs, sums: tuple[Sums, Sums], means: Moments) -> bool:
         """Add all rows to the sums, and tell whether there is anything to heal."""
         survivors = self.walk.survivors(self.weight.path, int(self._transposed))
         graphs = self.walk.first.graph, self.walk.second.graph

@@ -1,10 +1,9 @@
 """How important a unit or a weight is: formulas, each with its paper.
 
-A criterion receives a :class:`~rarefy.graph.groups.Group` and the
-:class:`~Evidence` on the network, and returns one score per unit; the
-smallest go first. Its attribute ``needs``, where it has one, names the evidence that it needs
-gathered on data. Scores should be comparable between groups, since a global budget ranks them
-together.
+A criterion receives a :class:`~rarefy.graph.groups.Group` and the :class:`Evidence` on the network,
+and returns one score per unit; the smallest go first. Its attribute ``needs``, where it has one,
+names the evidence that it needs gathered on data. Scores should be comparable between groups, since
+a global budget ranks them together.
 
 Element criteria score every single weight of a parameter; :class:`Coupled` makes a criterion for
 units of any of them.

@@ -18,7 +18,7 @@ from rarefy.graph.program import GraphModel, Node, Ref
 from rarefy.pruning.running.examples import live
 from rarefy.pruning.running.lockstep import OPERANDS, Run, operand, unsolvable
 from rarefy.pruning.sparsity.elements import SparseGPT
-from rarefy.pruning.sparsity.gram import Gram, add_rows
+from rarefy.pruning.sparsity.gram import Sums, add_rows
 from rarefy.pruning.sparsity.patterns import NM, Pattern, as_matrix, as_weight
 from rarefy.pruning.sparsity.sparsegpt import Selection, moved, reconstructed, ridged
 from rarefy.pruning.sparsity.weights import Layer, zero
@@ -150,14 +150,14 @@ class Calibration:
 
     def _grams(
         self, node: Node, layer: Layer, pairs: Sequence[tuple[Tensor, Tensor, Tensor]]
-    ) -> tuple[Gram, Gram]:
+    ) -> tuple[Sums, Sums]:
         """Sums over the rows to solve on, and over those that are held out."""
         weight = layer.weight
         convolution = node.kind.startswith("conv")
         groups = node.argument("groups") if convolution else 1
         outputs = weight.shape[1 - layer.input_dim] // groups
         unknowns = weight.numel() // weight.shape[1 - layer.input_dim]
-        fit, check = (Gram.empty(groups, unknowns, outputs, weight.device) for _ in range(2))
+        fit, check = (Sums.empty(groups, unknowns, outputs, weight.device) for _ in range(2))
         every = sum(y.numel() for _, y, _ in pairs) // (groups * outputs)
         share = min(1.0, max(ROWS * unknowns, 4096) / max(every, 1))
         generator = torch.Generator().manual_seed(0)
@@ -165,7 +165,7 @@ class Calibration:
             add_rows((fit, check), node, (x, y), weight, seen, share, generator)
         return _ordered(fit, layer, self.pattern), _ordered(check, layer, self.pattern)
 
-    def _reconstruct(self, node: Node, layer: Layer, fit: Gram, check: Gram) -> None:
+    def _reconstruct(self, node: Node, layer: Layer, fit: Sums, check: Sums) -> None:
         """SparseGPT, taken where it is better than plain magnitude on the held-out rows."""
         if not fit.count or not check.count:
             self._fall_back(layer, "too few examples to solve it on some and check it on others")
@@ -248,12 +248,12 @@ def _weight_name(node: Node) -> str:
     return str(weight.name) if isinstance(weight, Ref) else node.name
 
 
-def _ordered(gram: Gram, layer: Layer, pattern: Pattern) -> Gram:
+def _ordered(gram: Sums, layer: Layer, pattern: Pattern) -> Sums:
     """Columns in the order of the pattern's matrix."""
     if not isinstance(pattern, NM) or layer.weight.ndim == 2:
         return gram
     order = torch.arange(gram.xx.shape[1]).view(layer.inputs, -1).T.flatten()
-    return Gram(
+    return Sums(
         gram.count,
         gram.xx[:, order][:, :, order],
         gram.xy[:, order],

@@ -62,7 +62,7 @@ def _exact(tensor: Tensor) -> Tensor:
 
 
 def add_rows(
-    sums: tuple[Gram, Gram],
+    sums: tuple[Sums, Sums],
     node: Node,
     pair: tuple[Tensor, Tensor],
     weight: Tensor,
@@ -96,7 +96,7 @@ def add_rows(
 
 
 @dataclass
-class Gram:
+class Sums:
     """Sums over rows of ``x`` and ``y``, for each group of channels.
 
     Attributes:
@@ -118,7 +118,7 @@ class Gram:
     @classmethod
     def empty(
         cls, groups: int, unknowns: int, outputs: int, device: torch.device | None = None
-    ) -> Gram:
+    ) -> Sums:
         """No rows yet."""
         shapes = ((unknowns, unknowns), (unknowns, outputs), (1, outputs), (1, unknowns))
         sums = [
@@ -136,10 +136,10 @@ class Gram:
         self.x += x.sum(1, keepdim=True)
         self.y += y.sum(1, keepdim=True)
 
-    def centered(self) -> Gram:
+    def centered(self) -> Sums:
         """The same with the means of ``x`` and ``y`` taken off every row."""
         n = max(self.count, 1)
-        return Gram(
+        return Sums(
             self.count,
             self.xx - self.x.transpose(1, 2) @ self.x / n,
             self.xy - self.x.transpose(1, 2) @ self.y / n,

@@ -17,13 +17,13 @@ from rarefy.types import Inputs
 EXAMPLES = 2
 """How many of the example inputs are run, where the network takes so few."""
 
-
 PERIOD = 65_521
 """Numbers drawn for a parameter. A prime, so that no two of its rows or columns are disturbed alike
 unless as many of them lie between."""
 
 
 def nudged(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Real numbers changed in their last digit."""
     if not tensor.is_floating_point():
         return tensor
     return tensor * (1 + torch.finfo(dtype).eps * torch.randn(tensor.shape).to(tensor))
@@ -81,6 +81,7 @@ class Calibration(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def cast(inputs: Inputs, dtype: torch.dtype) -> Inputs:
+    """The inputs with their real numbers in this precision."""
     found: Inputs = map_tensors(lambda t: t.to(dtype) if t.is_floating_point() else t, inputs)
     return found
 

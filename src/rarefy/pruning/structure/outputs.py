@@ -14,10 +14,12 @@ from rarefy.types import Inputs
 
 
 def holds_nan(outputs: list[Tensor]) -> bool:
+    """Whether any value is no number."""
     return any(bool(torch.isnan(tensor).any()) for tensor in outputs)
 
 
 def magnitude(outputs: list[Tensor]) -> float:
+    """The largest absolute value that is finite; 0 where there is none."""
     return max((float(finite(t).abs().max()) for t in outputs if t.numel()), default=0.0)
 
 
@@ -32,6 +34,7 @@ def without_one_more(moved: list[Tensor], like: list[Tensor]) -> list[Tensor]:
 
 
 def outputs_of(model: nn.Module, inputs: Inputs) -> list[Tensor]:
+    """All tensors that a network returns in eval mode; its inputs are not written to."""
     with evaluating(model):
         outputs = call(model, map_tensors(torch.clone, inputs))
     leaves: list[Any] = pytree.tree_leaves(outputs)
@@ -54,8 +57,10 @@ def largest_difference(first: list[Tensor], second: list[Tensor]) -> float:
 
 
 def real(tensor: Tensor) -> Tensor:
+    """In double precision, complex numbers as pairs."""
     return (torch.view_as_real(tensor) if tensor.is_complex() else tensor).double()
 
 
 def finite(tensor: Tensor) -> Tensor:
+    """As :func:`real`, with zeros for what is not finite."""
     return torch.nan_to_num(real(tensor), 0.0, 0.0, 0.0)

@@ -66,7 +66,6 @@ LEAST = {torch.float64: 1e-6, torch.float32: 1e-2}
 MARGIN = 100.0
 """How many times as far as rounding may differ what is only rounding."""
 
-
 Build = Callable[[nn.Module, Plan], nn.Module]
 """(model, plan) -> the model with the plan's units gone."""
 
