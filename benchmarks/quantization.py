@@ -15,8 +15,10 @@ compares half the channels in int8 in OpenVINO with the whole network in PyTorch
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import statistics
+import sys
 import tempfile
 import time
 import warnings
@@ -159,14 +161,15 @@ def by_nncf(preset: str) -> Callable[[Subject, Path, Path], None]:
 
         model = onnx.load(plain)
         name = model.graph.input[0].name
-        small = nncf.quantize(
-            model,
-            nncf.Dataset([{name: x.numpy()} for x in subject.inputs]),
-            preset=nncf.QuantizationPreset(preset),
-            target_device=nncf.TargetDevice.CPU,
-            subset_size=len(subject.inputs),
-            model_type=nncf.ModelType.TRANSFORMER if subject.attention else None,
-        )
+        with contextlib.redirect_stdout(sys.stderr):  # its bars
+            small = nncf.quantize(
+                model,
+                nncf.Dataset([{name: x.numpy()} for x in subject.inputs]),
+                preset=nncf.QuantizationPreset(preset),
+                target_device=nncf.TargetDevice.CPU,
+                subset_size=len(subject.inputs),
+                model_type=nncf.ModelType.TRANSFORMER if subject.attention else None,
+            )
         onnx.save(small, path)
 
     return make
