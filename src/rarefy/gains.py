@@ -23,11 +23,11 @@ from rarefy.deployment.export import export
 from rarefy.deployment.measure import relative
 from rarefy.deployment.runtimes import RUNTIMES, runtime_named
 from rarefy.errors import InputError
+from rarefy.graph.constants import fold_constants
 from rarefy.graph.program import Graph, GraphModel, Node
 from rarefy.graph.stubs import plain_graph
 from rarefy.measured import SECONDS, Served
 from rarefy.quantization import quantize as quantization
-from rarefy.quantization.constants import fold_constants
 from rarefy.quantization.placement import FUNCTIONS, LAYERS, layer_name
 from rarefy.quantization.quantize import QuantizeOptions
 from rarefy.quantization.splitting import SILU

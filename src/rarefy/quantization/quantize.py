@@ -10,6 +10,7 @@ from torch import nn
 
 from rarefy.batches import batches, take
 from rarefy.errors import InputError
+from rarefy.graph.constants import fold_constants
 from rarefy.graph.program import GraphModel
 from rarefy.graph.stubs import plain_graph
 from rarefy.paths import matching, within
@@ -17,7 +18,6 @@ from rarefy.pruning.repair import repair
 from rarefy.quantization.affine import affine
 from rarefy.quantization.bias import correct_biases
 from rarefy.quantization.calibration import Calibration
-from rarefy.quantization.constants import fold_constants
 from rarefy.quantization.dynamic import dynamic_placement, dynamic_quantizers
 from rarefy.quantization.fold import fold_batch_norms
 from rarefy.quantization.insertion import (
