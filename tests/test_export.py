@@ -18,7 +18,7 @@ from rarefy.batches import call, take, tensors
 from rarefy.deployment import proof as module
 from rarefy.deployment.export import export
 from rarefy.deployment.runtimes import OnnxSession, optimized_ops
-from rarefy.errors import ExportError, MissingExtraError, OutputError
+from rarefy.errors import ExportError, InputError, MissingExtraError, OutputError
 from rarefy.quantization.affine import sqnr
 from rarefy.quantization.quantize import quantize
 
@@ -277,6 +277,12 @@ def test_fixed_batch_is_exported_where_forward_needs_it(tmp_path):
 
     path = export(Fixed(), tmp_path / "net.onnx", torch.randn(6, 4))
     assert OnnxSession(path)(torch.ones(6, 4))[0].shape == (2, 4)
+
+
+@pytest.mark.parametrize("model", [None, "net.pt2"])
+def test_what_is_no_network_is_refused(model, tmp_path):
+    with pytest.raises(InputError, match=r"export\(model\): it is a .* no nn\.Module"):
+        export(model, tmp_path / "net.pt2", torch.randn(2, 4))
 
 
 def test_place_that_cannot_be_written_is_refused(tmp_path):
