@@ -7,8 +7,8 @@ from torch import nn
 
 import rarefy as rf
 from rarefy.graph.capture import capture, graph_model
+from rarefy.graph.constants import fold_constants
 from rarefy.quantization.affine import sqnr
-from rarefy.quantization.constants import fold_constants
 
 image, rows = torch.randn(4, 3, 8, 8), torch.randn(16, 6)
 
@@ -219,6 +219,26 @@ def test_unusual_weights_are_folded(make):
 
 def tuples(outputs):
     return outputs if isinstance(outputs, tuple) else (outputs,)
+
+
+@pytest.mark.parametrize("name", ["weight norm", "matrices"])
+def test_repair_takes_networks_none_of_whose_layers_held_its_weight(name):
+    torch.manual_seed(0)
+    make, x, *_ = {**NETWORKS, "matrices": (Matrices, rows)}[name]
+    model = make().eval()
+    q = rf.quantize(model, [x])
+    repaired = rf.repair(model, q, [x]).repaired
+    assert len({**repaired.errors, **repaired.skipped}) == len(q.quantization.layers)
+    assert repaired.errors
+
+
+class Matrices(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = (nn.Parameter(torch.randn(6, n)) for n in (6, 3))
+
+    def forward(self, x):
+        return (x @ self.first).relu() @ self.second
 
 
 def _is_layer(node):

@@ -140,15 +140,27 @@ def test_lstms_have_integer_weights_here_and_in_onnxruntime(options, tmp_path):
     assert sizes[1] < sizes[0] - weights
 
 
+class Cell(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.cell, self.out = nn.LSTMCell(6, 8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.out(self.cell(x[:, 0])[0])
+
+
 def test_other_recurrent_layers_are_named_and_left():
     x = torch.randn(4, 7, 6)
     for kind in (nn.GRU, nn.RNN):
         net = quantize(Speech(kind).eval(), [x], DYNAMIC)
         assert set(net.quantization.layers) == {"into", "out"}
-        assert "LSTMs alone" in net.quantization.left["recurrent"]
+        assert "LSTMs" in net.quantization.left["recurrent"]
     net = quantize(Speech(proj_size=8, out=8).eval(), [x], DYNAMIC)
     assert set(net.quantization.layers) == {"into", "out"}
-    assert net.quantization.left["recurrent"]
+    assert "without projections" in net.quantization.left["recurrent"]
+    net = quantize(Cell().eval(), [x], DYNAMIC)
+    assert set(net.quantization.layers) == {"out"}
+    assert "LSTMs" in net.quantization.left["cell"]
     net = quantize(Speech().eval(), [x], Int8(activations="dynamic", skip=["recurrent"]))
     assert net.quantization.left == {"recurrent": "left in float by choice"}
 

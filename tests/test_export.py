@@ -18,7 +18,7 @@ from rarefy.batches import call, take, tensors
 from rarefy.deployment import proof as module
 from rarefy.deployment.export import export
 from rarefy.deployment.runtimes import OnnxSession, optimized_ops
-from rarefy.errors import ExportError, MissingExtraError, OutputError
+from rarefy.errors import ExportError, InputError, MissingExtraError, OutputError
 from rarefy.quantization.affine import sqnr
 from rarefy.quantization.quantize import quantize
 
@@ -151,6 +151,25 @@ def test_operator_without_kernel_in_onnxruntime_is_named_with_its_module(tmp_pat
     assert export(model, tmp_path / "net.pt2", torch.randn(2, 4)).is_file()
 
 
+class Projected(nn.Module):
+    """An LSTM that ONNX has no form of, though the exporter writes one."""
+
+    def __init__(self):
+        super().__init__()
+        self.recurrent = nn.LSTM(4, 6, proj_size=3, batch_first=True)
+
+    def forward(self, x):
+        return self.recurrent(x)[0]
+
+
+def test_operator_that_fails_in_onnxruntime_is_named_with_its_module(tmp_path):
+    with pytest.raises(
+        ExportError, match=r"module 'recurrent'.*cannot run it.*made for aten\.lstm"
+    ):
+        export(Projected(), tmp_path / "net.onnx", torch.randn(2, 5, 4))
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("suffix", ["onnx", "pt2"])
 def test_module_whose_forward_cannot_be_followed_is_named(suffix, tmp_path):
     model = nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.ReLU(), Branch()))
@@ -258,6 +277,12 @@ def test_fixed_batch_is_exported_where_forward_needs_it(tmp_path):
 
     path = export(Fixed(), tmp_path / "net.onnx", torch.randn(6, 4))
     assert OnnxSession(path)(torch.ones(6, 4))[0].shape == (2, 4)
+
+
+@pytest.mark.parametrize("model", [None, "net.pt2"])
+def test_what_is_no_network_is_refused(model, tmp_path):
+    with pytest.raises(InputError, match=r"export\(model\): it is a .* no nn\.Module"):
+        export(model, tmp_path / "net.pt2", torch.randn(2, 4))
 
 
 def test_place_that_cannot_be_written_is_refused(tmp_path):

@@ -520,3 +520,10 @@ def test_resnet18_and_its_graph(tmp_path: Path) -> None:
     graph = graph_model(net, capture(net, x))
     again = load(save(graph, tmp_path / "g.safetensors"))
     assert torch.equal(again(x), graph(x))
+
+
+def test_an_archive_is_told_from_a_damaged_file(tmp_path: Path) -> None:
+    path = tmp_path / "net.pt2"
+    torch.save({"a": torch.zeros(2)}, path)
+    with pytest.raises(FormatError, match=r"an archive.*torch\.export\.load"):
+        load(path)

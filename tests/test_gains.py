@@ -183,3 +183,11 @@ def test_weights_that_are_no_numbers_are_refused_by_name(bad, activations):
 def test_a_later_batch_on_which_the_network_does_not_run_is_named():
     with pytest.raises(DataError, match="does not run on a batch"):
         rf.quantize(LAYER, [ROWS, torch.randn(8, 5)])
+
+
+@pytest.mark.parametrize("scheme", [Int8(), rf.WeightOnly(), rf.WeightOnly(method="rtn")])
+def test_data_that_can_be_read_only_once_are_refused(scheme):
+    data = (x for x in [torch.randn(4, 4)] * 2)
+    with pytest.raises(DataError, match=r"a generator can be read only once.*list"):
+        rf.quantize(torch.nn.Linear(4, 2), data, scheme)
+    assert len(list(data)) == 2

@@ -43,7 +43,7 @@ OPTIONAL = (
 ).split()
 GRAPH = (
     "program allowed serialize labels flow editor equations rules zeros ops groups resolution "
-    "convert capture resting count blocks stubs trace stacks layer"
+    "convert capture resting count blocks stubs constants trace stacks layer"
 ).split()
 LOSSES = (
     "arithmetic base layouts labels responses generation outputs speech projectors features "
@@ -59,7 +59,7 @@ TRAINING = (
 ).split()
 
 QUANTIZATION = (
-    "affine fold splitting placement constants observers calibration scaling insertion dynamic "
+    "affine fold splitting placement observers calibration scaling insertion dynamic "
     "bias summary mixed palette rounding readers weights weight_only quantize"
 ).split()
 DEPLOYMENT = (

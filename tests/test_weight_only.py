@@ -231,7 +231,6 @@ def test_layers_that_are_skipped_or_unknown_are_named() -> None:
             self.own = nn.Parameter(torch.randn(4, 3))
             self.late = nn.Parameter(torch.randn(3, 3))
             self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
-            self.second.weight.data[0, 0] = torch.inf
 
         def forward(self, x: Tensor) -> Tensor:
             return self.first(x) @ self.own
@@ -239,9 +238,8 @@ def test_layers_that_are_skipped_or_unknown_are_named() -> None:
     torch.manual_seed(0)
     net, x = Odd(), torch.randn(16, 4)
     quantized = rf.quantize(net, None, WeightOnly(method="rtn"))
-    assert quantized.quantization.layers.keys() == {"first"}
-    assert quantized.quantization.left.keys() == {"own", "late", "second.weight"}
-    assert "not finite" in quantized.quantization.left["second.weight"]
+    assert quantized.quantization.layers.keys() == {"first", "second"}
+    assert quantized.quantization.left.keys() == {"own", "late"}
     seen = rf.quantize(net, [x], WeightOnly(method="rtn", skip=["first"]))
     assert seen.quantization.layers.keys() == {"own"}
     assert seen.quantization.left["first.weight"] == "it is to be skipped"
@@ -274,6 +272,28 @@ def test_what_cannot_be_done_is_refused() -> None:
     linear = nn.Linear(2, 2)
     with pytest.raises(DataError, match="NaN"):
         rf.quantize(linear, [torch.full((4, 2), torch.nan)], WeightOnly())
+
+
+@pytest.mark.parametrize("name", ["stem.weight", "head.bias"])
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_weights_that_are_no_numbers_are_refused_by_name(name: str, bad: float) -> None:
+    net, _ = case()
+    net.get_parameter(name).data.view(-1)[0] = bad
+    for scheme in (Half(), Half("bf16"), WeightOnly(method="rtn"), WeightOnly(method="palette")):
+        with pytest.raises(InputError, match=f"tensor '{name}': it is NaN or infinite"):
+            rf.quantize(net, None, scheme)
+    skipping = WeightOnly(method="rtn", skip=[name.partition(".")[0]])
+    assert rf.quantize(net, None, skipping).quantization.layers
+
+
+def test_a_parametrized_weight_is_left_with_a_remedy() -> None:
+    net = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
+    nn.utils.parametrizations.weight_norm(net[0])
+    left = rf.quantize(net, None, WeightOnly(method="rtn")).quantization.left
+    assert set(left) == {f"0.parametrizations.weight.original{i}" for i in (0, 1)}
+    assert all("remove_parametrizations" in reason for reason in left.values())
+    nn.utils.parametrize.remove_parametrizations(net[0], "weight")
+    assert not rf.quantize(net, None, WeightOnly(method="rtn")).quantization.left
 
 
 @pytest.mark.parametrize(("dtype", "digits_kept"), [("fp16", 11), ("bf16", 8)])

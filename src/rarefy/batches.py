@@ -209,6 +209,20 @@ def batches(data: Data, where: str) -> Iterator[tuple[Inputs, Tensor | None]]:
         )
 
 
+def check_rereadable(data: object, where: str) -> None:
+    """Pass where data give the same batches at every reading: a generator is empty after one.
+
+    Raises:
+        DataError: they can be read only once.
+    """
+    if isinstance(data, Iterator):
+        raise DataError(
+            where,
+            f"a {type(data).__name__} can be read only once, and the data are read several times",
+            "Give a list of batches, such as list(data), or a DataLoader",
+        )
+
+
 @dataclass(frozen=True)
 class Leading:
     """The first examples of some data, batch by batch, anew at every reading.

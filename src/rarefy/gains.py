@@ -18,16 +18,16 @@ from typing import Any, Unpack, overload
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from rarefy.batches import batches
+from rarefy.batches import batches, check_rereadable
 from rarefy.deployment.export import export
 from rarefy.deployment.measure import relative
 from rarefy.deployment.runtimes import RUNTIMES, runtime_named
 from rarefy.errors import InputError
+from rarefy.graph.constants import fold_constants
 from rarefy.graph.program import Graph, GraphModel, Node
 from rarefy.graph.stubs import plain_graph
 from rarefy.measured import SECONDS, Served
 from rarefy.quantization import quantize as quantization
-from rarefy.quantization.constants import fold_constants
 from rarefy.quantization.placement import FUSABLE, LAYERS, layer_name
 from rarefy.quantization.quantize import QuantizeOptions
 from rarefy.quantization.splitting import SILU
@@ -113,9 +113,9 @@ def quantize(
     Raises:
         CaptureError: the network cannot be captured.
         DataError: there are no calibration data, the network does not run on a batch, or a tensor
-            is not finite on them.
+            is not finite on them, or the data can be read only once.
         InputError: no layer can be quantized, the model is quantized already, or has tensors
-            without values or, for int8, weights that are not finite, a name to skip matches
+            without values or weights that are not finite, a name to skip matches
             nothing, the evaluation failed, or the runtime is unknown or does not serve files.
         BudgetError: with a single layer quantized the metric still falls too far.
         ExportError: a network cannot be exported to be timed.
@@ -126,7 +126,7 @@ def quantize(
         >>> sorted(quantize(net, [torch.randn(16, 4)]).quantization.layers)  # doctest: +SKIP
         ['0', '2']
     """
-    _check(model, scheme)
+    _check(model, calibration, scheme)
     if isinstance(scheme, WeightOnly | Half):
         if runtime is not None or options:
             raise InputError(
@@ -179,8 +179,8 @@ def quantize(
     return result
 
 
-def _check(model: object, scheme: object) -> None:
-    """Pass where there is a network with data, and a scheme.
+def _check(model: object, calibration: object, scheme: object) -> None:
+    """Pass where there is a network with values, data that can be read again, and a scheme.
 
     Raises:
         InputError: there is not.
@@ -189,6 +189,7 @@ def _check(model: object, scheme: object) -> None:
         raise InputError(
             "quantize(model)", f"it is a {type(model).__name__}, no nn.Module", "Give the network"
         )
+    check_rereadable(calibration, "quantize(calibration)")
     if scheme is not None and not isinstance(scheme, Int8 | WeightOnly | Half):
         raise InputError(
             f"quantize(scheme={scheme!r})",

@@ -76,7 +76,7 @@ def export(
         The path.
 
     Raises:
-        InputError: the suffix is none of these.
+        InputError: the suffix is none of these, or the model is no module.
         ExportError: an operator cannot be exported (the message names it and its module), or the
             file computes something else (the message has the figures); nothing is written.
         OutputError: the path cannot be written.
@@ -87,6 +87,9 @@ def export(
         >>> export(nn.Linear(4, 2), "/tmp/net.pt2", torch.randn(8, 4)).name
         'net.pt2'
     """
+    if not isinstance(model, nn.Module):
+        what = f"it is a {type(model).__name__}, no nn.Module"
+        raise InputError("export(model)", what, "Give the network")
     path = Path(path)
     target = _target(path)
     target.require(check)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from rarefy.batches import call, map_tensors, tensors
@@ -21,7 +21,7 @@ from rarefy.deployment.rounded import fold_grids, opset, rounded_weights
 from rarefy.deployment.runtimes import ExactOnnxSession, load_onnx, load_onnxruntime
 from rarefy.deployment.tracing import WAYS, Traced, trace_flat
 from rarefy.deployment.translations import translations
-from rarefy.errors import ExportError, FormatError, MissingExtraError, first_line
+from rarefy.errors import ExportError, FormatError, MissingExtraError, RarefyError, first_line
 from rarefy.types import Inputs
 
 
@@ -92,13 +92,24 @@ class OnnxFile:
         """The file in onnxruntime.
 
         Raises:
-            ExportError: onnxruntime cannot load it; the module is named whose operator that is.
+            ExportError: onnxruntime cannot load it, or (when called) run it; the module is named
+                whose operator that is.
         """
         try:
             session = ExactOnnxSession(path)
         except FormatError as error:
-            raise unrunnable(self.model, error, self.origins) from error
-        return lambda inputs: session(self._only_read(session.inputs, inputs))
+            raise unrunnable(self.model, error.what, self.origins) from error
+
+        def run(inputs: Inputs) -> list[Tensor]:
+            try:
+                return session(self._only_read(session.inputs, inputs))
+            except RarefyError:
+                raise
+            except Exception as error:
+                what = f"onnxruntime cannot run it: {first_line(error)}"
+                raise unrunnable(self.model, what, self.origins) from error
+
+        return run
 
     def _only_read(self, names: tuple[str, ...], inputs: Inputs) -> Inputs:
         """The inputs by name, without those that the network does not read."""

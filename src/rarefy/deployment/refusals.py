@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from torch import nn
 from torch.export import ExportedProgram
 
-from rarefy.errors import ExportError, RarefyError, first_line
+from rarefy.errors import ExportError, first_line
 from rarefy.graph.program import GraphModel, Node
 
 
@@ -36,22 +36,20 @@ def unwritable(
     )
 
 
-def unrunnable(
-    model: nn.Module, error: RarefyError, origins: Mapping[str, tuple[str, str]]
-) -> ExportError:
-    """The error of a runtime that has no kernel for a node of a file.
+def unrunnable(model: nn.Module, what: str, origins: Mapping[str, tuple[str, str]]) -> ExportError:
+    """The error of a runtime that has no kernel for a node of a file, or cannot run it.
 
     Args:
         model: the network.
-        error: what the runtime says, with the name of the node.
+        what: what the runtime says, with the name of the node.
         origins: name of a node -> the operator that it was made for, and the path of its module.
     """
-    words = re.findall(r"[\w.]+", error.what)
+    words = re.findall(r"[\w.]+", what)
     operator, path = next((origins[word] for word in words if word in origins), ("", ""))
     made = f"; the node was made for {operator}" if operator else ""
     return ExportError(
         f"export of {type(model).__name__}{_named(path or _called_at(model, operator))}",
-        f"{error.what}{made}",
+        f"{what}{made}",
         "Replace the operator by one that the runtime has; check=False writes the file "
         "nevertheless",
     )

@@ -27,6 +27,7 @@ from rarefy.batches import answering, batch_size, call, evaluating, map_tensors,
 from rarefy.copies import copied
 from rarefy.errors import DataError, InputError, first_line
 from rarefy.graph.capture import Capture, capture, graph_model
+from rarefy.graph.constants import fold_constants
 from rarefy.graph.program import GraphModel
 from rarefy.graph.stubs import plain_graph, stubs, without_zeros
 from rarefy.grid import grids
@@ -149,6 +150,8 @@ def _healed(
     healed = copied(pruned)
     first = plain_graph(original, shown)
     plain, second = _graphs(pruned, healed, shown)
+    if any(node.kind.startswith("fake_quantize") for node in plain.graph.calls):
+        first = fold_constants(first)  # as quantization did
     divided = [inputs]
     if shown is not inputs:
         layers = {node.name for node in first.graph.calls if _is_stop(first, node.inputs)}

@@ -23,11 +23,14 @@ from rarefy.quantization.placement import CONVOLUTIONS, Placement, layer_name, n
 LEVELS = 255
 LSTM = "aten.lstm.input"
 
-UNSERVED = frozenset("gru rnn_tanh rnn_relu".split())
-"""Recurrent layers that stay in float."""
+UNSERVED = frozenset(
+    "gru rnn_tanh rnn_relu lstm lstm_cell gru_cell rnn_tanh_cell rnn_relu_cell".split()
+)
+"""Recurrent layers that stay in float, but for LSTMs with integers for all of their weights."""
 
 UNSERVED_REASON = (
-    "onnxruntime computes LSTMs alone with integers; WeightOnly makes the file of this layer small"
+    "onnxruntime computes LSTMs without projections alone with integers; WeightOnly makes the file "
+    "of this layer small"
 )
 QUANTIZER = "aten.fake_quantize_per_tensor_affine.tensor_qparams"
 
@@ -56,8 +59,9 @@ def dynamic_placement(graph: Graph, kept: Mapping[str, str]) -> Placement:
     weights = {name for node in recurrent for name in matrices(graph, graph.by_name[node])}
     left = {layer: why for layer, why in found.left.items() if layer not in recurrent.values()}
     for node in graph.calls:
-        if node.kind in UNSERVED and layer_name(graph, node) not in kept:
-            left[layer_name(graph, node)] = UNSERVED_REASON
+        layer = layer_name(graph, node) if node.kind in UNSERVED else ""
+        if layer and layer not in kept and node.name not in recurrent:
+            left[layer] = UNSERVED_REASON
     return not_empty(
         Placement(
             {name: name for name in sorted(sources)},

@@ -13,21 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rarefy.graph.constants import FOLDABLE
 from rarefy.graph.program import Graph, GraphModel, Node, Ref, derived, substitute
 from rarefy.graph.rules.normalization import STATISTICS
-
-FOLDABLE = frozenset(
-    {
-        "aten.conv1d.default",
-        "aten.conv2d.default",
-        "aten.conv3d.default",
-        "aten.conv1d.padding",
-        "aten.conv2d.padding",
-        "aten.conv3d.padding",
-        "aten.linear.default",
-    }
-)
-"""Operators with arguments (input, weight, bias, ...) and output channels first in the weight."""
 
 BATCH_NORM = "aten.batch_norm.default"
 

@@ -52,6 +52,21 @@ def check_unquantized(model: nn.Module) -> None:
         )
 
 
+def check_finite(path: str, tensor: Tensor) -> None:
+    """Pass where all of a weight are numbers.
+
+    Raises:
+        InputError: some are not; it names the weight.
+    """
+    known = tensor.layout is torch.strided and tensor.device.type != "meta"
+    if known and not bool(tensor.isfinite().all()):
+        raise InputError(
+            f"quantize(model), tensor {path!r}",
+            "it is NaN or infinite somewhere",
+            "Load a sound checkpoint, or look for where its training diverged",
+        )
+
+
 def inserted(
     net: GraphModel,
     placement: Placement,

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 
 from rarefy.errors import InputError
-from rarefy.graph.program import Graph, Node, Ref, Spec, shares_memory, writes
+from rarefy.graph.constants import written
+from rarefy.graph.program import Graph, Node, Ref, Spec
 
 CONVOLUTIONS = frozenset(
     f"aten.conv{d}d.{overload}" for d in (1, 2) for overload in ("default", "padding")
@@ -62,6 +63,10 @@ LEFT: Mapping[str, str] = {
     "aten.gru.input": "recurrent layers run in float",
     "aten.rnn_tanh.input": "recurrent layers run in float",
     "aten.rnn_relu.input": "recurrent layers run in float",
+    "aten.lstm_cell.default": "recurrent layers run in float",
+    "aten.gru_cell.default": "recurrent layers run in float",
+    "aten.rnn_tanh_cell.default": "recurrent layers run in float",
+    "aten.rnn_relu_cell.default": "recurrent layers run in float",
     "aten.matmul.default": "a product of two computed tensors runs in float",
     "aten.bmm.default": "a product of two computed tensors runs in float",
     "aten.scaled_dot_product_attention.default": "attention between activations runs in float",
@@ -109,7 +114,8 @@ def place(
     Returns:
         The placement; every layer is among its ``layers`` or its ``left``.
     """
-    barred = {**written(graph), **(barred or {})}
+    in_place = "its input or output is written in place"
+    barred = {**dict.fromkeys(written(graph), in_place), **(barred or {})}
     left = {**_left_by_operator(graph), **(kept or {})}
     plain = _before_functions(graph) if fused else frozenset()
     layers: dict[str, str] = {}
@@ -192,18 +198,6 @@ def averages(graph: Graph, node: Node) -> bool:
         return False
     rank = len(graph.by_name[node.args[0].name].shape)
     return rank > 2 and sorted(d % rank for d in dims) == list(range(2, rank))
-
-
-def written(graph: Graph) -> dict[str, str]:
-    """Tensors that are written in place, with all views: a quantizer would cut them apart."""
-    found: set[str] = set()
-    for node in reversed(list(graph.calls)):
-        if writes(node.op) or (node.name in found and shares_memory(node.op)):
-            found.update({node.name, *node.inputs[:1]})
-    for node in graph.calls:
-        if shares_memory(node.op) and found.intersection(node.inputs[:1]):
-            found.add(node.name)
-    return dict.fromkeys(found, "its input or output is written in place")
 
 
 def _left_by_operator(graph: Graph) -> dict[str, str]:

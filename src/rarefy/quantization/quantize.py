@@ -10,6 +10,7 @@ from torch import nn
 
 from rarefy.batches import batches, take
 from rarefy.errors import InputError
+from rarefy.graph.constants import fold_constants
 from rarefy.graph.program import GraphModel
 from rarefy.graph.stubs import plain_graph
 from rarefy.paths import matching, within
@@ -17,10 +18,14 @@ from rarefy.pruning.repair import repair
 from rarefy.quantization.affine import affine
 from rarefy.quantization.bias import correct_biases
 from rarefy.quantization.calibration import Calibration
-from rarefy.quantization.constants import fold_constants
 from rarefy.quantization.dynamic import dynamic_placement, dynamic_quantizers
 from rarefy.quantization.fold import fold_batch_norms
-from rarefy.quantization.insertion import check_unquantized, inserted, static_quantizers
+from rarefy.quantization.insertion import (
+    check_finite,
+    check_unquantized,
+    inserted,
+    static_quantizers,
+)
 from rarefy.quantization.mixed import Allowance, Evaluate, checked_costs, search
 from rarefy.quantization.placement import LAYERS, Placement, place
 from rarefy.quantization.scaling import equalize, rescaled, smooth
@@ -146,14 +151,8 @@ def _check_finite(net: GraphModel) -> None:
     """
     read = {name for node in net.graph.calls if node.op in LAYERS for name in node.inputs[1:]}
     for node in net.graph.nodes:
-        if node.op != "tensor" or node.name not in read:
-            continue
-        if not bool(net.tensor(node.path).isfinite().all()):
-            raise InputError(
-                f"quantize(model), tensor {node.path!r}",
-                "it is NaN or infinite somewhere",
-                "Load a sound checkpoint, or look for where its training diverged",
-            )
+        if node.op == "tensor" and node.name in read:
+            check_finite(node.path, net.tensor(node.path))
 
 
 def _skipped(net: GraphModel, patterns: tuple[str, ...]) -> dict[str, str]:

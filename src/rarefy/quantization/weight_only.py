@@ -21,7 +21,7 @@ from rarefy.pruning.repair import repair
 from rarefy.pruning.running.examples import affordable, collect, parts
 from rarefy.quantization.affine import sqnr
 from rarefy.quantization.calibration import WHERE
-from rarefy.quantization.insertion import check_unquantized
+from rarefy.quantization.insertion import check_finite, check_unquantized
 from rarefy.quantization.palette import palette
 from rarefy.quantization.readers import mean_squares, sqnr_of_readers
 from rarefy.quantization.rounding import grid_for
@@ -61,7 +61,8 @@ def weight_only(model: nn.Module, calibration: Data | None, scheme: WeightOnly) 
     Raises:
         CaptureError: data are given, and the network cannot be captured.
         DataError: the data yield nothing, or values are not finite.
-        InputError: data are missing, no weight can be quantized, or they are quantized already.
+        InputError: data are missing, a parameter is NaN or infinite somewhere, no weight can be
+            quantized, or they are quantized already.
 
     Source: Frantar et al. 2022 (GPTQ), https://arxiv.org/abs/2210.17323; Nagel et al. 2020
     (AdaRound), https://arxiv.org/abs/2004.10568; Lin et al. 2023 (AWQ),
@@ -189,6 +190,9 @@ def half(model: nn.Module, scheme: Half) -> nn.Module:
     Returns:
         An instance of the network's own class in eval mode, with the attribute ``quantization``:
         SQNR of the parameters, and those that are left alone.
+
+    Raises:
+        InputError: a parameter is NaN or infinite somewhere, or quantized already.
     """
     _check(model)
     dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}[scheme.dtype]
@@ -197,10 +201,11 @@ def half(model: nn.Module, scheme: Half) -> nn.Module:
     left: dict[str, str] = {}
     with torch.no_grad():
         for path, tensor in result.named_parameters():
+            check_finite(path, tensor)
             if tensor.dtype not in (torch.float32, torch.float64):
                 continue
             rounded = tensor.to(dtype).to(tensor.dtype)
-            if not torch.equal(rounded.isfinite(), tensor.isfinite()):
+            if not bool(rounded.isfinite().all()):
                 left[path] = f"its largest value, {float(tensor.abs().max()):.3g}, overflows"
                 continue
             noise[path] = sqnr(tensor, rounded)

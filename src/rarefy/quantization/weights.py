@@ -12,6 +12,7 @@ from torch.nn.modules.conv import _ConvNd
 from rarefy.graph.program import Graph, GraphModel, Ref
 from rarefy.paths import matching, paths, within
 from rarefy.pruning.sparsity.weights import input_dims
+from rarefy.quantization.insertion import check_finite
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 """Dtypes of weights that are quantized."""
@@ -49,7 +50,8 @@ def find(
         where: the argument that errors name.
 
     Raises:
-        InputError: a name to skip matches nothing.
+        InputError: a name to skip matches nothing, or a parameter that is not skipped is NaN or
+            infinite somewhere.
     """
     known = paths(model)
     skipped = frozenset[str]().union(*(matching(name, known, where) for name in skip))
@@ -59,10 +61,12 @@ def find(
     found: list[Weight] = []
     left: dict[str, str] = {}
     for path, tensor in model.named_parameters():
+        if id(tensor) not in out:
+            check_finite(path, tensor)
         if tensor.ndim < 2:
             continue
         own = axes.get(id(tensor), frozenset())
-        reason = "it is to be skipped" if id(tensor) in out else _unfit(tensor, own)
+        reason = "it is to be skipped" if id(tensor) in out else _unfit(path, tensor, own)
         if reason:
             left[path] = reason
         else:
@@ -70,14 +74,19 @@ def find(
     return found, left
 
 
-def _unfit(tensor: Tensor, axes: frozenset[int]) -> str:
+def _unfit(path: str, tensor: Tensor, axes: frozenset[int]) -> str:
     """Why a weight cannot be quantized; empty where it can."""
     if type(tensor) is not nn.Parameter or tensor.layout is not torch.strided:
         return f"a {type(tensor).__name__} of {tensor.layout} is not quantized"
     if tensor.dtype not in DTYPES or tensor.device.type == "meta":
         return f"a tensor of {tensor.dtype} on {tensor.device.type} is not quantized"
-    if not tensor.numel() or not bool(torch.isfinite(tensor).all()):
-        return "it has no elements, or some that are not finite"
+    if not tensor.numel():
+        return "it has no elements"
+    if not axes and ".parametrizations." in f".{path}":
+        return (
+            "the weight is made of it at each call; torch.nn.utils.parametrize."
+            "remove_parametrizations makes the result a weight that can be quantized"
+        )
     if not axes:
         return "it is unknown which of its dimensions are outputs"
     if len(axes) > 1:

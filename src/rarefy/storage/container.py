@@ -19,6 +19,9 @@ from rarefy.files import replacing
 from rarefy.storage.frames import damaged
 from rarefy.storage.streams import Bytes
 
+ARCHIVE = b"PK\x03\x04"
+"""What archives begin with, in which PyTorch writes programs and pickles."""
+
 MAX_HEADER = 100_000_000
 """Longest header that safetensors reads."""
 
@@ -98,8 +101,16 @@ class Reader:
     def _check_header(self) -> None:
         """Refuse what parsers read differently: a header that names an entry twice."""
         with self.path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
+            first = file.read(8)
+            length = int.from_bytes(first, "little")
             if length > min(MAX_HEADER, self.size - 8):
+                if first.startswith(ARCHIVE):
+                    raise FormatError(
+                        self.where,
+                        "it is an archive, as torch.export and torch.save write",
+                        "Load a .pt2 file with torch.export.load(path).module(); load() reads what "
+                        "save() wrote",
+                    )
                 raise damaged(self.where, f"a header of {length} bytes does not fit the file")
             json.loads(file.read(length), object_pairs_hook=self._unique)
 

@@ -24,14 +24,26 @@ from rarefy.graph.program import (
     derived,
     is_random,
     resolve,
+    shares_memory,
     substitute,
     writes,
 )
 from rarefy.graph.stubs import without_unused
-from rarefy.quantization.fold import FOLDABLE, named
-from rarefy.quantization.placement import written
 
 LINEAR = "aten.linear.default"
+
+FOLDABLE = frozenset(
+    {
+        "aten.conv1d.default",
+        "aten.conv2d.default",
+        "aten.conv3d.default",
+        "aten.conv1d.padding",
+        "aten.conv2d.padding",
+        "aten.conv3d.padding",
+        "aten.linear.default",
+    }
+)
+"""Operators with arguments (input, weight, bias, ...) and output channels first in the weight."""
 
 
 def fold_constants(net: GraphModel) -> GraphModel:
@@ -48,13 +60,13 @@ def fold_constants(net: GraphModel) -> GraphModel:
     if not folding.changed:
         return net
     graph = without_unused(net.graph.with_nodes(nodes))
-    parameters = {**dict(named(net.named_parameters)), **folding.made}
+    parameters = {**dict(net.named_parameters(remove_duplicate=False)), **folding.made}
     return GraphModel(
         graph,
         {path: tensor for path, tensor in parameters.items() if path in graph.tensor_paths},
         {
             path: tensor
-            for path, tensor in named(net.named_buffers)
+            for path, tensor in net.named_buffers(remove_duplicate=False)
             if path in graph.tensor_paths and path not in folding.made
         },
     )
@@ -74,6 +86,18 @@ def _constant(graph: Graph) -> Mapping[str, frozenset[str]]:
         ):
             found[node.name] = frozenset().union(*(found[name] for name in node.inputs))
     return found
+
+
+def written(graph: Graph) -> frozenset[str]:
+    """Tensors that are written in place, with all views."""
+    found: set[str] = set()
+    for node in reversed(list(graph.calls)):
+        if writes(node.op) or (node.name in found and shares_memory(node.op)):
+            found.update({node.name, *node.inputs[:1]})
+    for node in graph.calls:
+        if shares_memory(node.op) and found.intersection(node.inputs[:1]):
+            found.add(node.name)
+    return frozenset(found)
 
 
 @dataclass
