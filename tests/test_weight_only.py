@@ -12,6 +12,7 @@ from rarefy.graph.program import GraphModel
 from rarefy.graph.stubs import plain_graph
 from rarefy.grid import grids
 from rarefy.pruning.repair import Repaired
+from rarefy.quantization import weight_only as weight_only_module
 from rarefy.quantization.affine import sqnr
 from rarefy.quantization.palette import palette
 from rarefy.quantization.rounding import grid_for
@@ -310,3 +311,30 @@ def test_half_precision(dtype: str, digits_kept: int) -> None:
     expected = torch.ldexp((mantissa * 2**digits_kept).round() / 2**digits_kept, exponent)
     assert torch.equal(found, expected)
     assert not torch.equal(found, exact)
+
+
+@pytest.mark.parametrize("method", ["gptq", "learned"])
+def test_a_pruned_network_is_solved_like_any_other(method):
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3), nn.ReLU(), nn.Flatten(),
+        nn.Linear(16 * 16, 5),
+    ).eval()  # fmt: skip
+    x = torch.randn(32, 3, 8, 8)
+    small = rf.repair(model, rf.prune(model, x[:2], rf.Budget(macs=0.5), heal=False), [x])
+    solved = rf.quantize(small, [x], rf.WeightOnly(bits=3, method=method)).quantization.rounding
+    assert set(solved) == {"0", "2", "5"}
+    assert all(after <= before for before, after in solved.values())
+    assert sum(after < before for before, after in solved.values()) >= 2
+
+
+def test_layers_that_could_not_be_solved_are_warned_of(monkeypatch):
+    model, x = nn.Sequential(nn.Linear(6, 4)).eval(), torch.randn(8, 6)
+
+    def nothing(original, pruned, *given, **named):
+        pruned.repaired = Repaired({}, {"": "the networks do not run side by side"}, 0)
+        return pruned
+
+    monkeypatch.setattr(weight_only_module, "repair", nothing)
+    with pytest.warns(RuntimeWarning, match="no layer was solved: the networks do not run"):
+        rf.quantize(model, [x], rf.WeightOnly(bits=4))

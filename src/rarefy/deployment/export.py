@@ -91,12 +91,12 @@ def export(
         what = f"it is a {type(model).__name__}, no nn.Module"
         raise InputError("export(model)", what, "Give the network")
     path = Path(path)
-    target = _target(path)
-    target.require(check)
     if not path.parent.is_dir() or path.is_dir():
         raise OutputError(
             f"export({str(path)!r})", "no file can be written there", "Check the path"
         )
+    target = _target(path)
+    target.require(check)
     inputs = map_tensors(torch.Tensor.contiguous, at_least_two(example_inputs))
     with evaluating(model), quiet(), fake_quantize_shapes():
         source = plain_graph(model, inputs) if stubs(model) else model

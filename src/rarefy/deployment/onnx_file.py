@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -170,9 +170,11 @@ def _name(model: Any, traced: Traced, outputs: Any) -> None:
     free = [
         v.shape[0] for v, is_free in zip(model.graph.inputs, traced.free, strict=False) if is_free
     ]
+    _relabel(model, lambda size: int(size) if size.isdigit() else size)  # found to be fixed
     symbols = list(dict.fromkeys(str(getattr(d, "value", d)) for d in free))
     if len(symbols) == 1:
-        _rename_dimension(model, symbols[0], "batch")
+        old = re.compile(rf"\b{re.escape(symbols[0])}\b")
+        _relabel(model, lambda size: old.sub("batch", size))
 
 
 def _key(path: tuple[Any, ...], position: int) -> str:
@@ -182,7 +184,8 @@ def _key(path: tuple[Any, ...], position: int) -> str:
     return key if isinstance(key, str) else f"output_{position}"
 
 
-def _rename_dimension(model: Any, old: str, new: str) -> None:
+def _relabel(model: Any, label: Callable[[str], str | int]) -> None:
+    """Write open sizes anew, or the number that one of them is."""
     import onnx_ir as ir
 
     values = [*model.graph.inputs, *(v for node in model.graph for v in node.outputs)]
@@ -191,5 +194,5 @@ def _rename_dimension(model: Any, old: str, new: str) -> None:
             continue
         for axis, size in enumerate(value.shape):
             if isinstance(size, ir.SymbolicDim) and size.value is not None:
-                name = re.sub(rf"\b{re.escape(old)}\b", new, str(size.value))
-                value.shape[axis] = ir.SymbolicDim(name)
+                written = label(str(size.value))
+                value.shape[axis] = written if isinstance(written, int) else ir.SymbolicDim(written)

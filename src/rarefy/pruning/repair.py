@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -158,14 +159,13 @@ def _healed(
         inputs = take(inputs, affordable(first, batch_size(inputs), layers))
         divided = parts(first, inputs)
     size = batch_size(inputs)
-    record = getattr(pruned, "pruned", None)
     sparse = getattr(getattr(pruned, "sparsified", None), "zeros", {})
     known = getattr(getattr(original, "sparsified", None), "zeros", {}) if grids(pruned) else {}
     own = dict(healed.named_parameters(remove_duplicate=False))
     walk = Walk(
         first,
         second,
-        {} if record is None else record.kept,
+        _kept(original, pruned),
         {id(tensor) for path, tensor in own.items() if path in sparse.keys() - known.keys()},
         {id(tensor) for tensor in (*own.values(), *healed.buffers())},
         {id(own[path]): grid for path, grid in grids(healed).items() if path in own},
@@ -182,6 +182,17 @@ def _healed(
         errors = {layer: (error, error) for layer, (error, _) in errors.items()}
     healed.repaired = Repaired(errors, skipped, size)  # type: ignore[assignment]
     return healed
+
+
+def _kept(original: nn.Module, pruned: nn.Module) -> Mapping[str, Any]:
+    """What remains of the original's units, where the compressed network has fewer.
+
+    A pruned network whose weights were rounded still tells of its pruning, though the original of
+    the rounding has as many units.
+    """
+    record = getattr(pruned, "pruned", None)
+    shapes = [{name: t.shape for name, t in m.state_dict().items()} for m in (original, pruned)]
+    return {} if record is None or shapes[0] == shapes[1] else record.kept  # type: ignore[no-any-return]
 
 
 def _is_stop(model: GraphModel, inputs: tuple[str, ...]) -> bool:

@@ -5,6 +5,7 @@ Zeros stay zero, so that what was pruned is pruned still, and N:M stays N:M.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -101,6 +102,8 @@ def weight_only(model: nn.Module, calibration: Data | None, scheme: WeightOnly) 
     if scheme.method in ROUNDINGS and calibration is not None:
         result = repair(model, result, calibration, samples=SAMPLES, rounding=scheme.method)
         solved = result.repaired.errors  # type: ignore[union-attr,assignment]
+        if not solved:
+            _warn_of(result.repaired.skipped)  # type: ignore[union-attr,arg-type]
         _settle(result)
     if first is not None and shown is not None:
         layers = {weight.path: weight.layer for weight in weights}
@@ -109,6 +112,16 @@ def weight_only(model: nn.Module, calibration: Data | None, scheme: WeightOnly) 
         noise = _weight_noise(model, weights)
     result.quantization = QuantizationSummary(noise, left, rounding=solved)  # type: ignore[assignment]
     return result
+
+
+def _warn_of(skipped: Mapping[str, str]) -> None:
+    """Say that no layer was solved, and why."""
+    reasons = "; ".join(dict.fromkeys(skipped.values())) or "there is none to solve"
+    warnings.warn(
+        f"quantize(): all weights are rounded to nearest, no layer was solved: {reasons}",
+        RuntimeWarning,
+        stacklevel=4,
+    )
 
 
 def _check(model: nn.Module) -> None:
