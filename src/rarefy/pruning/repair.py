@@ -19,9 +19,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from rarefy.batches import answering, batch_size, call, evaluating, map_tensors, seeded, take
@@ -184,7 +185,7 @@ def _healed(
     return healed
 
 
-def _kept(original: nn.Module, pruned: nn.Module) -> Mapping[str, Any]:
+def _kept(original: nn.Module, pruned: nn.Module) -> Mapping[tuple[str, int], NDArray[np.int64]]:
     """What remains of the original's units, where the compressed network has fewer.
 
     A pruned network whose weights were rounded still tells of its pruning, though the original of
@@ -192,7 +193,7 @@ def _kept(original: nn.Module, pruned: nn.Module) -> Mapping[str, Any]:
     """
     record = getattr(pruned, "pruned", None)
     shapes = [{name: t.shape for name, t in m.state_dict().items()} for m in (original, pruned)]
-    return {} if record is None or shapes[0] == shapes[1] else record.kept  # type: ignore[no-any-return]
+    return {} if record is None or shapes[0] == shapes[1] else record.kept
 
 
 def _is_stop(model: GraphModel, inputs: tuple[str, ...]) -> bool:
