@@ -1,6 +1,7 @@
 """Students made of their teachers: what is left, what it computes, and what is refused."""
 
 import copy
+import math
 from collections.abc import Sequence
 
 import pytest
@@ -11,6 +12,7 @@ import rarefy as rf
 from rarefy.errors import BudgetError, InputError
 from rarefy.graph.count import count
 from rarefy.graph.program import GraphModel
+from rarefy.students import LEAST
 
 torch.set_num_threads(1)
 X = torch.randn(4, 5, generator=torch.Generator().manual_seed(0))
@@ -298,3 +300,25 @@ def test_repair_is_a_call_of_its_own(teacher) -> None:
     expected = output(teacher, data[0])
     after, before = (float((output(n, data[0]) - expected).norm()) for n in (healed, small))
     assert after < before
+
+
+def test_no_layer_becomes_a_bottleneck():
+    """Where one layer has nearly all parameters, the share alone would leave little of it."""
+    torch.manual_seed(0)
+    teacher = nn.Sequential(
+        nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 64, 3, padding=1), nn.ReLU(),
+        nn.Conv2d(64, 64, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+        nn.Linear(64, 10),
+    ).eval()  # fmt: skip
+    x = torch.randn(2, 3, 8, 8)
+    share = 0.15
+    for given in ({"params": share}, {"macs": share}):
+        small = rf.student(teacher, x, criterion=small_first, **given)
+        least = LEAST * share**0.5
+        for layer, width in ((0, 16), (2, 64), (4, 64)):
+            assert small[layer].out_channels >= math.floor(least * width)
+
+
+def small_first(group, evidence):
+    """Scores that take the widest groups first."""
+    return torch.arange(len(group)) + (0.0 if len(group) > 16 else 1e6)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -31,6 +32,11 @@ from rarefy.pruning.scoring.gather import LossFunction
 from rarefy.pruning.shorten import Shortened
 from rarefy.pruning.structure.depth import bypass
 from rarefy.types import Budget, Data, Inputs
+
+LEAST = 0.5
+"""Of the width that all groups would have if they were cut alike, each keeps this much at least.
+Without it, students of a network for spoken digits had 4 channels between 15 and 8, and learned
+less than a network from scratch."""
 
 
 @dataclass(frozen=True)
@@ -155,7 +161,9 @@ def student(
         layers: path of a container -> indices of its children that stay; for other containers,
             ``depth`` counts.
         params: share of the teacher's parameters that stays, in (0, 1], after layers and units
-            went; instead of ``width``, the units chosen over the whole network.
+            went; instead of ``width``, the units chosen over the whole network. No group keeps
+            less than :data:`LEAST` of the width that all would have if they were cut alike, where
+            the share can be reached so: the layers of most parameters would become bottlenecks.
         macs: the same of its MACs.
         criterion: how important a unit is; see :func:`rarefy.prune`.
         data: batches to score units with.
@@ -270,7 +278,7 @@ def _budget(
     shares = {"params": params, "macs": macs}
     for name, share in shares.items():
         if share is not None:
-            return Budget(round_to=round_to, **{name: share})  # type: ignore[arg-type]
+            return Budget(max_drop=1.0, round_to=round_to, **{name: share})  # type: ignore[arg-type]
     Budget(sparsity=0.0, round_to=round_to)  # refuses what is no multiple
     return None
 
@@ -297,9 +305,14 @@ def _narrowed(
     asked: dict[str, Any] = {budget.kind: budget.share / left}
     known = paths(short)
     kept = [name for name in options["exclude"] if matches(name, known)]
+    given_on = {**options, "exclude": kept}
+    asked_of = replace(budget, **asked)
     try:
-        asked_of = replace(budget, **asked)
-        return prune(short, example_inputs, asked_of, **{**options, "exclude": kept})
+        if budget.sparsity is None:  # costs go with the square of the width
+            floor = 1 - LEAST * math.sqrt(asked_of.share)
+            with suppress(BudgetError):
+                return prune(short, example_inputs, replace(asked_of, max_drop=floor), **given_on)
+        return prune(short, example_inputs, asked_of, **given_on)
     except BudgetError as error:
         given = {"sparsity": "width"}.get(budget.kind, budget.kind)
         share = 1 - budget.share if given == "width" else budget.share
