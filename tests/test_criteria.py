@@ -266,6 +266,7 @@ def test_reconstruction_is_the_error_of_masking() -> None:
 
 def test_obs_of_columns_that_repeat_others_is_nearly_nothing() -> None:
     """Rank-deficient inputs: what two units say alike, one of them can say."""
+    torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)).double()
     with torch.no_grad():
         net[0].weight[1], net[0].bias[1] = net[0].weight[0], net[0].bias[0]
@@ -274,9 +275,8 @@ def test_obs_of_columns_that_repeat_others_is_nearly_nothing() -> None:
     traced = trace(net, x)
     evidence = gather(net, traced, frozenset({"grams"}), [x])
     found = Reconstruction()(traced.groups[0], evidence)
-    assert (
-        found[:2].max() < 0.2 * Reconstruction(adapted=False)(traced.groups[0], evidence)[:2].min()
-    )
+    alone = Reconstruction(adapted=False)(traced.groups[0], evidence)
+    assert (found[:2] < 0.2 * alone[:2]).all()
 
 
 @pytest.mark.parametrize("name", ["obs", "reconstruction", "wanda", "activation", "fisher"])
@@ -473,4 +473,4 @@ def test_lamp_keeps_the_order_and_ends_at_one(values) -> None:
     weight = torch.tensor(values, dtype=torch.float64)
     found = criteria.lamp(weight)
     assert (found[weight.argsort(stable=True)].diff() >= -1e-12).all()
-    assert float(found.max()) == pytest.approx(1.0 if weight.max() > 1e-100 else 0.0)
+    assert float(found.max()) == pytest.approx(1.0 if weight.square().max() > 0 else 0.0)

@@ -348,7 +348,7 @@ def test_files_that_are_none_of_ours_are_explained(tmp_path: Path) -> None:
     with pytest.raises(FormatError, match="load_file"):
         load(tmp_path / "plain.safetensors", Net())
     torch.save({"a": torch.ones(2)}, tmp_path / "pickle.safetensors")
-    with pytest.raises(FormatError, match=r"no valid safetensors|does not fit"):
+    with pytest.raises(FormatError, match=r"it is an archive, as .* torch\.save write"):
         load(tmp_path / "pickle.safetensors", Net())
 
 

@@ -16,9 +16,10 @@ RarefyError
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an exception's message, with its type."""
+    """The first line of an exception's message, with its type; a long one without its middle."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0] if lines else ''}"[:300]
+    text = f"{type(error).__name__}: {lines[0] if lines else ''}"
+    return text if len(text) <= 300 else f"{text[:170]} ... {text[-125:]}"
 
 
 class RarefyError(Exception):
