@@ -29,7 +29,7 @@ class Int8:
         symmetric: whether ranges that go below 0 reach as far below it as above.
         activations: ``"static"`` for ranges from the calibration data; ``"dynamic"`` for ranges
             of each call, of linear layers and LSTMs alone: no calibration, more work per call, and
-            the examples of one call share their range. Files with such LSTMs are for onnxruntime.
+            the examples of one call share their range.
         smooth: strength of SmoothQuant between a norm or a linear layer and the linear layers that
             read it (behind a relu, or through attention), in [0, 1]; None for none.
         equalize: whether weights of consecutive layers are equalized over channels.
