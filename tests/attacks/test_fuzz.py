@@ -154,7 +154,7 @@ def stored(request, tmp_path_factory):
 
 QUICK = settings(max_examples=12, deadline=None, derandomize=True, database=None)
 LONG = settings(
-    max_examples=400,
+    max_examples=120,
     deadline=None,
     database=None,
     suppress_health_check=[HealthCheck.too_slow],
