@@ -24,6 +24,7 @@ import cifar
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
+from turns import in_turn
 
 import rarefy as rf
 from rarefy.distillation.losses import AT, CRD, DIST, DKD, KD, SP, FitNet, Loss, Standardized
@@ -163,19 +164,6 @@ def accuracy(teacher: nn.Module, store: str, chosen: Any) -> None:
             print(f"| {name} | {size:,} | {kind} | {mean:.2%} | {each} |", flush=True)
 
 
-def in_turn(*works: Callable[[], object]) -> list[float]:
-    """Median seconds of processor time of each, run in turn."""
-    rounds = []
-    for _ in range(3):
-        row = []
-        for work in works:
-            begin = time.process_time()
-            work()
-            row.append(time.process_time() - begin)
-        rounds.append(row)
-    return [statistics.median(side) for side in zip(*rounds, strict=True)]
-
-
 def inference(teacher: nn.Module, data: Iterable[Any]) -> None:
     """The teacher on all batches, nothing kept."""
     with torch.inference_mode():
@@ -195,6 +183,7 @@ def speed(teacher: nn.Module, store: str, chosen: Any) -> None:
         lambda: rf.distill(labels, student, data, **options),
         lambda: deque(Joined(labels, data), maxlen=0),
         lambda: deque(data, maxlen=0),
+        rounds=3,
     )
     print(f"an epoch of ResNet-20: {live:.1f} s live, {stored:.1f} s stored, {live / stored:.2f}x")
     print(f"reading the store: {max(joined - plain, 0) / stored:.2%} of an epoch")
@@ -203,7 +192,7 @@ def speed(teacher: nn.Module, store: str, chosen: Any) -> None:
         with tempfile.TemporaryDirectory() as folder:
             rf.write_soft_labels(teacher, data, folder, views=1)
 
-    alone, written = in_turn(lambda: inference(teacher, data), write)
+    alone, written = in_turn(lambda: inference(teacher, data), write, rounds=3)
     print(f"plain inference: {alone:.1f} s, with writing {written:.1f} s: {alone / written:.1%}")
 
 

@@ -17,19 +17,20 @@ from __future__ import annotations
 import argparse
 import contextlib
 import logging
-import statistics
 import sys
 import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import cifar
 import torch
 from torch import Tensor, nn
+from turns import in_turn
 
 import rarefy as rf
 from rarefy.deployment.modules import EagerSession
@@ -346,22 +347,10 @@ def together(chosen: argparse.Namespace) -> None:
             path = Path(folder, "small.onnx")
             by_rarefy(Subject(small, subject.inputs), path, path)
             sessions: list[Session] = [EagerSession(subject.model, 1), OpenVinoSession(path, 1)]
-            whole, half = turns(sessions, x, chosen.calls)
+            calls = [partial(session.run, session.feed(x)) for session in sessions]
+            found = in_turn(*calls, rounds=chosen.calls, warmup=chosen.calls // 10)
+            whole, half = (1000 * seconds for seconds in found)
         print(f"| {name} | 0.5 | {whole:.2f} | {half:.2f} | {whole / half:.1f} |", flush=True)
-
-
-def turns(sessions: Sequence[Session], x: Tensor, calls: int) -> list[float]:
-    """Median milliseconds of CPU time of each, called in turn."""
-    feeds = [session.feed(x) for session in sessions]
-    rounds = []
-    for _ in range(calls):
-        row = []
-        for session, feed in zip(sessions, feeds, strict=True):
-            start = time.process_time_ns()
-            session.run(feed)
-            row.append((time.process_time_ns() - start) / 1e6)
-        rounds.append(row)
-    return [statistics.median(side) for side in zip(*rounds[calls // 10 :], strict=True)]
 
 
 MODES = {"speed": speed, "accuracy": accuracy, "together": together}

@@ -244,7 +244,7 @@ def test_the_largest_class_may_change_only_where_it_hardly_leads():
 
 
 def test_network_that_runs_only_once_is_refused(tmp_path, monkeypatch):
-    real, calls = module._outputs, []
+    real, calls = module.outputs, []
 
     def outputs(model, inputs):
         calls.append(len(inputs))
@@ -252,7 +252,7 @@ def test_network_that_runs_only_once_is_refused(tmp_path, monkeypatch):
             raise RuntimeError("no more")
         return real(model, inputs)
 
-    monkeypatch.setattr(module, "_outputs", outputs)
+    monkeypatch.setattr(module, "outputs", outputs)
     refused = 3
     with pytest.raises(ExportError, match=r"does not run on the example inputs.*no more"):
         export(nn.Linear(4, 2), tmp_path / "net.onnx", torch.randn(3, 4))

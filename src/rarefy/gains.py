@@ -33,7 +33,7 @@ from rarefy.quantization.quantize import QuantizeOptions
 from rarefy.quantization.splitting import SILU
 from rarefy.quantization.weight_only import half, weight_only
 from rarefy.schemes import Half, Int8, WeightOnly
-from rarefy.types import Data, Measurement, Ratio
+from rarefy.types import Data, Inputs, Measurement, Ratio
 
 
 @overload
@@ -157,7 +157,9 @@ def quantize(
         )
         contest = _Contest(Path(folder), lambda net, path: export(net, path, example), compared)
         quick = replace(scheme, rounding="nearest")  # values take no time, rounding them may
-        result, file, quick, reasons = _fastest(model, calibration, quick, contest, runtime)
+        result, file, quick, reasons = _fastest(
+            model, calibration, example, quick, contest, runtime
+        )
         chosen = replace(quick, rounding=scheme.rounding)
         asked = any(options.get(name) is not None for name in ("evaluate", "costs"))
         if asked or chosen != quick:
@@ -245,7 +247,12 @@ FASTER = {"onnxruntime": ("split", frozenset({SILU})), "openvino": ("fused", FUS
 
 
 def _fastest(
-    model: nn.Module, calibration: Data, scheme: Int8, contest: _Contest, runtime: str
+    model: nn.Module,
+    calibration: Data,
+    example: Inputs,
+    scheme: Int8,
+    contest: _Contest,
+    runtime: str,
 ) -> tuple[GraphModel, Path, Int8, dict[str, str]]:
     """The quantized network with layers in float where that is faster, in a file of its own.
 
@@ -254,8 +261,7 @@ def _fastest(
     Returns:
         The network, its file, its scheme, and the layers that went back to float -> reason.
     """
-    first, _ = next(batches(calibration, "quantize(calibration)"))
-    graph = fold_constants(plain_graph(model, first)).graph
+    graph = fold_constants(plain_graph(model, example)).graph
     result = quantization.quantize(model, calibration, scheme)
     best, reasons = contest.written(result), dict[str, str]()
     kinds = _kinds(graph, result.quantization.layers)  # type: ignore[union-attr,arg-type]

@@ -5,13 +5,22 @@ All that would otherwise arise as an error of PyTorch in the middle of a run, or
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
-from rarefy.batches import batch_size, batches, call, evaluating, logits, take, tensors
+from rarefy.batches import (
+    batch_size,
+    batches,
+    call,
+    check_rereadable,
+    evaluating,
+    logits,
+    take,
+    tensors,
+)
 from rarefy.distillation.losses import IGNORE, label_dim
 from rarefy.errors import DataError, InputError
 from rarefy.recipe.options import Stages
@@ -137,9 +146,7 @@ def check_inputs(model: nn.Module, inputs: Inputs, where: str) -> Tensor:
 
 
 def _first(data: Data, where: str) -> tuple[Inputs, Tensor | None]:
-    if isinstance(data, Iterator):
-        what = f"a {type(data).__name__} can be read only once"
-        raise DataError(where, what, "Give a DataLoader or a list of batches")
+    check_rereadable(data, where)
     return next(batches(data, where))
 
 

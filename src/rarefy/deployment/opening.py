@@ -52,7 +52,7 @@ def opened(
             raise InputError(
                 f"a {type(what).__name__} in {runtime}",
                 "it is neither the path of a file nor a network",
-                "Give an nn.Module, or the path of an ONNX file",
+                "Give an nn.Module, or the path of an ONNX or .pt2 file",
             )
         elif row.serves == "file":
             path = export(what, Path(folder) / f"{type(what).__name__}.onnx", example_inputs)

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import zipfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
-from torch.utils import _pytree as pytree
 
-from rarefy.batches import call, map_tensors, tensors
 from rarefy.deployment.decoding import store_codes
-from rarefy.deployment.proof import Run
+from rarefy.deployment.proof import Run, outputs
 from rarefy.deployment.refusals import unwritable
 from rarefy.deployment.tracing import WAYS, Traced, quiet, trace
 from rarefy.errors import FormatError, InputError, first_line
@@ -71,14 +70,7 @@ class ProgramFile:
         Raises:
             FormatError: it cannot be loaded.
         """
-        module = load_program(path)
-
-        def run(inputs: Inputs) -> list[Tensor]:
-            with torch.no_grad():
-                outputs = call(module, map_tensors(torch.clone, inputs))
-            return tensors(pytree.tree_leaves(outputs))
-
-        return run
+        return partial(outputs, load_program(path))
 
 
 def _own_memory(state: dict[str, Any]) -> None:

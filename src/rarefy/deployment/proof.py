@@ -81,7 +81,7 @@ def prove(
             variants.append(_shortened(inputs, free))
         for given in variants:
             try:
-                expected = _outputs(model, given)
+                expected = outputs(model, given)
             except Exception as error:
                 if given is not inputs:
                     continue  # the network does not take fewer examples than were given
@@ -97,10 +97,11 @@ def prove(
         raise ExportError(where, str(error), "Report this network with its export") from error
 
 
-def _outputs(model: nn.Module, inputs: Inputs) -> list[Tensor]:
+def outputs(model: nn.Module, inputs: Inputs) -> list[Tensor]:
+    """The tensors that a network returns in eval mode; its inputs are not written to."""
     with evaluating(model):
-        outputs = call(model, map_tensors(torch.clone, inputs))
-    return tensors(pytree.tree_leaves(outputs))
+        found = call(model, map_tensors(torch.clone, inputs))
+    return tensors(pytree.tree_leaves(found))
 
 
 def _shortened(inputs: Inputs, free: tuple[bool, ...]) -> Inputs:

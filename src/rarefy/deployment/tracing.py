@@ -81,11 +81,7 @@ def trace_flat(model: nn.Module, inputs: Inputs, ways: tuple[bool, ...] = WAYS) 
         return trace(model, inputs, ways)
     leaves, _ = pytree.tree_flatten(arguments(inputs))
     _, spec = pytree.tree_flatten((tuple(leaves), {}))
-    flat = GraphModel(
-        replace(model.graph, in_spec=pytree.treespec_dumps(spec)),
-        dict(model.named_parameters(remove_duplicate=False)),
-        dict(model.named_buffers(remove_duplicate=False)),
-    )
+    flat = model.with_graph(replace(model.graph, in_spec=pytree.treespec_dumps(spec)))
     traced = trace(flat, tuple(leaves), ways)
     if isinstance(inputs, Mapping) and len(inputs) == len(traced.names):
         return replace(traced, names=tuple(inputs))

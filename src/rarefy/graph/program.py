@@ -406,6 +406,20 @@ class GraphModel(nn.Module):
         self._last_use = last_use(graph)
         self.eval()
 
+    def with_graph(self, graph: Graph) -> GraphModel:
+        """Another graph over the same tensors, which are shared."""
+        return GraphModel(
+            graph,
+            dict(self.named_parameters(remove_duplicate=False)),
+            dict(self.named_buffers(remove_duplicate=False)),
+        )
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether it holds quantizers of activations or weights."""
+        kinds = ("fake_quantize", "_fake_quantize")
+        return any(node.kind.startswith(kinds) for node in self.graph.calls)
+
     def tensor(self, path: str) -> Tensor:
         """The parameter or buffer at ``path``."""
         module_path, _, leaf = path.rpartition(".")

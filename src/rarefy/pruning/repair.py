@@ -152,7 +152,7 @@ def _healed(
     healed = copied(pruned)
     first = plain_graph(original, shown)
     plain, second = _graphs(pruned, healed, shown)
-    if any(node.kind.startswith("fake_quantize") for node in plain.graph.calls):
+    if plain.is_quantized:
         first = fold_constants(first)  # as quantization did
     divided = [inputs]
     if shown is not inputs:

@@ -83,6 +83,10 @@ class Calibration:
         self.ranges: dict[str, tuple[float, float]] = {}
         self._barred: dict[str, str] = {}
 
+    def planned(self, left: Mapping[str, str]) -> Placement:
+        """A placement as far as ranges are known; see :meth:`placement`."""
+        return place(self.net.graph, self._barred, left, self.scheme.functions == "fused")
+
     def placement(self, left: Mapping[str, str]) -> Placement:
         """A placement of which every range is known and not empty.
 
@@ -93,9 +97,8 @@ class Calibration:
             InputError: no layer remains.
             DataError: there are no data, or a tensor is not finite on them.
         """
-        fused = self.scheme.functions == "fused"
         while True:
-            placement = not_empty(place(self.net.graph, self._barred, left, fused))
+            placement = not_empty(self.planned(left))
             self.observe(placement.observed)
             empty = {n for n in placement.observed if _width(self.ranges[n]) <= SMALLEST_RANGE}
             if not empty:

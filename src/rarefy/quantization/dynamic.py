@@ -18,15 +18,17 @@ import torch
 from rarefy.graph.program import Graph, Node, Ref, Spec, derived
 from rarefy.quantization.affine import SMALLEST_RANGE
 from rarefy.quantization.insertion import QUANTIZED, Quantizers
-from rarefy.quantization.placement import CONVOLUTIONS, Placement, layer_name, not_empty, place
+from rarefy.quantization.placement import (
+    CONVOLUTIONS,
+    RECURRENT,
+    Placement,
+    layer_name,
+    not_empty,
+    place,
+)
 
 LEVELS = 255
 LSTM = "aten.lstm.input"
-
-UNSERVED = frozenset(
-    "gru rnn_tanh rnn_relu lstm lstm_cell gru_cell rnn_tanh_cell rnn_relu_cell".split()
-)
-"""Recurrent layers that stay in float, but for LSTMs with integers for all of their weights."""
 
 UNSERVED_REASON = (
     "onnxruntime computes LSTMs without projections alone with integers; WeightOnly makes the file "
@@ -59,7 +61,7 @@ def dynamic_placement(graph: Graph, kept: Mapping[str, str]) -> Placement:
     weights = {name for node in recurrent for name in matrices(graph, graph.by_name[node])}
     left = {layer: why for layer, why in found.left.items() if layer not in recurrent.values()}
     for node in graph.calls:
-        layer = layer_name(graph, node) if node.kind in UNSERVED else ""
+        layer = layer_name(graph, node) if node.kind in RECURRENT else ""
         if layer and layer not in kept and node.name not in recurrent:
             left[layer] = UNSERVED_REASON
     return not_empty(

@@ -35,9 +35,7 @@ QUANTIZED = "quantized"
 
 def is_quantized(model: nn.Module) -> bool:
     """Whether a network holds quantizers of activations or weights."""
-    return isinstance(model, GraphModel) and any(
-        node.kind.startswith(("fake_quantize", "_fake_quantize")) for node in model.graph.calls
-    )
+    return isinstance(model, GraphModel) and model.is_quantized
 
 
 def check_unquantized(model: nn.Module) -> None:

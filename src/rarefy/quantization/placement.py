@@ -51,6 +51,11 @@ _MOVES = frozenset(
     }
 )
 
+RECURRENT = frozenset(
+    "gru rnn_tanh rnn_relu lstm lstm_cell gru_cell rnn_tanh_cell rnn_relu_cell".split()
+)
+"""Kinds of recurrent layers, and of single steps of them."""
+
 LEFT: Mapping[str, str] = {
     **{
         f"aten.conv_transpose{d}d.{overload}": "runtimes have no int8 transposed convolution"
@@ -59,14 +64,12 @@ LEFT: Mapping[str, str] = {
     "aten.conv3d.default": "runtimes have no fast int8 kernel for 3-d convolutions",
     "aten.batch_norm.default": "no convolution right before it to fold it into",
     "aten.embedding.default": "a table look-up computes nothing",
-    "aten.lstm.input": "recurrent layers run in float",
-    "aten.gru.input": "recurrent layers run in float",
-    "aten.rnn_tanh.input": "recurrent layers run in float",
-    "aten.rnn_relu.input": "recurrent layers run in float",
-    "aten.lstm_cell.default": "recurrent layers run in float",
-    "aten.gru_cell.default": "recurrent layers run in float",
-    "aten.rnn_tanh_cell.default": "recurrent layers run in float",
-    "aten.rnn_relu_cell.default": "recurrent layers run in float",
+    **{
+        f"aten.{kind}.{'default' if kind.endswith('_cell') else 'input'}": (
+            "recurrent layers run in float"
+        )
+        for kind in sorted(RECURRENT)
+    },
     "aten.matmul.default": "a product of two computed tensors runs in float",
     "aten.bmm.default": "a product of two computed tensors runs in float",
     "aten.scaled_dot_product_attention.default": "attention between activations runs in float",

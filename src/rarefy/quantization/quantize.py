@@ -189,11 +189,6 @@ class _Job:
     first: Inputs
     skipped: Mapping[str, str]
 
-    @property
-    def fused(self) -> bool:
-        """Whether convolutions that a function follows keep their outputs."""
-        return self.scheme.functions == "fused"
-
     def placement(self, left: Mapping[str, str]) -> Placement:
         """Where the quantizers go when these layers stay in float, too."""
         kept = {**self.skipped, **left}
@@ -232,9 +227,7 @@ class _Job:
         if self.scheme.activations == "static":
             kept = [{**self.skipped, **left} for left in alone.values()]
             self.calibration.observe(
-                name
-                for left in kept
-                for name in place(self.net.graph, None, left, self.fused).observed
+                name for left in kept for name in self.calibration.planned(left).observed
             )
         inputs = take(self.first, SENSED)
         exact = outputs(self.net, inputs)

@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from rarefy.graph.program import GraphModel, Node, Ref, derived
-from rarefy.quantization.fold import named
 
 SILU = "aten.silu.default"
 
@@ -24,9 +23,8 @@ def split_silu(model: GraphModel) -> GraphModel:
         >>> [node.kind for node in split_silu(net).graph.calls]  # doctest: +SKIP
         ['linear', 'sigmoid', 'mul']
     """
-    graph = model.graph.with_nodes([part for node in model.graph.nodes for part in _parts(node)])
-    parameters, buffers = dict(named(model.named_parameters)), dict(named(model.named_buffers))
-    return GraphModel(graph, parameters, buffers)
+    nodes = [part for node in model.graph.nodes for part in _parts(node)]
+    return model.with_graph(model.graph.with_nodes(nodes))
 
 
 def _parts(node: Node) -> Iterator[Node]:

@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from rarefy.batches import batches, seeded, take
+from rarefy.batches import batches, check_rereadable, seeded, take
 from rarefy.errors import DataError, RarefyError, RecipeError
 from rarefy.recipe.options import Recipe, is_file
 from rarefy.types import Data, Inputs
@@ -224,9 +224,7 @@ def _splits(make_data: _Function) -> dict[str, Data]:
 
 def _first_batch(make_data: _Function, name: str, data: Data) -> tuple[Inputs, Tensor | None]:
     place = f"{make_data.place}, {name!r}"
-    if isinstance(data, Iterator):
-        remedy = "Return a DataLoader or a list of batches"
-        raise DataError(place, "can be read only once, being an iterator", remedy)
+    check_rereadable(data, place)
     with make_data.guarded(f"reading {name!r} raised"):
         try:
             return next(batches(data, place))

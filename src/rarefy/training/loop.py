@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from rarefy.batches import batch_size, batches, device_of, seeded
+from rarefy.batches import batch_size, batches, check_rereadable, device_of, seeded
 from rarefy.errors import DataError, InputError, OutputError, TrainingError
 from rarefy.metrics import lower_is_better, show, title
 from rarefy.process import (
@@ -88,12 +88,8 @@ def require_usable(data: Data, job: Job) -> None:
             )
     often = {"data": options.epochs > 1 or job.checkpoint is not None, "val": True}
     for name, value in (("data", data), ("val", job.val)):
-        if isinstance(value, Iterator) and often[name]:
-            raise DataError(
-                f"{job.where}({name})",
-                f"a {type(value).__name__} can be read only once",
-                "Give a DataLoader or a list of batches",
-            )
+        if often[name]:
+            check_rereadable(value, f"{job.where}({name})")
     if job.every is not None and (not isinstance(job.every, int) or job.every < 1):
         raise InputError(
             f"{job.where}(every={job.every!r})", "it counts optimizer steps", "Write every=1000"

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
-from rarefy.batches import batch_size, batches, split_batch, tensors
+from rarefy.batches import batch_size, batches, check_rereadable, split_batch, tensors
 from rarefy.distillation.soft_labels.records import Array
 from rarefy.distillation.soft_labels.views import Key, Replay
 from rarefy.errors import DataError
@@ -73,10 +73,7 @@ def source(data: Data, views: int, where: str) -> Source:
     Raises:
         DataError: the data are empty, can be read only once, or have no views to replay.
     """
-    if isinstance(data, Iterator):
-        raise DataError(
-            where, "the data can be read only once, being an iterator", "Give a list or DataLoader"
-        )
+    check_rereadable(data, where)
     mapped = (
         isinstance(data, DataLoader)
         and data.batch_sampler is not None
