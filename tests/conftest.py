@@ -1,5 +1,12 @@
-"""One thread for small networks: more of them wait for each other longer than they compute."""
+"""What all tests share: one thread, and Ctrl-C that counts."""
+
+import signal
 
 import torch
 
+# Small networks: more threads wait for each other longer than they compute.
 torch.set_num_threads(1)
+
+# A shell that starts a program in the background lets it ignore Ctrl-C, and so its children.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
