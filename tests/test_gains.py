@@ -74,7 +74,7 @@ def test_no_network_is_made_or_written_twice(timed, monkeypatch, evaluate, depth
     monkeypatch.setattr(gains.quantization, "quantize", counted(made, quantize))
     options = {} if evaluate is None else {"evaluate": evaluate}
     net = rf.quantize(model, data, runtime="onnxruntime", **options)
-    tried = 1 + 3  # all in int8, then without one kind of layers after the other
+    tried = 1 + 4  # all in int8, then without one kind of layers after the other
     assert len(written) == tried + 1  # and the float network
     assert len(made) == tried + (evaluate is not None)
     assert written[-1] is model
@@ -129,7 +129,8 @@ def test_kinds_of_layers():
     model, data = build("inverted")
     graph = plain_graph(model, data[0]).graph
     assert _kinds(graph, dict.fromkeys(COSTS, 0.0)) == {
-        "pointwise convolution": ["expand.0", "gate.1", "project"],
+        "convolution of one position": ["gate.1"],
+        "pointwise convolution": ["expand.0", "project"],
         "depthwise convolution": ["depth.0"],
         "larger convolution": ["head"],
     }

@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from functools import partial
+from math import prod
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Unpack, overload
@@ -87,8 +88,8 @@ def quantize(
 
     With ``evaluate``, the few and cheap layers whose quantization costs too much stay in float.
     With ``runtime``, the result and the float network are timed in it on the first batch, and kinds
-    of layers (linear, depthwise, pointwise and larger convolutions) that int8 does not speed up
-    stay in float, and functions behind convolutions are computed in the faster way (see
+    of layers (linear; of one position, as in squeeze-and-excitation; depthwise, pointwise and
+    larger convolutions) that int8 does not speed up stay in float, and functions behind convolutions are computed in the faster way (see
     ``Int8(functions=)``); the attribute ``served`` then is a :class:`~rarefy.measured.Served`
     record, and a result that is not faster than the float network is warned of.
 
@@ -299,6 +300,8 @@ def _kind(graph: Graph, node: Node) -> str:
     shape = graph.by_name[node.args[1].name].shape
     if len(shape) == 2:
         return "linear layer"
+    if prod(node.shape[2:]) == 1:
+        return "convolution of one position"
     if shape[1] == 1 and node.argument("groups") > 1:
         return "depthwise convolution"
     return "pointwise convolution" if set(shape[2:]) == {1} else "larger convolution"
