@@ -88,10 +88,11 @@ def quantize(
 
     With ``evaluate``, the few and cheap layers whose quantization costs too much stay in float.
     With ``runtime``, the result and the float network are timed in it on the first batch, and kinds
-    of layers (linear; of one position, as in squeeze-and-excitation; depthwise, pointwise and
-    larger convolutions) that int8 does not speed up stay in float, and functions behind convolutions are computed in the faster way (see
-    ``Int8(functions=)``); the attribute ``served`` then is a :class:`~rarefy.measured.Served`
-    record, and a result that is not faster than the float network is warned of.
+    of layers (linear; convolutions of one position, as in squeeze-and-excitation; depthwise,
+    pointwise and larger convolutions) that int8 does not speed up stay in float, and functions
+    behind convolutions are computed in the faster way (see ``Int8(functions=)``); the attribute
+    ``served`` then is a :class:`~rarefy.measured.Served` record, and a result that is not faster
+    than the float network is warned of.
 
     Args:
         model: any module that can be captured, in float; left as it is.
