@@ -4,12 +4,13 @@ Run it: python benchmarks/fine_tuning.py --subject resnet20 --macs 0.5 0.33 --ep
 
 Every method starts from the same trained network, keeps the same share of its multiply-accumulates,
 and is then trained with the same optimizer, learning rate, batches and number of epochs: on the
-labels alone, or, where rarefy pruned it, on the original's soft labels, too. The original itself,
-trained as long on the labels, is the first row.
+labels alone, or, where rarefy pruned it, on the original's soft labels, too, which are stored once
+for images. The original itself, trained as long on the labels, is the first row.
 """
 
 import argparse
 import statistics
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -20,7 +21,9 @@ import peers
 import speech
 import text
 import torch
+from distillation import crop_and_flip
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
 import rarefy as rf
 from rarefy.graph.count import count
@@ -31,12 +34,11 @@ SAMPLES = 1024
 
 @dataclass(frozen=True)
 class Shuffled:
-    """Labelled batches in a new order at every reading, images shifted and mirrored on request."""
+    """Labelled batches in a new order at every reading."""
 
     x: Tensor
     y: Tensor
     batch: int = 128
-    augmented: bool = False
 
     def __len__(self) -> int:
         return len(self.x) // self.batch
@@ -44,20 +46,7 @@ class Shuffled:
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         order = torch.randperm(len(self.x))[: len(self) * self.batch]
         for part in order.split(self.batch):
-            x = self.x[part]
-            yield (moved(x) if self.augmented else x), self.y[part]
-
-
-def moved(x: Tensor) -> Tensor:
-    """Each image shifted by up to four pixels either way, and mirrored at random."""
-    side = x.shape[-1]
-    padded = nn.functional.pad(x, (4, 4, 4, 4))
-    down, right = torch.randint(9, (2, len(x), 1, 1, 1))
-    rows, columns = torch.arange(side)[:, None], torch.arange(side)[None]
-    columns = torch.where(torch.rand(len(x), 1, 1, 1) < 0.5, columns, side - 1 - columns)
-    example = torch.arange(len(x))[:, None, None, None]
-    channel = torch.arange(x.shape[1])[None, :, None, None]
-    return padded[example, channel, rows + down, columns + right]
+            yield self.x[part], self.y[part]
 
 
 @dataclass(frozen=True)
@@ -67,6 +56,7 @@ class Subject:
     Attributes:
         model: the network.
         train: labelled batches.
+        teacher: the network's soft labels of these batches: stored, or itself.
         test: labelled batches.
         unlabelled: examples that pruning and repair see.
         options: of the optimizer.
@@ -75,7 +65,8 @@ class Subject:
     """
 
     model: nn.Module
-    train: Shuffled
+    train: Any
+    teacher: Any
     test: list[tuple[Tensor, Tensor]]
     unlabelled: Tensor
     options: Mapping[str, Any]
@@ -87,15 +78,26 @@ class Subject:
         object.__setattr__(self, "example", self.unlabelled[:2])
 
 
-def _resnet(depth: int, limit: int | None) -> Subject:
+def _resnet(depth: int, chosen: argparse.Namespace, folder: str) -> Subject:
     model = cifar.network(depth)
     x, y = cifar.images("train")
-    held_x, held_y = cifar.images("test", limit)
+    held_x, held_y = cifar.images("test", chosen.test)
     whole, whole_inner = (cifar.kept_whole(model, inner=inner) for inner in (False, True))
     test = list(zip(held_x.split(250), held_y.split(250), strict=True))
     options = {"lr": 0.02, "weight_decay": 5e-4}
-    data = Shuffled(x, y, 128, True)
-    return Subject(model, data, test, x[:SAMPLES], options, whole, whole_inner)
+    change, views = (crop_and_flip, max(chosen.epochs)) if chosen.augmented else (same, 1)
+    data = rf.soft_labels.Replay(TensorDataset(x, y), change, seed=0)
+    batches = DataLoader(data, 128, shuffle=True, drop_last=True)
+    teacher = model
+    if "soft labels" in chosen.targets:
+        rf.write_soft_labels(model, batches, folder, views=views)
+        teacher = rf.SoftLabels(folder)
+    return Subject(model, batches, teacher, test, x[:SAMPLES], options, whole, whole_inner)
+
+
+def same(image: Tensor) -> Tensor:
+    """The image as it is."""
+    return image
 
 
 def _trained(model: nn.Module, parts: Any, last: str, epochs: int) -> Subject:
@@ -105,14 +107,14 @@ def _trained(model: nn.Module, parts: Any, last: str, epochs: int) -> Subject:
     model = rf.train(model, data, epochs=epochs, progress=False, **options)
     test = list(zip(held_x.split(250), held_y.split(250), strict=True))
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))[:SAMPLES]
-    return Subject(model, data, test, x[order], {**options, "lr": 5e-4}, [last], [last])
+    return Subject(model, data, model, test, x[order], {**options, "lr": 5e-4}, [last], [last])
 
 
-SUBJECTS: Mapping[str, Callable[[int | None], Subject]] = {
+SUBJECTS: Mapping[str, Callable[[argparse.Namespace, str], Subject]] = {
     "resnet20": partial(_resnet, 20),
     "resnet56": partial(_resnet, 56),
-    "speech": lambda _: _trained(speech.network(), speech.digits(), "17", 20),
-    "text": lambda _: _trained(text.Transformer(), text.sentences(), "head", 20),
+    "speech": lambda *_: _trained(speech.network(), speech.digits(), "17", 20),
+    "text": lambda *_: _trained(text.Transformer(), text.sentences(), "head", 20),
 }
 
 
@@ -152,7 +154,7 @@ def trained(subject: Subject, small: nn.Module, epochs: int, seed: int, *, soft:
     """Top-1 after that many epochs."""
     options: dict[str, Any] = {**subject.options, "epochs": epochs, "seed": seed, "progress": False}
     if soft:
-        small = rf.distill(subject.model, small, subject.train, label_weight=0.1, **options)
+        small = rf.distill(subject.teacher, small, subject.train, label_weight=0.1, **options)
     else:
         small = rf.train(small, subject.train, **options)
     return rf.evaluate(small, subject.test)
@@ -165,19 +167,8 @@ def row(name: str, targets: str, share: float, epochs: int, found: list[float]) 
     return f"| {name} | {targets} | {share:.3f} | {epochs} | {mean:.2%} | {each} |"
 
 
-def main() -> None:
-    """Print one row per method, share and number of epochs, as a table in Markdown."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--subject", choices=list(SUBJECTS), default="resnet20")
-    parser.add_argument("--macs", type=float, nargs="+", default=[0.5])
-    parser.add_argument("--epochs", type=int, nargs="+", default=[1, 3])
-    parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--test", type=int, help="test images; all if not given")
-    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
-    parser.add_argument("--targets", nargs="+", default=["labels", "soft labels"])
-    chosen = parser.parse_args()
-
-    subject = SUBJECTS[chosen.subject](chosen.test)
+def table(subject: Subject, chosen: argparse.Namespace) -> None:
+    """Print a row for each."""
     whole, seeds = count(subject.model, subject.example).macs, range(chosen.seeds)
     base = rf.evaluate(subject.model, subject.test)
     print(f"{chosen.subject}: {sum(len(y) for _, y in subject.test)} test examples", end="")
@@ -200,6 +191,24 @@ def main() -> None:
                     soft = targets == "soft labels"
                     found = [trained(subject, small, epochs, seed, soft=soft) for seed in seeds]
                     print(row(name, targets, left, epochs, found), flush=True)
+
+
+def main() -> None:
+    """Print one row per method, share and number of epochs, as a table in Markdown."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--subject", choices=list(SUBJECTS), default="resnet20")
+    parser.add_argument("--macs", type=float, nargs="+", default=[0.5])
+    parser.add_argument("--epochs", type=int, nargs="+", default=[1, 3])
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--augmented", action="store_true", help="shift and mirror the images")
+    parser.add_argument("--test", type=int, help="test images; all if not given")
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
+    parser.add_argument("--targets", nargs="+", default=["labels", "soft labels"])
+    chosen = parser.parse_args()
+
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        table(SUBJECTS[chosen.subject](chosen, folder), chosen)
 
 
 if __name__ == "__main__":
