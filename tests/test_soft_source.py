@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
@@ -18,7 +19,7 @@ from torch.utils.data import (
     TensorDataset,
 )
 
-from rarefy.distillation.soft_labels.source import input_hashes, probed_hashes, source
+from rarefy.distillation.soft_labels.source import probed_hashes, source
 from rarefy.distillation.soft_labels.views import Replay
 from rarefy.errors import DataError
 
@@ -63,13 +64,13 @@ def test_ids_are_indices_of_the_data_set(name: str) -> None:
     found = source(LOADERS[name](), 1, "test")
     assert (found.ids, found.samples) == ("dataset", 50)
     rows = []
-    for got, values in found.rows([(3, 20), (40, 50)]):
+    for got, values, _ in found.rows([(3, 20), (40, 50)]):
         assert got.tolist() == values[:, 0].tolist()
         rows += got.tolist()
     assert rows == [*range(3, 20), *range(40, 50)]
     for _ in range(2):
         seen = []
-        for ids, batch in found.epoch(0):
+        for ids, batch, _ in found.epoch(0):
             assert ids.tolist() == batch[0][:, 0].tolist()
             seen += ids.tolist()
         assert len(seen) == (48 if name == "dropping" else 50)
@@ -88,12 +89,12 @@ def test_the_order_is_that_of_the_loader_itself() -> None:
     plain, ours = one(), source(one(), 1, "test")
     for _ in range(2):
         expected = [batch[0][:, 0].tolist() for batch in plain]
-        assert [ids.tolist() for ids, _ in ours.epoch(0)] == expected
+        assert [ids.tolist() for ids, _, _ in ours.epoch(0)] == expected
 
 
 def test_collation_is_the_users() -> None:
     found = source(DataLoader(TensorDataset(VALUES), batch_size=8, collate_fn=doubled), 1, "test")
-    assert all((2 * ids == batch[:, 0]).all() for ids, batch in found.epoch(0))
+    assert all((2 * ids == batch[:, 0]).all() for ids, batch, _ in found.epoch(0))
 
 
 def test_views_reach_workers_that_stay() -> None:
@@ -101,9 +102,9 @@ def test_views_reach_workers_that_stay() -> None:
     loader = DataLoader(replay, batch_size=8, num_workers=1, persistent_workers=True, shuffle=True)
     found = source(loader, 3, "test")
     for view in (0, 2, 1):
-        for ids, values in found.epoch(view):
+        for ids, values, _ in found.epoch(view):
             assert values.tolist() == [replay[view, int(i)].tolist() for i in ids]
-    rows = [r for got, _ in found.rows([(40, 60)]) for r in got.tolist()]
+    rows = [r for got, _, _ in found.rows([(40, 60)]) for r in got.tolist()]
     assert rows == list(range(40, 60))
 
 
@@ -120,10 +121,10 @@ class Stream(IterableDataset[Any]):
 def test_other_batches_are_numbered_as_they_come(data) -> None:
     found = source(data, 1, "test")
     assert (found.ids, found.samples) == ("position", 50)
-    for ids, batch in found.epoch(0):
+    for ids, batch, _ in found.epoch(0):
         values = batch[0] if isinstance(batch, tuple) else batch
         assert ids.tolist() == values[:, 0].tolist()
-    rows = [got.tolist() for got, values in found.rows([(10, 12), (30, 36)])]
+    rows = [got.tolist() for got, _, _ in found.rows([(10, 12), (30, 36)])]
     assert rows == [list(range(7, 14)), list(range(28, 35)), list(range(35, 42))]
     assert not list(found.rows([]))
 
@@ -158,30 +159,6 @@ def test_data_that_end_early_are_an_error() -> None:
         list(source(Shrinking(), 1, "test").rows([(0, 20)]))
 
 
-def test_hashes_tell_inputs_apart() -> None:
-    x = torch.randn(6, 3, 8, 8)
-    base = input_hashes(x)
-    assert len(set(base.tolist())) == 6
-    assert (input_hashes(x.clone()) == base).all()
-    assert (input_hashes(x.contiguous(memory_format=torch.channels_last)) == base).all()
-    assert (input_hashes(x, first=2) == base[:2]).all()
-    assert (input_hashes(x[2:3]) == base[2:3]).all()
-    assert (input_hashes(x.flip(-1)) != base).all()
-    assert (input_hashes(x.double()) != base).all()
-    assert (input_hashes(x.reshape(6, 3, 64)) != base).all()
-    assert (input_hashes({"x": x, "mask": torch.ones(6, 2)}) != base).all()
-    assert len(input_hashes((torch.zeros(2, 0), torch.ones(2)))) == 2
-    for kind in (torch.bool, torch.bfloat16, torch.int64, torch.complex64):
-        assert len(set(input_hashes(torch.tensor([0, 1]).to(kind)).tolist())) == 2
-
-
-def test_a_large_input_is_hashed_in_part_everywhere() -> None:
-    x = torch.zeros(1, 3, 64, 64)
-    changed = x.clone()
-    changed[:, :, 32:, :] = 1
-    assert input_hashes(x) != input_hashes(changed)
-
-
 def test_random_transforms_in_the_data_set_are_noticed() -> None:
     class Noisy(Dataset[Tensor]):
         def __len__(self) -> int:
@@ -195,3 +172,33 @@ def test_random_transforms_in_the_data_set_are_noticed() -> None:
     hashes = probed_hashes(source(LOADERS["shuffled"](), 1, "test"))
     assert len(hashes) == 16
     assert np.array([*map(int, hashes)])[[0, -1]].tolist() == [0, 49]
+
+
+@pytest.mark.parametrize("size", [1, 5, 16, 50])
+def test_what_is_probed_does_not_depend_on_the_size_of_batches(size: int) -> None:
+    for data in (DataLoader(TensorDataset(VALUES), batch_size=size), list(VALUES.split(size))):
+        found = probed_hashes(source(data, 1, "test"))
+        kind = isinstance(data, list)
+        whole = [VALUES] if kind else DataLoader(TensorDataset(VALUES), batch_size=50)
+        assert found == probed_hashes(source(whole, 1, "test"))
+        assert len(found) == 16
+
+
+def padded(items: list[tuple[torch.Tensor, int]]) -> tuple[torch.Tensor, torch.Tensor]:
+    return pad_sequence([x for x, _ in items], batch_first=True), torch.tensor(
+        [y for _, y in items]
+    )
+
+
+def test_padding_to_the_longest_of_a_batch_changes_no_hash() -> None:
+    items = [(torch.arange(1, 2 + n % 7), n) for n in range(20)]
+    shapes, hashes = set(), []
+    for size in (4, 20):
+        found = source(DataLoader(items, size, collate_fn=padded), 1, "test")
+        parts = list(found.rows([(0, 20)]))
+        shapes |= {tuple(x.shape[1:]) for _, x, _ in parts}
+        hashes.append(np.concatenate([h for _, _, h in parts]).tolist())
+        assert [first for _, _, first in found.epoch(0)] == hashes[0][::size]
+    assert len(shapes) > 1
+    assert hashes[0] == hashes[1]
+    assert len(set(hashes[0])) == 7

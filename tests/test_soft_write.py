@@ -252,7 +252,7 @@ def test_every_view_has_its_own_answers(tmp_path: Path, small_shards) -> None:
     labels, ids = SoftLabels(tmp_path), torch.tensor([0, 57, 99])
     for view in range(3):
         inputs = torch.stack([replay[view, int(i)][0] for i in ids])
-        found = labels.answers(ids, view, inputs=inputs)
+        found = labels.answers(ids, view)
         assert torch.allclose(found, expected(teacher(), inputs), rtol=1e-3, atol=1e-5)
 
 

@@ -63,4 +63,4 @@ class Joined:
         self.epoch += 1
         for ids, batch in self.found:
             inputs, labels = split_batch(batch)
-            yield inputs, Answered(labels, self.store.answers(ids, self.found.view, inputs=inputs))
+            yield inputs, Answered(labels, self.store.answers(ids, self.found.view))

@@ -14,7 +14,7 @@ from rarefy.distillation.soft_labels import manifest as manifests
 from rarefy.distillation.soft_labels.manifest import Manifest
 from rarefy.distillation.soft_labels.records import Array, checksums
 from rarefy.distillation.soft_labels.shards import opened, shards_of
-from rarefy.distillation.soft_labels.source import Source, input_hashes, probed_hashes, source
+from rarefy.distillation.soft_labels.source import Source, probed_hashes, source
 from rarefy.distillation.soft_labels.verify import largest_error
 from rarefy.errors import DataError, FormatError, InputError, OutputError
 from rarefy.process import replayable
@@ -83,16 +83,12 @@ class SoftLabels:
         """Answers to each example; epoch e is to see view ``e % views``."""
         return self.manifest.views
 
-    def answers(
-        self, ids: Tensor | None = None, view: int = 0, *, inputs: Inputs | None = None
-    ) -> Tensor:
+    def answers(self, ids: Tensor | None = None, view: int = 0) -> Tensor:
         """What the teacher said of some examples.
 
         Args:
             ids: ``(N,)`` whole numbers; None for all examples in order.
             view: which augmentation of them.
-            inputs: the inputs of these examples, of which the first is compared with the one that
-                the teacher saw.
 
         Returns:
             Float32 ``(N, *shape)`` on the CPU: log-probabilities over the classes, whose softmax at
@@ -100,7 +96,7 @@ class SoftLabels:
             :class:`TopK` and :class:`Sampled`); for :class:`Outputs` the outputs themselves.
 
         Raises:
-            DataError: an id or view is not in the store, or the input is another.
+            DataError: an id or view is not in the store.
             FormatError: a record is damaged.
         """
         count = len(self)
@@ -109,10 +105,7 @@ class SoftLabels:
             self._refuse(f"id {wanted.max() if wanted.max() >= count else wanted.min()}", count)
         if not 0 <= view < self.views:
             self._refuse(f"view {view}", self.views)
-        records = self._records(view * count + wanted)
-        if inputs is not None:
-            self._require_aligned(wanted, view, records, inputs)
-        return self.manifest.layout.unpack(records)
+        return self.manifest.layout.unpack(self._records(view * count + wanted))
 
     def identified(self, data: Data) -> Identified:
         """The data with the id of every example, after a check that they are those of the store.
@@ -139,7 +132,7 @@ class SoftLabels:
         found.set_epoch(epoch)
         for ids, batch in found:
             inputs, targets = split_batch(batch)
-            yield inputs, targets, self.answers(ids, found.view, inputs=inputs)
+            yield inputs, targets, self.answers(ids, found.view)
 
     def check(self, teacher: nn.Module) -> None:
         """Make sure that this teacher wrote the store.
@@ -221,12 +214,17 @@ class SoftLabels:
         records = self._records(rows)
         return self._layout.unpack(records), records["input"]
 
-    def _require_aligned(self, ids: Array, view: int, records: Array, inputs: Inputs) -> None:
-        hashes = input_hashes(inputs, first=1)
-        if hashes[0] != records["input"][0]:
+    def require_aligned(self, index: int, view: int, found: int) -> None:
+        """Make sure that the teacher answered the input with this hash.
+
+        Raises:
+            DataError: it was another.
+        """
+        (record,) = self._records(np.array([view * len(self) + index]))
+        if record["input"] != found:
             raise DataError(
                 f"SoftLabels({str(self.path)!r})",
-                f"the input with id {ids[0]}, view {view} is another than the one that the teacher "
+                f"the input with id {index}, view {view} is another than the one that the teacher "
                 f"answered ({self.manifest.data.transform or 'without a transform'})",
                 "Give the data in the order and with the preprocessing of the store; random "
                 "transforms belong into rf.soft_labels.Replay(dataset, transform)",
@@ -283,4 +281,7 @@ class Identified:
         return len(self.source)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Batch]]:
-        return self.source.epoch(self.view)
+        view = self.view
+        for ids, batch, first in self.source.epoch(view):
+            self.labels.require_aligned(int(ids[0]), view, first)
+            yield ids, batch

@@ -8,7 +8,6 @@ an id is the number of examples before.
 from __future__ import annotations
 
 import operator
-import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeAlias
@@ -18,7 +17,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
-from rarefy.batches import batch_size, batches, check_rereadable, split_batch, tensors
+from rarefy.batches import batch_size, batches, check_rereadable, split_batch, take
+from rarefy.distillation.soft_labels.hashes import input_hashes, item_hash
 from rarefy.distillation.soft_labels.records import Array
 from rarefy.distillation.soft_labels.views import Key, Replay
 from rarefy.errors import DataError
@@ -29,10 +29,6 @@ Spans: TypeAlias = Sequence[tuple[int, int]]
 
 PROBED = 16
 """Examples whose hashes tell data sets apart."""
-
-HASHED = 1024
-"""Numbers of a tensor, evenly spread, that its hash covers: at least these, and fewer than twice
-as many."""
 
 
 class Source(ABC):
@@ -51,20 +47,25 @@ class Source(ABC):
     transform: str
 
     @abstractmethod
-    def rows(self, spans: Spans) -> Iterator[tuple[Array, Inputs]]:
-        """Inputs with their rows, batch by batch; batches may hold rows that were not asked for."""
+    def rows(self, spans: Spans) -> Iterator[tuple[Array, Inputs, Array]]:
+        """Inputs with their rows and hashes, batch by batch; batches may hold rows that were not
+        asked for."""
 
     @abstractmethod
-    def probe(self) -> tuple[Array, Inputs]:
-        """Some examples of the first view, spread over all where that is cheap, by row."""
+    def probe(self, count: int) -> tuple[Array, Inputs]:
+        """About as many examples of the first view, by row: spread over all where that is cheap."""
+
+    @abstractmethod
+    def known(self) -> dict[str, str]:
+        """Id to hash of some inputs of the first view, as they are batched."""
 
     @abstractmethod
     def __len__(self) -> int:
         """Batches of a pass, or 0 where that is not known."""
 
     @abstractmethod
-    def epoch(self, view: int) -> Iterator[tuple[Tensor, Batch]]:
-        """One pass in the order of the data, with the ids of every batch."""
+    def epoch(self, view: int) -> Iterator[tuple[Tensor, Batch, int]]:
+        """One pass in the order of the data: the ids of a batch, it, and its first input's hash."""
 
 
 def source(data: Data, views: int, where: str) -> Source:
@@ -105,34 +106,39 @@ class Indexed(Source):
         size = loader.batch_size or getattr(loader.batch_sampler, "batch_size", None)
         self.chunk = size if isinstance(size, int) else 32
         self.order = _Order(loader.batch_sampler)
-        self.keyed = _keyed(loader, self.order)
+        self.keyed = _keyed(loader, self.order, hashed=1)
 
-    def rows(self, spans: Spans) -> Iterator[tuple[Array, Inputs]]:
+    def rows(self, spans: Spans) -> Iterator[tuple[Array, Inputs, Array]]:
         """Batches of exactly the rows asked for."""
         keys = [
             [divmod(row, self.samples) for row in range(begin, min(begin + self.chunk, stop))]
             for start, stop in spans
             for begin in range(start, stop, self.chunk)
         ]
-        for indices, batch in _keyed(self.loader, keys):
+        for indices, hashes, batch in _keyed(self.loader, keys):
             view, index = indices.T.numpy()
-            yield view * self.samples + index, split_batch(batch)[0]
+            yield view * self.samples + index, split_batch(batch)[0], np.array(hashes, np.uint32)
 
-    def probe(self) -> tuple[Array, Inputs]:
+    def probe(self, count: int) -> tuple[Array, Inputs]:
         """A batch of ids evenly spread over the data set."""
-        count = min(max(self.chunk, PROBED), self.samples)
-        rows = np.linspace(0, self.samples - 1, count).astype(np.int64)
-        ((_, batch),) = _keyed(self.loader, [[(0, int(row)) for row in rows]], workers=0)
+        rows = np.linspace(0, self.samples - 1, min(count, self.samples)).astype(np.int64)
+        keys = [[(0, int(row)) for row in rows]]
+        ((_, _, batch),) = _keyed(self.loader, keys, hashed=0, workers=0)
         return rows, split_batch(batch)[0]
+
+    def known(self) -> dict[str, str]:
+        """Of one batch, which is the same whatever the size of the loader's."""
+        rows, inputs = self.probe(PROBED)
+        return _named(rows, input_hashes(inputs))
 
     def __len__(self) -> int:
         return len(self.loader)
 
-    def epoch(self, view: int) -> Iterator[tuple[Tensor, Batch]]:
+    def epoch(self, view: int) -> Iterator[tuple[Tensor, Batch, int]]:
         """One pass in the order of the user's sampler."""
         self.order.view = view
-        for indices, batch in self.keyed:
-            yield indices[:, 1], batch
+        for indices, (first,), batch in self.keyed:
+            yield indices[:, 1], batch, first
 
 
 class Running(Source):
@@ -146,14 +152,14 @@ class Running(Source):
         self.data, self.where = data, where
         self.samples = sum(batch_size(inputs) for inputs, _ in batches(data, where))
 
-    def rows(self, spans: Spans) -> Iterator[tuple[Array, Inputs]]:
+    def rows(self, spans: Spans) -> Iterator[tuple[Array, Inputs, Array]]:
         """Every batch that holds a row asked for, whole."""
         last = max((stop for _, stop in spans), default=0)
         begin = 0
         for inputs, _ in batches(self.data, self.where) if spans else ():
             end = begin + batch_size(inputs)
             if any(start < end and begin < stop for start, stop in spans):
-                yield np.arange(begin, end), inputs
+                yield np.arange(begin, end), inputs, input_hashes(inputs)
             begin = end
             if begin >= last:
                 return
@@ -164,19 +170,27 @@ class Running(Source):
                 "Give data that yield the same every time",
             )
 
-    def probe(self) -> tuple[Array, Inputs]:
+    def probe(self, count: int) -> tuple[Array, Inputs]:
         """The first batch."""
-        return next(self.rows([(0, 1)]))
+        rows, inputs, _ = next(self.rows([(0, 1)]))
+        return rows, inputs
+
+    def known(self) -> dict[str, str]:
+        """Of the first batches."""
+        stop = min(PROBED, self.samples)
+        rows, _, hashes = zip(*self.rows([(0, stop)]), strict=True)
+        return _named(np.concatenate(rows)[:stop], np.concatenate(hashes)[:stop])
 
     def __len__(self) -> int:
         return operator.length_hint(self.data, 0)
 
-    def epoch(self, view: int) -> Iterator[tuple[Tensor, Batch]]:
+    def epoch(self, view: int) -> Iterator[tuple[Tensor, Batch, int]]:
         """One pass."""
         begin = 0
         for batch in self.data:
-            size = batch_size(split_batch(batch)[0])
-            yield torch.arange(begin, begin + size), batch
+            inputs, _ = split_batch(batch)
+            size = batch_size(inputs)
+            yield torch.arange(begin, begin + size), batch, int(input_hashes(take(inputs, 1))[0])
             begin += size
 
 
@@ -213,19 +227,31 @@ class _Keyed:
 
 
 class _Collate:
-    """The user's collation, beside the keys as a tensor ``(N, 2)``."""
+    """The user's collation, beside the keys as a tensor ``(N, 2)`` and the hashes of the first."""
 
-    def __init__(self, collate: Callable[[list[Any]], Any]) -> None:
-        self.collate = collate
+    def __init__(self, collate: Callable[[list[Any]], Any], hashed: int | None) -> None:
+        self.collate, self.hashed = collate, hashed
 
-    def __call__(self, items: list[tuple[Key, Any]]) -> tuple[Tensor, Any]:
-        return torch.tensor([key for key, _ in items]), self.collate([item for _, item in items])
+    def __call__(self, items: list[tuple[Key, Any]]) -> tuple[Tensor, list[int], Any]:
+        hashes = [item_hash(item) for _, item in items[: self.hashed]]
+        keys = torch.tensor([key for key, _ in items])
+        return keys, hashes, self.collate([item for _, item in items])
 
 
 def _keyed(
-    loader: DataLoader[Any], order: Iterable[list[Key]], workers: int | None = None
+    loader: DataLoader[Any],
+    order: Iterable[list[Key]],
+    hashed: int | None = None,
+    workers: int | None = None,
 ) -> DataLoader[Any]:
-    """The user's loader in another order, whose batches are ``(keys, batch)``."""
+    """The user's loader in another order, whose batches are ``(keys, hashes, batch)``.
+
+    Args:
+        loader: the user's.
+        order: keys of every batch.
+        hashed: how many examples of a batch, None for all.
+        workers: None for as many as the user's.
+    """
     count = loader.num_workers if workers is None else workers
     processes = {
         "num_workers": count,
@@ -238,48 +264,24 @@ def _keyed(
     return DataLoader(
         _Keyed(loader.dataset),  # type: ignore[arg-type]
         batch_sampler=order,
-        collate_fn=_Collate(loader.collate_fn),
+        collate_fn=_Collate(loader.collate_fn, hashed),
         pin_memory=loader.pin_memory,
         generator=loader.generator,
         **processes if count else {},
     )
 
 
-def input_hashes(inputs: Inputs, first: int | None = None) -> Array:
-    """CRC-32 of each example's tensors: shapes, types, and evenly spread numbers.
-
-    Args:
-        inputs: a batch.
-        first: how many examples; None for all.
-    """
-    count = batch_size(inputs)
-    found = [0] * count if first is None else [0] * min(count, first)
-    for tensor in tensors(inputs):
-        if not tensor.ndim or len(tensor) != count or not tensor.numel():
-            continue
-        rows = tensor[: len(found)].detach().reshape(len(found), -1)
-        picked = rows[:, :: max(1, rows.shape[1] // HASHED)].cpu().contiguous()
-        lines = picked.view(torch.uint8).numpy()
-        head = f"{tuple(tensor.shape[1:])} {tensor.dtype}".encode()
-        found = [
-            zlib.crc32(line.data, zlib.crc32(head, before))
-            for before, line in zip(found, lines, strict=True)
-        ]
-    return np.array(found, np.uint32)
+def _named(rows: Array, hashes: Array) -> dict[str, str]:
+    return {str(row): f"{found:08x}" for row, found in zip(rows, hashes, strict=True)}
 
 
 def probed_hashes(data: Source) -> dict[str, str]:
-    """Id to hash of the input, for some ids of the first view.
+    """Id to hash of the input as it is batched, for some ids of the first view.
 
     Raises:
         DataError: an id has another input when it is read again.
     """
-    once, again = ({}, {})  # type: dict[str, str], dict[str, str]
-    for found in (once, again):
-        rows, inputs = data.probe()
-        hashes = input_hashes(inputs)
-        picked = np.unique(np.linspace(0, len(rows) - 1, min(PROBED, len(rows))).astype(int))
-        found.update((str(rows[i]), f"{hashes[i]:08x}") for i in picked)
+    once, again = data.known(), data.known()
     if once != again:
         raise DataError(
             getattr(data, "where", "data"),

@@ -12,7 +12,7 @@ from rarefy.batches import device_of
 from rarefy.distillation.soft_labels.answers import answer, answering, require_usable
 from rarefy.distillation.soft_labels.manifest import Manifest
 from rarefy.distillation.soft_labels.records import Array, Outputs
-from rarefy.distillation.soft_labels.source import Source, input_hashes
+from rarefy.distillation.soft_labels.source import Source
 from rarefy.errors import DataError
 
 
@@ -43,10 +43,9 @@ def largest_error(
     chosen = np.unique(np.linspace(0, store.rows - 1, min(samples, store.rows)).astype(np.int64))
     largest, device = 0.0, device_of(teacher)
     with answering(teacher, device) as model:
-        for rows, inputs in data.rows(_spans(chosen)):
+        for rows, inputs, hashes in data.rows(_spans(chosen)):
             outputs = answer(model, inputs, device, where)
             require_usable(outputs, store.layout, rows % store.data.samples, where)
-            hashes = input_hashes(inputs)
             fresh = store.layout.pack(outputs, rows, hashes, store.seed, store.salt)
             kept, expected = stored(rows)
             wrong = rows[hashes != expected]

@@ -31,11 +31,11 @@ from rarefy.distillation.soft_labels.shards import (
     held_bytes,
     shards_of,
 )
-from rarefy.distillation.soft_labels.source import Source, input_hashes, probed_hashes, source
+from rarefy.distillation.soft_labels.source import PROBED, Source, probed_hashes, source
 from rarefy.errors import InputError, OutputError, TrainingError
 from rarefy.process import own_accelerator, replayable
 from rarefy.progress import Bar
-from rarefy.types import Data, Inputs
+from rarefy.types import Data
 
 SHARD_BYTES = 64 << 20
 MOST_SHARDS = 1024
@@ -183,7 +183,7 @@ def _check(
 
 def _draft(model: nn.Module, data: Source, device: torch.device, request: _Request) -> Manifest:
     """The manifest of a new store, from the teacher's answers to a batch."""
-    rows, inputs = data.probe()
+    rows, inputs = data.probe(max(data.chunk, PROBED))
     outputs = answer(model, inputs, device, f"{WHERE}(teacher)")
     shape = tuple(outputs.shape[1:])
     dim = _class_dim(shape, request)
@@ -329,9 +329,9 @@ def _fill(
         _Store(store, shards) as written,
         _Behind(written.add) as behind,
     ):
-        for rows, inputs in data.rows(spans):
+        for rows, inputs, hashes in data.rows(spans):
             outputs = answer(model, inputs, device, f"{WHERE}(teacher)")
-            behind.put((rows, inputs, outputs))
+            behind.put((rows, hashes, outputs))
             bar.step(len(rows))
     if shards and fingerprint(model) != store.teacher.fingerprint:
         for shard in shards:
@@ -359,12 +359,11 @@ class _Store:
     def __exit__(self, *error: object) -> None:
         self.stack.close()
 
-    def add(self, item: tuple[Array, Inputs, Tensor]) -> None:
+    def add(self, item: tuple[Array, Array, Tensor]) -> None:
         """Keep the answers to a batch, as far as they are waited for."""
-        rows, inputs, outputs = item
+        rows, hashes, outputs = item
         ids = rows % self.store.data.samples
         require_usable(outputs, self.layout, ids, f"{WHERE}(teacher)")
-        hashes = input_hashes(inputs)
         records = self.layout.pack(outputs, rows, hashes, self.store.seed, self.store.salt)
         first, stop = int(rows[0]), int(rows[-1]) + 1
         while self.waiting and self.waiting[0].start < stop:
