@@ -1,6 +1,6 @@
 """``rf.compress`` of a trained ResNet on CIFAR-10: pruned, repaired, distilled, quantized, stored.
 
-    python benchmarks/compressed.py --params 0.36 --epochs 2 --bits 4
+    python benchmarks/compressed.py --sparsity 0.85 --epochs 2 --bits 4
 
 Accuracy and bytes are those of each stage's file, read again; the first line is the size of the
 file that ``safetensors`` writes of the float network.
@@ -17,7 +17,14 @@ import torch
 from fine_tuning import Shuffled
 
 import rarefy as rf
-from rarefy.recipe.options import DistillStage, PruneStage, QuantizeStage, RepairStage, Stages
+from rarefy.recipe import (
+    DistillStage,
+    PruneStage,
+    QuantizeStage,
+    RepairStage,
+    SparsifyStage,
+    Stages,
+)
 from rarefy.schemes import Int8, WeightOnly
 
 
@@ -28,9 +35,13 @@ def stages(chosen: argparse.Namespace) -> Stages:
         if chosen.bits == 8
         else QuantizeStage(weights=WeightOnly(bits=chosen.bits))
     )
+    sparsify = None if chosen.sparsity is None else SparsifyStage(sparsity=chosen.sparsity)
+    whole = PruneStage(macs=1.0)
+    narrow = PruneStage(params=chosen.params, criterion=chosen.criterion)
     return Stages(
-        prune=PruneStage(params=chosen.params, criterion=chosen.criterion),
-        repair=RepairStage(samples=1024),
+        prune=whole if chosen.params == 1 else narrow,
+        repair=None if chosen.params == 1 else RepairStage(samples=1024),
+        sparsify=sparsify,
         distill=DistillStage(epochs=chosen.epochs, lr=chosen.lr),
         quantize=scheme,
     )
@@ -40,7 +51,8 @@ def main() -> None:
     """Print one row per stage, as a table in Markdown."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--depth", type=int, default=56)
-    parser.add_argument("--params", type=float, default=0.36, help="share that is kept")
+    parser.add_argument("--params", type=float, default=1.0, help="share that is kept")
+    parser.add_argument("--sparsity", type=float, help="share of the weights set to zero")
     parser.add_argument("--criterion", default="fisher")
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--lr", type=float, default=0.02)

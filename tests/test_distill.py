@@ -367,9 +367,9 @@ def test_every_epoch_has_its_view(tmp_path) -> None:
     store, views = SoftLabels(tmp_path / "store"), []
     answers = store.answers
 
-    def watched(ids, view, inputs):
+    def watched(ids, view):
         views.append(view)
-        return answers(ids, view, inputs=inputs)
+        return answers(ids, view)
 
     store.answers = watched
     distill(store, conv(4, 2), data, **{**ONE, "epochs": 3})

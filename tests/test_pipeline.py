@@ -35,7 +35,7 @@ from rarefy.graph.count import count
 from rarefy.metrics import top1
 from rarefy.pipeline import Compressed, _repeatable, compress
 from rarefy.preflight import check_data
-from rarefy.recipe.options import DistillStage, PruneStage, QuantizeStage, Stages
+from rarefy.recipe.options import DistillStage, PruneStage, QuantizeStage, SparsifyStage, Stages
 from rarefy.reporting.summary import as_dict
 from rarefy.schemes import Half, Int8, WeightOnly
 from rarefy.storage.format import load
@@ -553,3 +553,73 @@ class Deep(nn.Module):
         for block in self.blocks:
             x = x + block(x).relu()
         return self.head(x)
+
+
+@pytest.mark.parametrize("repaired", [True, False])
+@pytest.mark.parametrize("structure", ["weight", "2:4"])
+def test_zeros_stay_through_training_and_quantization(
+    tmp_path: Path, structure: str, repaired: bool
+) -> None:
+    stages = ALL.model_copy(
+        update={
+            "train": None,
+            "prune": PruneStage(macs=1.0),
+            "repair": ALL.repair if repaired else None,
+            "sparsify": SparsifyStage(
+                sparsity=None if structure == "2:4" else 0.5, structure=structure, samples=32
+            ),
+            "quantize": QuantizeStage(weights=WeightOnly(bits=4, method="rtn")),
+        }
+    )
+    result = run(tmp_path, stages=stages)
+    names = ["teacher", "pruned", "sparse", "distilled", "quantized"]
+    assert [stage.name for stage in result.report.stages] == names
+    notes = " ".join(result.report.stages[2].notes)
+    assert ("after repair" in notes) is repaired
+    assert "weights are zero: a smaller file, and no less work" in notes
+    kept = {
+        name: load(tmp_path / f"{name}.safetensors", perceptron()).state_dict() for name in names
+    }
+    weights = {path: value for path, value in kept["sparse"].items() if value.ndim > 1}
+    zeros = sum(int((value == 0).sum()) for value in weights.values())
+    assert zeros == pytest.approx(0.5 * sum(map(torch.numel, weights.values())), abs=1)
+    for path, value in weights.items():
+        gone = value == 0
+        assert not torch.equal(kept["distilled"][path], value)
+        for later in ("distilled", "quantized"):
+            assert not kept[later][path][gone].any()
+    again = run(tmp_path, stages=stages, resume=True)
+    assert [s.accuracy for s in again.report.stages] == [s.accuracy for s in result.report.stages]
+
+
+def test_zeros_stay_where_a_quantized_network_is_trained(tmp_path: Path) -> None:
+    stages = ALL.model_copy(
+        update={
+            "train": None,
+            "prune": PruneStage(macs=1.0),
+            "repair": None,
+            "distill": None,
+            "sparsify": SparsifyStage(sparsity=0.5, criterion="magnitude"),
+            "quantize": QuantizeStage(int8=Int8(), epochs=1, lr=0.01),
+        }
+    )
+    run(tmp_path, stages=stages)
+    sparse = load(tmp_path / "sparse.safetensors", perceptron()).state_dict()
+    found = load(tmp_path / "quantized.safetensors", perceptron())
+    trained = dict(found.named_parameters())
+    seen = 0
+    for path, value in sparse.items():
+        if value.ndim == 2 and path in trained:
+            seen += 1
+            assert not torch.equal(trained[path], value)
+            assert not trained[path][value == 0].any()
+    assert seen
+
+
+def test_without_training_the_sparse_network_is_what_is_quantized(tmp_path: Path) -> None:
+    stages = SHORT.model_copy(
+        update={"repair": ALL.repair, "sparsify": SparsifyStage(sparsity=0.3, samples=16)}
+    )
+    result = run(tmp_path, stages=stages)
+    assert [s.name for s in result.report.stages][:3] == ["teacher", "pruned", "sparse"]
+    assert "repaired" not in [s.name for s in result.report.stages]

@@ -546,3 +546,39 @@ def test_example_inputs_of_the_wrong_type_are_named(write: Write) -> None:
 def test_recipe_errors_are_input_errors() -> None:
     assert issubclass(RecipeError, InputError)
     assert Recipe.model_config["extra"] == "forbid"
+
+
+@pytest.mark.parametrize(
+    ("text", "budget"),
+    [
+        ("{sparsity: 0.9}", Budget(sparsity=0.9)),
+        ("{sparsity: 0.9, scope: local}", Budget(sparsity=0.9, scope="local")),
+        ('{structure: "2:4"}', None),
+    ],
+)
+def test_weights_can_be_set_to_zero(write: Write, text: str, budget: Budget | None) -> None:
+    stage = load_recipe(write(f"{NAMES}stages: {{sparsify: {text}}}\n")).stages.sparsify
+    assert stage is not None
+    assert stage.budget() == budget
+    assert stage.informed
+    assert load_recipe(write(NAMES)).stages.sparsify is None
+    off = load_recipe(write(f"{NAMES}stages: {{sparsify: false}}\n"))
+    assert off.stages.sparsify is None
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("{sparsity: 1.5}", "sparsity"),
+        ("{}", "sparsity"),
+        ("true", "sparsity"),
+        ('{structure: "2:4", sparsity: 0.9}', "2:4"),
+        ("{structure: channel, sparsity: 0.5}", "channel"),
+        ("{sparsity: 0.5, criterion: sparsegtp}", "sparsegpt"),
+        ("{sparsity: 0.5, scope: all}", "scope"),
+        ("{sparsity: 0.5, samples: 0}", "samples"),
+    ],
+)
+def test_weights_that_cannot_be_set_to_zero(write: Write, text: str, words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        load_recipe(write(f"{NAMES}stages: {{sparsify: {text}}}\n"))

@@ -38,6 +38,8 @@ from rarefy.process import replayable
 from rarefy.pruning.checks import check_finite
 from rarefy.pruning.narrow import Pruned
 from rarefy.pruning.repair import repair
+from rarefy.pruning.sparsity.masks import hold
+from rarefy.pruning.sparsity.sparsify import Sparsified
 from rarefy.recipe.options import DistillStage, PruneStage, QuantizeStage, Stages
 from rarefy.reporting.files import write
 from rarefy.run_folder import PruningFacts, RunFolder, StageFacts
@@ -91,7 +93,8 @@ def compress(
 ) -> Compressed:
     """Make a trained network smaller and faster, and measure every stage on what would be shipped.
 
-    The stages: prune, repair, distil from the original, quantize. After each, the network is saved
+    The stages: prune, repair, set single weights to zero where that is asked for, distil from the
+    original, quantize. After each, the network is saved
     to ``<stage>.safetensors`` and ``<stage>.onnx``; accuracy is that of the reloaded file (of the
     ONNX file in onnxruntime for the last stage), latency that of the ONNX files side by side.
 
@@ -256,23 +259,46 @@ def _prune_options(job: _Job, teacher: nn.Module) -> tuple[PruneStage, tuple[str
     return PruneStage(macs=share), (note,)
 
 
+def _repaired(job: _Job, before: Mapping[str, nn.Module]) -> Made:
+    """The pruned network, healed where that is asked for."""
+    student, options = before["pruned"], job.stages.repair
+    if options is None:
+        return student, ()
+    healed = repair(before["teacher"], student, job.train, samples=options.samples, seed=job.seed)
+    accuracy = evaluate(healed, job.test)
+    return healed, (f"accuracy after repair, before any training: {accuracy:.2%}",)
+
+
+def _sparse(job: _Job, before: Mapping[str, nn.Module]) -> Made:
+    options = job.stages.sparsify
+    assert options is not None
+    student, notes = _repaired(job, before)
+    found = prune(
+        student,
+        job.example_inputs,
+        options.budget(),
+        structure=options.structure,
+        criterion=options.criterion,
+        data=_limited(job.train, options.samples, labelled=True) if options.informed else None,
+        exclude=options.exclude,
+    )
+    record = found.sparsified
+    assert isinstance(record, Sparsified)
+    gone, size = map(sum, zip(*record.zeros.values(), strict=True))
+    notes += (f"{gone:,} of {size:,} weights are zero: a smaller file, and no less work",)
+    return found, (*notes, *(f"{path} stays dense: {why}" for path, why in record.dense.items()))
+
+
 def _distilled(job: _Job, before: Mapping[str, nn.Module]) -> Made:
-    teacher, student = before["teacher"], before["pruned"]
-    notes: tuple[str, ...] = ()
-    if job.stages.repair is not None:
-        samples = job.stages.repair.samples
-        student = repair(teacher, student, job.train, samples=samples, seed=job.seed)
-        healed = evaluate(student, job.test)
-        notes += (f"accuracy after repair, before any training: {healed:.2%}",)
-    if job.stages.distill is not None:
-        student = _taught(job, job.stages.distill, teacher, student)
-    return student, notes
+    assert job.stages.distill is not None
+    student, notes = (before["sparse"], ()) if "sparse" in before else _repaired(job, before)
+    return _taught(job, job.stages.distill, before["teacher"], student), notes
 
 
 def _taught(
     job: _Job, options: DistillStage | QuantizeStage, teacher: nn.Module, student: nn.Module
 ) -> nn.Module:
-    """A student trained on the teacher's soft labels"""
+    """A student trained on the teacher's soft labels; zeros stay zero."""
     return distill(
         teacher,
         student,
@@ -284,13 +310,14 @@ def _taught(
         progress=job.progress,
         epochs=options.epochs,
         lr=options.lr,
+        after_step=None if job.stages.sparsify is None else hold(student),
     )
 
 
 def _quantized(job: _Job, before: Mapping[str, nn.Module]) -> Made:
     options = job.stages.quantize
     assert options is not None
-    source = before.get("distilled") or before.get("repaired") or before["pruned"]
+    source = list(before.values())[-1]
     limit = {} if options.max_drop is None else _limit(job, options.max_drop)
     result = quantize(source, _limited(job.train, CALIBRATION), options.scheme(), **limit)
     left: Mapping[str, str] = result.quantization.left  # type: ignore[union-attr,assignment]
@@ -307,10 +334,12 @@ def _limit(job: _Job, max_drop: float) -> dict[str, Any]:
 
 def _stages(stages: Stages) -> list[tuple[str, Maker]]:
     found: list[tuple[str, Maker]] = [("teacher", _teacher), ("pruned", _pruned)]
+    if stages.sparsify is not None:
+        found.append(("sparse", _sparse))
     if stages.distill is not None:
         found.append(("distilled", _distilled))
-    elif stages.repair is not None:
-        found.append(("repaired", _distilled))
+    if stages.repair is not None and len(found) == 2:
+        found.append(("repaired", _repaired))
     if stages.quantize is not None:
         found.append(("quantized", _quantized))
     return found

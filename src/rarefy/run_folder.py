@@ -32,7 +32,7 @@ OWN = (
     "report.json",
     *(
         f"{stage}.{suffix}"
-        for stage in ("teacher", "pruned", "repaired", "distilled", "quantized")
+        for stage in ("teacher", "pruned", "repaired", "sparse", "distilled", "quantized")
         for suffix in SUFFIXES
     ),
 )

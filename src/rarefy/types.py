@@ -381,7 +381,8 @@ class Stage:
     """One stage of a compression with what was measured on its artifact.
 
     Attributes:
-        name: ``"teacher"``, ``"pruned"``, ``"distilled"``, ``"quantized"``.
+        name: ``"teacher"``, ``"pruned"``, ``"repaired"`` where nothing is done after repair but
+            quantization, ``"sparse"``, ``"distilled"``, ``"quantized"``.
         accuracy: top-1 of the reloaded artifact, 0 to 1.
         params: number of parameters.
         macs: multiply-accumulate operations of one example.

@@ -22,6 +22,7 @@ from pydantic import (
 from rarefy.errors import InputError
 from rarefy.pruning.prune import check_fit, removes
 from rarefy.pruning.scoring.judging import named, on_data
+from rarefy.pruning.sparsity import elements, patterns
 from rarefy.schemes import Half, Int8, WeightOnly
 from rarefy.types import KINDS, Budget, Limit, Target
 
@@ -34,6 +35,10 @@ Structure = Literal["channel", "depth"]
 
 IN_A_FILE = "file"
 """Context of a validation: the options are written in a file, not in Python."""
+
+
+OPTIONAL = ("train", "sparsify")
+"""Stages that are left out where nothing is said of them."""
 
 
 def _allowed(make: Callable[..., object], **fields: Any) -> None:
@@ -147,8 +152,45 @@ class RepairStage(_Options):
     samples: Count = 512
 
 
+class SparsifyStage(_Options):
+    """Single weights set to zero after units went and were made up for; training keeps the zeros.
+
+    The fields are those of :func:`rarefy.prune` with such a ``structure``: single weights
+    (``"weight"``), N of M (``"2:4"``) or blocks; ``sparsity`` may be left out for N of M, which
+    fixes it. Without ``criterion``, weights go by SparseGPT on ``samples`` training examples.
+    """
+
+    sparsity: float | None = None
+    structure: Text = "weight"
+    scope: str = "global"
+    criterion: Text | None = None
+    samples: Count = 512
+    exclude: tuple[str, ...] = ()
+
+    @model_validator(mode="after")
+    def _together(self) -> Self:
+        def check() -> None:
+            where = "stages.sparsify"
+            patterns.resolved_share(patterns.named(self.structure), self.sparsity, where)
+            elements.named(self.criterion or "sparsegpt")
+            self.budget()
+
+        _allowed(check)
+        return self
+
+    @property
+    def informed(self) -> bool:
+        """Whether examples help to choose what goes."""
+        rule = elements.named(self.criterion or "sparsegpt")
+        return bool(getattr(rule, "needs", True))
+
+    def budget(self) -> Budget | None:
+        """The share of the weights that goes; None where the structure says it."""
+        return None if self.sparsity is None else Budget(sparsity=self.sparsity, scope=self.scope)
+
+
 class DistillStage(_Options):
-    """Training of the pruned network on the teacher's soft labels."""
+    """Training of the pruned or sparse network on the teacher's soft labels."""
 
     epochs: Count = 15
     lr: Positive = 0.02
@@ -253,20 +295,21 @@ class Stages(_Options):
     """The stages with their options; None stands for a stage that is left out.
 
     Pruning is never left out: None leaves its budget to the target, or to half the MACs where the
-    target asks for no speed and no size.
+    target asks for no speed and no size, and ``PruneStage(macs=1.0)`` keeps all units.
     """
 
     train: TrainStage | None = None
     prune: PruneStage | None = None
     repair: RepairStage | None = RepairStage()
+    sparsify: SparsifyStage | None = None
     distill: DistillStage | None = DistillStage()
     quantize: QuantizeStage | None = QuantizeStage()
 
-    @field_validator("train", "repair", "distill", "quantize", mode="before")
+    @field_validator("train", "repair", "sparsify", "distill", "quantize", mode="before")
     @classmethod
     def _switch(cls, value: Any, info: ValidationInfo) -> Any:
         """False leaves a stage out, true takes its defaults; in a file, nothing is ambiguous."""
-        if value is None and info.context == IN_A_FILE and info.field_name != "train":
+        if value is None and info.context == IN_A_FILE and info.field_name not in OPTIONAL:
             raise ValueError("is empty; write false to leave the stage out, {} for its defaults")
         return {} if value is True else None if value is False else value
 
