@@ -3,19 +3,22 @@
     python benchmarks/quantization.py speed
     python benchmarks/quantization.py accuracy --depth 20 56
     python benchmarks/quantization.py together
+    python benchmarks/quantization.py torchao
 
 ``speed`` writes each network, with random weights, in float and in int8 by each tool, and calls the
 files in turn in each runtime on one thread. Times are CPU time, as a share of that of rarefy's
 file: above 1 is slower than rarefy. ``convolutions`` and ``products`` say how many of them
 onnxruntime really computes in integers, in the graph that it runs. ``accuracy`` measures pretrained
 ResNets on CIFAR-10 in onnxruntime, all tools having seen the same unlabelled images. ``together``
-compares half the channels in int8 in OpenVINO with the whole network in PyTorch.
+compares half the channels in int8 in OpenVINO with the whole network in PyTorch. ``torchao``
+compares transformers that it quantized, in PyTorch, with rarefy's files in their runtimes.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import logging
 import sys
 import tempfile
@@ -33,8 +36,9 @@ from torch import Tensor, nn
 from turns import in_turn
 
 import rarefy as rf
-from rarefy.deployment.modules import EagerSession
+from rarefy.deployment.modules import CompiledSession, EagerSession
 from rarefy.deployment.runtimes import RUNTIMES, OpenVinoSession, Session, optimized_ops
+from rarefy.quantization.affine import sqnr
 
 WORDS, LENGTH = 30_522, 128
 """Vocabulary and tokens of the encoder's inputs."""
@@ -353,7 +357,53 @@ def together(chosen: argparse.Namespace) -> None:
         print(f"| {name} | 0.5 | {whole:.2f} | {half:.2f} | {whole / half:.1f} |", flush=True)
 
 
-MODES = {"speed": speed, "accuracy": accuracy, "together": together}
+# --- torchao ------------------------------------------------------------------------------------
+
+
+def by_torchao(subject: Subject) -> dict[str, nn.Module]:
+    """What torchao makes for int8 on a CPU: linear layers alone, for PyTorch alone."""
+    from torchao import quantization as tool
+
+    schemes = {
+        "dynamic int8": tool.Int8DynamicActivationInt8WeightConfig(),
+        "int8 weights": tool.Int8WeightOnlyConfig(),
+    }
+    found = {}
+    for name, scheme in schemes.items():
+        found[name] = copy.deepcopy(subject.model)
+        tool.quantize_(found[name], scheme)
+    return found
+
+
+def torchao(chosen: argparse.Namespace) -> None:
+    """Print one row per transformer and way to serve it."""
+    print("| network | served by | CPU ms | of float in eager PyTorch | outputs, dB |")
+    print("| --- " * 5 + "|", flush=True)
+    for name in chosen.networks:
+        subject = SUBJECTS[name]()
+        if not subject.attention:
+            continue
+        x = subject.inputs[0]
+        with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
+            sessions: dict[str, Session] = {}
+            for title, model in {"float": subject.model, **by_torchao(subject)}.items():
+                tool = "" if title == "float" else "torchao, "
+                sessions[f"{tool}{title}, eager"] = EagerSession(model, 1)
+                sessions[f"{tool}{title}, compiled"] = CompiledSession(model, 1)
+            for runtime in chosen.runtimes:
+                path = made(for_runtime(runtime), subject, Path(), Path(folder, f"{runtime}.onnx"))
+                assert isinstance(path, Path), path
+                sessions[f"rarefy, int8, {runtime}"] = RUNTIMES[runtime].open(path, 1)
+            exact = sessions["float, eager"](x)[0]
+            noise = [sqnr(exact, session(x)[0]) for session in sessions.values()]
+            calls = [partial(session.run, session.feed(x)) for session in sessions.values()]
+            found = in_turn(*calls, rounds=chosen.calls, warmup=chosen.calls // 10)
+        for title, seconds, ratio in zip(sessions, found, noise, strict=True):
+            row = f"| {name} | {title} | {1000 * seconds:.1f} | {seconds / found[0]:.2f} |"
+            print(f"{row} {ratio:.1f} |", flush=True)
+
+
+MODES = {"torchao": torchao, "speed": speed, "accuracy": accuracy, "together": together}
 
 
 def main() -> None:
