@@ -34,33 +34,29 @@ DTYPES |= {11: torch.bool, 15: torch.bfloat16}
 
 @contextlib.contextmanager
 def contained() -> Iterator[Callable[[], str]]:
-    """Keep back what is printed, also by C++; what this yields reads it."""
-    with TemporaryFile() as file:
+    """Keep back what is printed, by Python or below it; what this yields reads it."""
+    with (
+        TemporaryFile("w+", encoding="utf-8", errors="replace") as file,
+        contextlib.ExitStack() as at,
+    ):
 
         def read() -> str:
+            file.flush()
             file.seek(0)
-            return file.read().decode(errors="replace")
+            return file.read()
 
-        kept = {}
+        for stream in (sys.stdout, sys.stderr):
+            if stream is not None:
+                stream.flush()
         for number in (1, 2):
             with contextlib.suppress(OSError):  # a process may have closed it
-                kept[number] = os.dup(number)
-        _flush()
-        try:
-            for number in kept:
+                own = os.dup(number)
+                at.callback(os.close, own)
+                at.callback(os.dup2, own, number)
                 os.dup2(file.fileno(), number)
-            yield read
-        finally:
-            _flush()
-            for number, own in kept.items():
-                os.dup2(own, number)
-                os.close(own)
-
-
-def _flush() -> None:
-    for stream in (sys.stdout, sys.stderr):
-        if stream is not None:
-            stream.flush()
+        at.enter_context(contextlib.redirect_stdout(file))
+        at.enter_context(contextlib.redirect_stderr(file))
+        yield read
 
 
 def load_executorch(name: str = "executorch.runtime") -> Any:
@@ -83,7 +79,9 @@ def load_executorch(name: str = "executorch.runtime") -> Any:
 
 
 class ExecuTorchSession:
-    """A ``.pte`` file in ExecuTorch's runtime, on the CPU.
+    """A ``.pte`` file in ExecuTorch's runtime, on the CPU. Open only files that you trust.
+
+    The file has no names: a mapping of inputs is taken in its order.
 
     ExecuTorch has one pool of threads for the whole process. It is made anew where it has another
     size, for as long as the session is open; programs that are loaded already would not survive
@@ -192,7 +190,7 @@ def _resized(threads: int) -> int | None:
 
 
 def _reason(error: Exception, said: Callable[[], str]) -> str:
-    """What the runtime printed last, without the place in its source, or the error."""
+    """What the runtime printed first, without the place in its source, or else the error."""
     lines = [line.strip() for line in said().splitlines() if line.startswith("[")]
     told = [line.partition("] ")[2] for line in lines if "cpuinfo" not in line]
-    return "; ".join(told[:2]) or first_line(error)
+    return told[0] if told else first_line(error)

@@ -71,7 +71,7 @@ def export(
     and no product is one of integers. Palettes, zeros and half precision are stored as floats. The
     examples are not stored. PyTorch reads the file with ``torch.export.load(path).module()``.
 
-    As ``.pte``, all that XNNPACK has is handed to it, and the rest runs on ExecuTorch's own kernels.
+    As ``.pte``, XNNPACK gets all that it has kernels for, and ExecuTorch itself does the rest.
     Convolutions and linear layers of a network from ``quantize(..., Int8())`` compute with int8
     there; one whose result is not rounded, such as the last layer, rounds its inputs once more, on
     the range of each row or image as it comes. Layers that XNNPACK cannot compute so (depthwise
@@ -150,7 +150,7 @@ def _target(path: Path) -> type[Target]:
         raise InputError(
             f"export({str(path)!r})",
             f"the suffix {path.suffix!r} is that of no file that can be written",
-            "Write .onnx for onnxruntime and OpenVINO, .pt2 for PyTorch (torch.export), or .pte for "
-            "ExecuTorch",
+            "Write .onnx for onnxruntime and OpenVINO, .pt2 for PyTorch (torch.export), or .pte "
+            "for ExecuTorch",
         )
     return found

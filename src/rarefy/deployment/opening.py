@@ -87,8 +87,7 @@ def check_form(path: Path, runtime: str) -> None:
     others = [repr(name) for name, row in RUNTIMES.items() if row.form == given]
     raise InputError(
         f"runtime={runtime!r}",
-        f"it runs networks, and files that are {FORMS[own]}; {path.name!r} is taken for "
-        f"{FORMS[given]}",
+        f"it runs a network or {FORMS[own]}, and {path.name!r} is taken for {FORMS[given]}",
         f"Use {' or '.join(others)}",
     )
 

@@ -34,6 +34,7 @@ EACH_CALL = _aten.fake_quantize_per_tensor_affine.tensor_qparams
 PER_CHANNEL = _aten.fake_quantize_per_channel_affine.default
 
 CHECK = _aten._assert_tensor_metadata.default
+DROPOUT = _aten.dropout.default
 
 LINEAR = _aten.linear.default
 CONVOLUTIONS = tuple(
@@ -51,6 +52,7 @@ def integers(program: ExportedProgram) -> None:
     The operators ``quantized_decomposed`` must be registered: ``executorch.exir`` does that.
     """
     editor = Editor(program)
+    _erase_dropouts(editor)
     calls = [node for node in editor.graph.nodes if node.op == "call_function"]
     layers = [node for node in calls if _is_layer(node)]
     static = {node for node in layers if _is_rounded(node)}
@@ -94,6 +96,14 @@ def _can_round_inputs(node: Node) -> bool:
         return True
     shape = node.all_input_nodes[1].meta["val"].shape
     return len(shape) == 4 and shape[1] > 1
+
+
+def _erase_dropouts(editor: Editor) -> None:
+    """Take out dropouts, which do nothing in eval mode, from between layers and quantizers."""
+    for node in list(editor.graph.nodes):
+        if node.target is DROPOUT and not node.args[2]:
+            node.replace_all_uses_with(node.all_input_nodes[0])
+            editor.graph.erase_node(node)
 
 
 # --- the calls -----------------------------------------------------------------------------------
