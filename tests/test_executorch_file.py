@@ -66,10 +66,10 @@ def test_networks_run_at_any_batch_up_to_the_examples(
             assert float((expected - found).norm() / expected.norm()) < (0.05 if scheme else 1e-5)
     session.close()
     integer, outside = layers(made[0])
-    assert not outside or name == "signal"
+    assert not outside
     if scheme is not None:
-        assert sum(integer) == len(net.quantization.layers)
-        assert len(integer) - sum(integer) == len(net.quantization.left) or name == "attention"
+        assert sum(integer) >= len(net.quantization.layers)  # one may be called twice
+        assert integer.count(False) == (name == "signal")  # its transposed convolution
 
 
 def test_a_file_in_integers_is_a_quarter(tmp_path: Path) -> None:

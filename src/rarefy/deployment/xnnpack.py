@@ -42,6 +42,7 @@ CONVOLUTIONS = tuple(
     for d in (1, 2)
     for overload in ("default", "padding")
 )
+ONE_DIMENSION = (*CONVOLUTIONS[:2], _aten.conv_transpose1d.default)
 FUSED = (_aten.relu.default, _aten.relu_.default, _aten.relu6.default, _aten.hardtanh.default)
 """What XNNPACK computes as a part of the layer before it."""
 
@@ -62,11 +63,13 @@ def integers(program: ExportedProgram) -> None:
             _round_weight(editor, node, static | dynamic)
     for node in calls:
         if node.target is PER_TENSOR:
-            _round_activation(editor, node)
+            _round_activation(editor, node, static)
         elif node.target is EACH_CALL:
             _pass_on(editor, node)
     for node in dynamic:
         _round_again(editor, node)
+    for node in static:
+        _own_bias(editor, node)
     editor.finish()
 
 
@@ -127,20 +130,45 @@ def _round_weight(editor: Editor, node: Node, layers: set[Node]) -> None:
     codes = (rounded / scale.reshape(along)).round() + zero.reshape(along)
     parts = {"codes": codes.to(torch.int8), "step": scale, "zero": zero.long()}
     given = [editor.add_input(first, f"{path}_{name}", tensor) for name, tensor in parts.items()]
-    _read_each(editor, node, "dequantize_per_channel.default", *given, axis, *RANGE)
+    for reader in list(node.users):
+        with editor.graph.inserting_before(reader):
+            op = _operator("dequantize_per_channel.default")
+            reader.replace_input_with(node, editor.call(op, *given, axis, *RANGE))
     editor.erase(node)
 
 
-def _round_activation(editor: Editor, node: Node) -> None:
-    """A quantize call for a fake quantizer, and a dequantize call for each of its readers."""
+def _round_activation(editor: Editor, node: Node, layers: set[Node]) -> None:
+    """A quantize call for a fake quantizer, and a dequantize call for each of its readers.
+
+    ExecuTorch takes 1-d convolutions beside these calls for ones of integers, and fails where they
+    are not: a product with 1 keeps them apart.
+    """
     source, scale, zero, low, _ = node.args
     assert isinstance(zero, int)
     assert isinstance(low, int)
     grid = (scale, zero if low < 0 else zero + RANGE[0], *RANGE)
+    assert isinstance(source, Node)
     with editor.graph.inserting_before(node):
+        layer = source.all_input_nodes[0] if source.target in FUSED else source
+        if layer.target in ONE_DIMENSION and layer not in layers:
+            source = editor.call(_aten.mul.Scalar, source, 1.0)
         codes = editor.call(_operator("quantize_per_tensor.default"), source, *grid)
-    _read_each(editor, node, "dequantize_per_tensor.default", codes, *grid)
+    for reader in list(node.users):
+        with editor.graph.inserting_before(reader):
+            value = editor.call(_operator("dequantize_per_tensor.default"), codes, *grid)
+            if reader.target in ONE_DIMENSION and reader not in layers:
+                value = editor.call(_aten.mul.Scalar, value, 1.0)
+        reader.replace_input_with(node, value)
     editor.erase(node)
+
+
+def _own_bias(editor: Editor, node: Node) -> None:
+    """Give a layer a copy of a bias that others read: its integers depend on the input's grid."""
+    bias = node.args[2] if len(node.args) > 2 else None
+    value = editor.value(bias) if isinstance(bias, Node) and len(bias.users) > 1 else None
+    if isinstance(bias, Node) and value is not None:
+        copy = editor.add_input(bias, f"{dict(editor.tensors())[bias]}_own", value.detach().clone())
+        node.update_arg(2, copy)
 
 
 def _round_again(editor: Editor, node: Node) -> None:
@@ -168,13 +196,6 @@ def _pass_on(editor: Editor, node: Node) -> None:
         if not unread.users and unread.op == "call_function":
             editor.graph.erase_node(unread)
             found += sources
-
-
-def _read_each(editor: Editor, node: Node, name: str, *args: Any) -> None:
-    """Give each reader of a value a call of its own that computes it."""
-    for reader in list(node.users):
-        with editor.graph.inserting_before(reader):
-            reader.replace_input_with(node, editor.call(_operator(name), *args))
 
 
 def _operator(name: str) -> Any:
