@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import os
+import subprocess
 import sys
 import warnings
 from pathlib import Path
@@ -127,6 +128,23 @@ def test_imports_leave_filters_environment_and_logging() -> None:
     with contextlib.suppress(MissingExtraError):
         load_executorch()
     assert (list(warnings.filters), dict(os.environ), list(logging.root.handlers)) == before
+
+
+@pytest.mark.slow
+def test_the_first_call_of_a_process_prints_nothing(path: Path) -> None:
+    code = """
+import sys, torch, rarefy as rf
+rf.measure(sys.argv[1], torch.ones(4, 6), runtime="executorch", calls=1)
+rf.export(torch.nn.Linear(6, 2), sys.argv[1] + ".pte", torch.ones(4, 6))
+"""
+    found = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code, str(path)],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=240,
+    )
+    assert (found.stdout, found.stderr, found.returncode) == ("", "", 0)
 
 
 def test_what_is_printed_is_kept_back(capfd: pytest.CaptureFixture[str]) -> None:

@@ -173,7 +173,8 @@ def _resized(threads: int) -> int | None:
         InputError: programs are loaded that hold the pool as it is.
     """
     pool = load_executorch("executorch.extension.pybindings.portable_lib")
-    before: int = pool._threadpool_get_thread_count()
+    with contained():
+        before: int = pool._threadpool_get_thread_count()
     if before == threads:
         return None
     gc.collect()
