@@ -109,6 +109,13 @@ def test_operator_without_kernel_is_named_with_its_module(graph: bool, tmp_path:
     assert not list(tmp_path.iterdir())
 
 
+def test_operator_that_fails_is_named_with_its_module(tmp_path: Path) -> None:
+    net = nn.Sequential(nn.Conv3d(1, 2, 3), nn.ReLU())
+    with pytest.raises(ExportError, match=r"module '0'.* in operator aten::convolution\.out"):
+        rf.export(net, tmp_path / "net.pte", torch.randn(2, 1, 4, 5, 5))
+    assert not list(tmp_path.iterdir())
+
+
 def test_control_flow_on_values_is_refused(tmp_path: Path) -> None:
     class Branch(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:

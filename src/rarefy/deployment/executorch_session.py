@@ -191,7 +191,8 @@ def _resized(threads: int) -> int | None:
 
 
 def _reason(error: Exception, said: Callable[[], str]) -> str:
-    """What the runtime printed first, without the place in its source, or else the error."""
+    """What the runtime printed first, with the operator that it names, or else the error."""
     lines = [line.strip() for line in said().splitlines() if line.startswith("[")]
     told = [line.partition("] ")[2] for line in lines if "cpuinfo" not in line]
-    return told[0] if told else first_line(error)
+    failed = [line for line in told[1:] if " in operator " in line]
+    return "; ".join([*told[:1], *failed[:1]]) or first_line(error)

@@ -76,8 +76,9 @@ def export(
     there; one whose result is not rounded, such as the last layer, rounds its inputs once more, on
     the range of each row or image as it comes. Layers that XNNPACK cannot compute so (depthwise
     ones of that kind, LSTMs) and weights that were rounded alone (``WeightOnly``) are floats, in
-    the file as well. ExecuTorch plans memory ahead: a free batch goes from 1 to as many examples as
-    were given, or to 2 where one was given.
+    the file as well; ``Int8(activations="dynamic")`` makes linear layers small. ExecuTorch plans
+    memory ahead: a free batch goes from 1 to as many examples as were given, or to 2 where one was
+    given.
 
     Args:
         model: any module, taken in eval mode; left as it is.
