@@ -117,7 +117,7 @@ def test_the_command_prints_a_table_or_json(folder: Path) -> None:
         (["absent.onnx"], "there is no such file"),
         (["no.onnx"], "is no ONNX file"),
         (["small.onnx", "--runtime", "openvin"], "mean 'openvino'"),
-        (["small.onnx", "--runtime", "eager"], "is neither"),
+        (["small.onnx", "--runtime", "eager"], "is taken for an ONNX file"),
         (["small.onnx", "--shape", "2xthree"], "it is no shape"),
         (["small.onnx", "--shape", "0x3x16x16"], "it is no shape"),
         (["small.onnx", "--shape", "1x4x16x16"], "is batchx3x16x16"),

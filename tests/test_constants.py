@@ -7,7 +7,8 @@ from torch import nn
 
 import rarefy as rf
 from rarefy.graph.capture import capture, graph_model
-from rarefy.graph.constants import fold_constants
+from rarefy.graph.constants import fold_constants, written
+from rarefy.graph.stubs import plain_graph
 from rarefy.quantization.affine import sqnr
 
 image, rows = torch.randn(4, 3, 8, 8), torch.randn(16, 6)
@@ -243,3 +244,13 @@ class Matrices(nn.Module):
 
 def _is_layer(node):
     return node.kind in ("linear", "conv2d")
+
+
+def test_a_dropout_in_place_that_does_nothing_writes_nothing() -> None:
+    x = torch.randn(16, 4)
+    layers = [nn.Linear(4, 8), nn.Hardswish(), nn.Dropout(0.5, inplace=True), nn.Linear(8, 2)]
+    model = nn.Sequential(*layers).eval()
+    net = plain_graph(model, x)
+    (dropped,) = (node for node in net.graph.calls if node.kind == "dropout_")
+    assert dropped.name not in written(net.graph)
+    assert set(rf.quantize(model, [x]).quantization.layers) == {"0", "3"}

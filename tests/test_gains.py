@@ -136,10 +136,12 @@ def test_kinds_of_layers():
     }
 
 
-def test_runtimes_that_compute_in_float_are_refused():
+def test_runtimes_in_which_nothing_is_compared_are_refused():
     model, data = build("mlp")
     with pytest.raises(InputError, match="computes quantized networks in float"):
         rf.quantize(model, data, runtime="eager")
+    with pytest.raises(InputError, match="take too long to write"):
+        rf.quantize(model, data, runtime="executorch")
     with pytest.raises(InputError, match="onnxruntime"):
         rf.quantize(model, data, runtime="onnxruntim")
 

@@ -38,8 +38,8 @@ STAGES = [
 RANK = {room: rank for rank, rooms in enumerate(STAGES) for room in rooms}
 FILES = sorted(p for p in ROOT.rglob("*.py") if p != ROOT / "__init__.py")
 OPTIONAL = (
-    "onnx onnxruntime onnxscript openvino sklearn transformers timm accelerate torchvision "
-    "lightning"
+    "onnx onnxruntime onnxscript openvino executorch sklearn transformers timm accelerate "
+    "torchvision lightning"
 ).split()
 GRAPH = (
     "program allowed serialize labels flow editor equations rules zeros ops groups resolution "
@@ -63,8 +63,9 @@ QUANTIZATION = (
     "bias summary mixed palette rounding readers weights weight_only quantize"
 ).split()
 DEPLOYMENT = (
-    "cache ratios modules runtimes refusals tracing proof translations rewrite rounded recurrent "
-    "onnx_file decoding program_file export opening memory measure bench timing"
+    "cache ratios modules executorch_session runtimes refusals tracing proof translations rewrite "
+    "rounded recurrent onnx_file editing decoding program_file xnnpack executorch_file export "
+    "opening memory measure bench timing"
 ).split()
 STORAGE = (
     "frames ans streams pack codes index adapt grids container layout reading contents writing "

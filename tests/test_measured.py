@@ -224,7 +224,7 @@ def test_blocks_go_for_a_budget_of_latency(structure: object) -> None:
 
 
 @pytest.mark.usefixtures("clock")
-@pytest.mark.parametrize("runtime", ["openvino", "eager", "compile"])
+@pytest.mark.parametrize("runtime", ["openvino", "eager", "compile", "executorch"])
 def test_every_runtime_serves_a_budget(runtime: str) -> None:
     small = rf.prune(wide(), X, Budget(latency=0.6), runtime=runtime)
     assert small.served.share <= 0.6 + CLOSE

@@ -136,8 +136,8 @@ def test_examples_and_what_lies_beside_a_weight_are_not_in_the_file(tmp_path):
 
 
 def test_other_suffixes_are_refused_and_the_known_ones_named(tmp_path):
-    for name in ("net.pte", "net", "net.pt"):
-        with pytest.raises(InputError, match=r"\.onnx .* \.pt2"):
+    for name in ("net.pth", "net", "net.pt"):
+        with pytest.raises(InputError, match=r"\.onnx .* \.pt2 .* \.pte"):
             rf.export(network(), tmp_path / name, X)
     assert not list(tmp_path.iterdir())
 

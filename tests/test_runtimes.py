@@ -114,7 +114,7 @@ def test_threads_of_pytorch_are_set_while_a_session_is_open():
 
 def test_what_a_runtime_does_not_serve_is_refused(path):
     for what, name, message in [
-        (path, "eager", "is neither. Use 'onnxruntime' or 'openvino'"),
+        (path, "eager", "is taken for an ONNX file. Use 'onnxruntime' or 'openvino'"),
         (len, "onnxruntime", "neither"),
         (perceptron(), "openvno", "mean 'openvino'"),
         (perceptron(), "tensorrt", "Use one of onnxruntime, openvino, eager, compile"),

@@ -125,10 +125,13 @@ def inspect(
 @app.command()
 def bench(
     files: Annotated[
-        list[Path], typer.Argument(help="ONNX or .pt2 files; the first is the baseline.")
+        list[Path], typer.Argument(help="ONNX, .pt2 or .pte files; the first is the baseline.")
     ],
     runtime: Annotated[
-        str, typer.Option(help="onnxruntime or openvino; for .pt2 files eager or compile.")
+        str,
+        typer.Option(
+            help="onnxruntime or openvino; for .pt2 files eager or compile; for .pte executorch."
+        ),
     ] = "onnxruntime",
     threads: Annotated[int, typer.Option(help="Threads of the runtime.", min=1)] = 1,
     shape: Annotated[
@@ -140,7 +143,7 @@ def bench(
     as_json: Annotated[bool, typer.Option("--json", help="Print all figures as JSON.")] = False,
     debug: Debug = False,
 ) -> None:
-    """Compare the speed, size and memory of any ONNX or .pt2 files, called in turn.
+    """Compare the speed, size and memory of any ONNX, .pt2 or .pte files, called in turn.
 
     Inputs are made from the shapes that the files declare; sizes that they leave open are 1 where
     --shape does not give them.

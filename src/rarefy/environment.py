@@ -28,7 +28,7 @@ def environment(measured: Sequence[Measurement] = ()) -> dict[str, str]:
         "rarefy": __version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
-        **{name: _version(name) for name in ("onnx", "onnxruntime", "openvino")},
+        **{name: _version(name) for name in ("onnx", "onnxruntime", "openvino", "executorch")},
         "system": f"{platform.system()} {platform.machine()}",
         "processor": processor(),
         "cores": str(os.cpu_count() or "unknown"),

@@ -22,7 +22,7 @@ from torch.nn.parameter import is_lazy
 from rarefy.batches import batches, check_rereadable
 from rarefy.deployment.export import export
 from rarefy.deployment.measure import relative
-from rarefy.deployment.runtimes import RUNTIMES, runtime_named
+from rarefy.deployment.runtimes import runtime_named
 from rarefy.errors import InputError
 from rarefy.graph.constants import fold_constants
 from rarefy.graph.program import Graph, GraphModel, Node
@@ -145,11 +145,14 @@ def quantize(
         )
     if runtime is None:
         return quantization.quantize(model, calibration, scheme, **options)
-    if runtime_named(runtime).serves == "module":
+    if runtime_named(runtime).form != ".onnx":
+        in_float = runtime_named(runtime).serves == "module"
         raise InputError(
             f"quantize(runtime={runtime!r})",
-            "PyTorch computes quantized networks in float",
-            f"Use one that serves files: {', '.join(_file_runtimes())}",
+            "PyTorch computes quantized networks in float"
+            if in_float
+            else "its files take too long to write for the many that are compared",
+            f"Use one of {', '.join(FASTER)}",
         )
     scheme = scheme or Int8()
     example, _ = next(batches(calibration, "quantize(calibration)"))
@@ -207,10 +210,6 @@ def _check(model: object, calibration: object, scheme: object) -> None:
                 "it has no values yet: it is lazy or on the meta device",
                 "Run a lazy network once on an example; load a checkpoint into one without values",
             )
-
-
-def _file_runtimes() -> list[str]:
-    return [name for name, row in RUNTIMES.items() if row.serves != "module"]
 
 
 class _Contest:

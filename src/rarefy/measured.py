@@ -393,7 +393,7 @@ class _Workplace:
         """A network as the runtime serves it."""
         if RUNTIMES[self.runtime].serves == "module":
             return model
-        return export(model, self.folder / f"{name}.onnx", self.inputs)
+        return export(model, self.folder / f"{name}{RUNTIMES[self.runtime].form}", self.inputs)
 
 
 @contextmanager

@@ -11,9 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rarefy.deployment.executorch_session import ExecuTorchSession
 from rarefy.deployment.measure import MAX_SECONDS, side_by_side
-from rarefy.deployment.opening import check_form
-from rarefy.deployment.program_file import SUFFIX, read_program
+from rarefy.deployment.opening import check_form, form_of
+from rarefy.deployment.program_file import read_program
 from rarefy.deployment.runtimes import load_onnx, runtime_named
 from rarefy.errors import FormatError, InputError, first_line
 from rarefy.types import Inputs, Measurement
@@ -85,9 +86,9 @@ def bench(
     file leaves open are 1 unless a shape is given.
 
     Args:
-        paths: ONNX files, or ``.pt2`` files for the runtimes of PyTorch.
+        paths: ONNX files, ``.pt2`` files for the runtimes of PyTorch, or ``.pte`` files.
         runtime: ``"onnxruntime"`` or ``"openvino"``; for ``.pt2`` files ``"eager"`` or
-            ``"compile"``.
+            ``"compile"``; for ``.pte`` files ``"executorch"``.
         threads: intra-op threads.
         shapes: ``"1x3x224x224"`` for files with one input, ``"name=1x3x224x224"`` for the input of
             that name.
@@ -143,7 +144,7 @@ def inputs_of(path: Path, shapes: Mapping[str, Shape]) -> Made:
     """Inputs as a file declares them.
 
     Args:
-        path: an ONNX or ``.pt2`` file.
+        path: an ONNX, ``.pt2`` or ``.pte`` file.
         shapes: by the name of the input; ``""`` is the shape of a file's only input.
 
     Raises:
@@ -152,7 +153,7 @@ def inputs_of(path: Path, shapes: Mapping[str, Shape]) -> Made:
     """
     if not path.is_file():
         raise InputError(str(path), "there is no such file", "Export the network first")
-    declared = (_of_program if path.suffix.lower() == SUFFIX else _of_onnx)(path)
+    declared = DECLARED[form_of(path)](path)
     if "" in shapes and len(declared.sizes) != 1:
         names = ", ".join(declared.sizes)
         raise InputError(
@@ -215,6 +216,19 @@ def _of_program(path: Path) -> Declared:
         {name: v.dtype if isinstance(v, Tensor) else None for name, v in held.items()},
         by_name=bool(named.num_leaves),
     )
+
+
+def _of_executorch(path: Path) -> Declared:
+    """Inputs of a program of ExecuTorch; a free batch is the largest that it takes."""
+    session = ExecuTorchSession(path, threads=None)
+    found = {f"input_{i}": declared for i, declared in enumerate(session.declared)}
+    session.close()
+    sizes = {name: shape for name, (shape, _) in found.items()}
+    return Declared(sizes, {name: dtype for name, (_, dtype) in found.items()}, by_name=False)
+
+
+DECLARED = {".onnx": _of_onnx, ".pt2": _of_program, ".pte": _of_executorch}
+"""Form of a file -> how what it says of its inputs is read."""
 
 
 def _sizes(value: object) -> list[int | str]:

@@ -15,10 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.export import ExportedProgram
-from torch.export.graph_signature import InputKind, InputSpec, TensorArgument
 from torch.fx import Node
-from torch.utils import _pytree as pytree
 
+from rarefy.deployment.editing import Editor
 from rarefy.grid import Grid, as_matrix, columns
 from rarefy.storage.adapt import Held
 from rarefy.storage.codes import dequantize
@@ -132,7 +131,7 @@ def store_codes(program: ExportedProgram, weights: Mapping[str, Quantized], held
         weights: by the path in ``held``.
         held: the network's tensors, with the other paths of shared ones.
     """
-    editor = _Editor(program)
+    editor = Editor(program)
     for node, path in editor.tensors():
         source = held.aliases.get(path, path)
         if source not in weights or not node.users:
@@ -141,7 +140,7 @@ def store_codes(program: ExportedProgram, weights: Mapping[str, Quantized], held
         codes = Codes.of(values, weights[source].grid)
         found = codes.decoded(lambda op, *args: op(*args), codes.codes, codes.scale, codes.offset)
         if found.dtype == values.dtype and torch.equal(found, values):
-            editor.replace(node, path, codes, values)
+            _replace(editor, node, path, codes, values)
     editor.finish()
 
 
@@ -151,92 +150,29 @@ def _values(quantized: Quantized, tensor: Tensor) -> Tensor:
     return found.to(tensor.dtype)
 
 
-class _Editor:
-    """Changes of a program: its graph, its signature and its tensors together."""
-
-    def __init__(self, program: ExportedProgram) -> None:
-        self.program, self.graph = program, program.graph
-        self.signature = program.graph_signature
-        self.nodes = {node.name: node for node in self.graph.nodes if node.op == "placeholder"}
-
-    def tensors(self) -> list[tuple[Node, str]]:
-        """Inputs of the graph that are the network's parameters and buffers, with their paths."""
-        named = {**self.signature.inputs_to_parameters, **self.signature.inputs_to_buffers}
-        kept = set(self.signature.buffers_to_mutate.values())
-        return [
-            (self.nodes[name], path)
-            for name, path in named.items()
-            if path not in kept and path in self.program.state_dict
-        ]
-
-    def replace(self, node: Node, path: str, codes: Codes, values: Tensor) -> None:
-        """Let all that reads a tensor read what is decoded, and forget the tensor."""
-        parts = {"codes": codes.codes, "step": codes.scale, "offset": codes.offset}
-        given = [
-            None if t is None else self._input(node, f"{path}_{n}", t) for n, t in parts.items()
-        ]
-        first = next(other for other in self.graph.nodes if other in node.users)
-        with self.graph.inserting_before(first):
-            decoded = codes.decoded(self._call, *given)
-        readers = list(node.users)
-        node.replace_all_uses_with(decoded)
-        self._forget(node)
-        for reader in readers:
-            self._skip(reader, decoded, values)
-
-    def finish(self) -> None:
-        """Check the graph, and make code of it."""
-        self.graph.lint()
-        self.program.graph_module.recompile()
-
-    def _input(self, before: Node, path: str, tensor: Tensor) -> Node:
-        """A new buffer, in front of an input of the graph."""
-        while path in self.program.state_dict:
-            path += "_"
-        with self.graph.inserting_before(before):
-            node: Node = self.graph.placeholder(f"b_{path.replace('.', '_')}")
-        node.meta["val"] = before.meta["val"].fake_mode.from_tensor(tensor, static_shapes=True)
-        spec = InputSpec(InputKind.BUFFER, TensorArgument(node.name), path, persistent=True)
-        place = next(i for i, s in enumerate(self.signature.input_specs) if _name(s) == before.name)
-        self.signature.input_specs.insert(place, spec)
-        self.program.state_dict[path], self.nodes[node.name] = tensor, node
-        return node
-
-    def _call(self, op: Any, *args: Any) -> Node:
-        """A new call, with what PyTorch wants to know of its result."""
-        node: Node = self.graph.call_function(op, args)
-        known = pytree.tree_map_only(Node, lambda n: n.meta["val"], args)
-        first = next(v for v in pytree.tree_leaves(known) if isinstance(v, Tensor))
-        fake: Any = first
-        with fake.fake_mode:
-            node.meta["val"] = op(*known)
-        return node
-
-    def _forget(self, node: Node) -> None:
-        """Take an input that nothing reads out of the program."""
-        specs = self.signature.input_specs
-        spec = next(s for s in specs if _name(s) == node.name)
-        specs.remove(spec)
-        if all(other.target != spec.target for other in specs):
-            self.program.state_dict.pop(str(spec.target))
-        self.graph.erase_node(node)
-
-    def _skip(self, reader: Node, decoded: Node, values: Tensor) -> None:
-        """Take out a quantizer that leaves the decoded weight as it is."""
-        quantizer: Any = reader.target
-        if "fake_quantize" not in str(quantizer) or reader.args[0] is not decoded:
-            return
-        state = self.program.state_dict
-        known = {node: state[path] for node, path in self.tensors() if node in reader.args}
-        given = [known.get(a) if isinstance(a, Node) else a for a in reader.args[1:]]
-        if any(a is None for a in given) or not torch.equal(quantizer(values, *given), values):
-            return
-        reader.replace_all_uses_with(decoded)
-        self.graph.erase_node(reader)
-        for node in known:
-            if not node.users:
-                self._forget(node)
+def _replace(editor: Editor, node: Node, path: str, codes: Codes, values: Tensor) -> None:
+    """Let all that reads a tensor read what is decoded, and forget the tensor."""
+    parts = {"codes": codes.codes, "step": codes.scale, "offset": codes.offset}
+    given = [
+        None if t is None else editor.add_input(node, f"{path}_{n}", t) for n, t in parts.items()
+    ]
+    first = next(other for other in editor.graph.nodes if other in node.users)
+    with editor.graph.inserting_before(first):
+        decoded = codes.decoded(editor.call, *given)
+    readers = list(node.users)
+    node.replace_all_uses_with(decoded)
+    editor.forget(node)
+    for reader in readers:
+        _skip(editor, reader, decoded, values)
 
 
-def _name(spec: InputSpec) -> str:
-    return str(getattr(spec.arg, "name", ""))
+def _skip(editor: Editor, reader: Node, decoded: Node, values: Tensor) -> None:
+    """Take out a quantizer that leaves the decoded weight as it is."""
+    quantizer: Any = reader.target
+    if "fake_quantize" not in str(quantizer) or reader.args[0] is not decoded:
+        return
+    held = [editor.value(a) if isinstance(a, Node) else a for a in reader.args[1:]]
+    if any(a is None for a in held) or not torch.equal(quantizer(values, *held), values):
+        return
+    reader.replace_all_uses_with(decoded)
+    editor.erase(reader)

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from rarefy.batches import evaluating, map_tensors
+from rarefy.deployment.executorch_file import ExecuTorchFile
 from rarefy.deployment.onnx_file import OnnxFile
 from rarefy.deployment.program_file import ProgramFile
 from rarefy.deployment.proof import Run, prove
@@ -42,7 +43,11 @@ class Target(Protocol):
         """Load the file in the runtime that is to prove it."""
 
 
-TARGETS: Mapping[str, type[Target]] = {".onnx": OnnxFile, ".pt2": ProgramFile}
+TARGETS: Mapping[str, type[Target]] = {
+    ".onnx": OnnxFile,
+    ".pt2": ProgramFile,
+    ".pte": ExecuTorchFile,
+}
 """Suffix of a file -> its form."""
 
 
@@ -51,9 +56,10 @@ def export(
 ) -> Path:
     """Write a network to a file for a runtime, and prove that the file computes the same.
 
-    The suffix of the path says which form: ``.onnx``, proven in onnxruntime, or ``.pt2``, the
-    form of ``torch.export``, proven in PyTorch. The first dimension of the inputs is free where
-    the network allows it.
+    The suffix of the path says which form: ``.onnx``, proven in onnxruntime; ``.pt2``, the form of
+    ``torch.export``, proven in PyTorch; or ``.pte``, the form of ExecuTorch for phones and small
+    devices, proven in its runtime. The first dimension of the inputs is free where the network
+    allows it.
 
     As ONNX, a network from :func:`rarefy.quantize` is written in integers: weights as int8, biases
     as int32, activations between QuantizeLinear and DequantizeLinear. Weights that were rounded
@@ -65,12 +71,21 @@ def export(
     and no product is one of integers. Palettes, zeros and half precision are stored as floats. The
     examples are not stored. PyTorch reads the file with ``torch.export.load(path).module()``.
 
+    As ``.pte``, XNNPACK gets all that it has kernels for, and ExecuTorch itself does the rest.
+    Convolutions and linear layers of a network from ``quantize(..., Int8())`` compute with int8
+    there; one whose result is not rounded, such as the last layer, rounds its inputs once more, on
+    the range of each row or image as it comes. Layers that XNNPACK cannot compute so (depthwise
+    ones of that kind, LSTMs) and weights that were rounded alone (``WeightOnly``) are floats, in
+    the file as well; ``Int8(activations="dynamic")`` makes linear layers small. ExecuTorch plans
+    memory ahead: a free batch goes from 1 to as many examples as were given, or to 2 where one was
+    given.
+
     Args:
         model: any module, taken in eval mode; left as it is.
         path: the file to write; an older one is replaced when the new one is complete.
         example_inputs: a tensor, a tuple of arguments or a mapping of keyword arguments.
         check: compare the file's outputs with the network's, on the examples and, where the
-            first dimension is free, on another number of them.
+            first dimension is free, on the first of them alone.
 
     Returns:
         The path.
@@ -81,7 +96,7 @@ def export(
             file computes something else (the message has the figures); nothing is written.
         OutputError: the path cannot be written.
         MissingExtraError: for ONNX, onnx, onnxscript or (for the check) onnxruntime is not
-            installed.
+            installed; for ``.pte``, executorch.
 
     Example:
         >>> export(nn.Linear(4, 2), "/tmp/net.pt2", torch.randn(8, 4)).name
@@ -136,6 +151,7 @@ def _target(path: Path) -> type[Target]:
         raise InputError(
             f"export({str(path)!r})",
             f"the suffix {path.suffix!r} is that of no file that can be written",
-            "Write .onnx for onnxruntime and OpenVINO, or .pt2 for PyTorch (torch.export)",
+            "Write .onnx for onnxruntime and OpenVINO, .pt2 for PyTorch (torch.export), or .pte "
+            "for ExecuTorch",
         )
     return found

@@ -92,14 +92,16 @@ def measure(
     time, which other programs do not lengthen; latencies are by the clock on the wall.
 
     Args:
-        what: the path of an ONNX or ``.pt2`` file, a network, or a list of these. Networks are
-            exported to a temporary file for the runtimes that serve ONNX files; they are taken in
-            eval mode, and left as they are.
+        what: the path of an ONNX, ``.pt2`` or ``.pte`` file, a network, or a list of these.
+            Networks are exported to a temporary file for the runtimes that serve files; they are
+            taken in eval mode, and left as they are.
         example_inputs: what every call is made with; the batch size is theirs.
         runtime: ``"onnxruntime"`` or ``"openvino"``, which serve ONNX files and networks;
             ``"eager"`` (PyTorch, operator by operator) or ``"compile"`` (``torch.compile``), which
-            serve ``.pt2`` files and networks.
-        threads: intra-op threads; the runtime has no others.
+            serve ``.pt2`` files and networks; ``"executorch"``, which serves ``.pte`` files and
+            networks.
+        threads: intra-op threads; the runtime has no others. Those of ExecuTorch are the process's:
+            programs that it has loaded beside these must be deleted to set another number.
         calls: calls of each that are timed, at least 1.
         warmup: calls of each before them.
         data: labelled batches on which the accuracy of what the runtime computes is measured.

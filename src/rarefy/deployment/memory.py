@@ -37,7 +37,7 @@ def peak_mb(path: Path, inputs: Inputs, runtime: str, threads: int) -> float | N
     """Megabytes (10^6 bytes) that loading and calling a file takes at most.
 
     Args:
-        path: an ONNX or ``.pt2`` file.
+        path: an ONNX, ``.pt2`` or ``.pte`` file.
         inputs: what it is called with.
         runtime: one that serves such files.
         threads: intra-op threads.
@@ -75,12 +75,18 @@ def peak_mb(path: Path, inputs: Inputs, runtime: str, threads: int) -> float | N
 
 def report() -> None:
     """In a process of its own: load, call, and print the bytes that this took at most."""
+    from rarefy.deployment.executorch_session import load_executorch
     from rarefy.deployment.opening import opened
     from rarefy.deployment.runtimes import load_onnxruntime, load_openvino
 
     path, given, runtime, threads = sys.argv[1:]
     inputs: Inputs = torch.load(given, weights_only=True)
-    {"onnxruntime": load_onnxruntime, "openvino": load_openvino}.get(runtime, lambda: None)()
+    loaders = {
+        "onnxruntime": load_onnxruntime,
+        "openvino": load_openvino,
+        "executorch": load_executorch,
+    }
+    loaders.get(runtime, lambda: None)()
     with suppress(OSError):
         RESET.write_text("5", encoding="ascii")  # forget the highest of the imports
     before = _kilobytes("VmRSS")

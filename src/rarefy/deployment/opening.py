@@ -10,13 +10,20 @@ from tempfile import TemporaryDirectory
 from torch import nn
 
 from rarefy.deployment.export import export
-from rarefy.deployment.program_file import SUFFIX, load_program
+from rarefy.deployment.program_file import load_program
 from rarefy.deployment.runtimes import RUNTIMES, Session, runtime_named
 from rarefy.errors import InputError
 from rarefy.types import Inputs
 
 Served = str | Path | nn.Module
-"""An ONNX file, a ``.pt2`` file of ``torch.export``, or a network."""
+"""A file of ONNX, of ``torch.export`` (``.pt2``) or of ExecuTorch (``.pte``), or a network."""
+
+FORMS = {
+    ".onnx": "an ONNX file",
+    ".pt2": "a program of torch.export",
+    ".pte": "a program of ExecuTorch",
+}
+"""Suffix -> what such a file is; any other stands for the first."""
 
 
 @contextmanager
@@ -25,8 +32,8 @@ def opened(
 ) -> Iterator[tuple[Session, Path | None]]:
     """A session, closed afterwards, and the file that it serves, if any.
 
-    A network is exported to a temporary file for the runtimes that serve ONNX files. A ``.pt2``
-    file is loaded as a network for those of PyTorch.
+    A network is exported to a temporary file for the runtimes that serve files. A ``.pt2`` file is
+    loaded as a network for those of PyTorch.
 
     Args:
         what: a file or a network.
@@ -52,10 +59,11 @@ def opened(
             raise InputError(
                 f"a {type(what).__name__} in {runtime}",
                 "it is neither the path of a file nor a network",
-                "Give an nn.Module, or the path of an ONNX or .pt2 file",
+                "Give an nn.Module, or the path of an ONNX, .pt2 or .pte file",
             )
         elif row.serves == "file":
-            path = export(what, Path(folder) / f"{type(what).__name__}.onnx", example_inputs)
+            path = Path(folder) / f"{type(what).__name__}{row.form}"
+            export(what, path, example_inputs)
             served = path
         else:
             served = what
@@ -70,13 +78,21 @@ def check_form(path: Path, runtime: str) -> None:
     """Pass where a file is of the form that a runtime serves.
 
     Raises:
-        InputError: unknown runtime, or it serves files of the other form.
+        InputError: unknown runtime, or it serves files of another form.
     """
-    in_pytorch = runtime_named(runtime).serves == "module"
-    if in_pytorch == (path.suffix.lower() == SUFFIX):
+    own = runtime_named(runtime).form
+    given = form_of(path)
+    if own == given:
         return
-    what = f"it runs ONNX files, and {path.name!r} is a program of torch.export"
-    if in_pytorch:
-        what = f"it runs networks and {SUFFIX} files in PyTorch, and {path.name!r} is neither"
-    others = [n for n, row in RUNTIMES.items() if (row.serves == "module") != in_pytorch]
-    raise InputError(f"runtime={runtime!r}", what, f"Use {' or '.join(map(repr, others))}")
+    others = [repr(name) for name, row in RUNTIMES.items() if row.form == given]
+    raise InputError(
+        f"runtime={runtime!r}",
+        f"it runs a network or {FORMS[own]}, and {path.name!r} is taken for {FORMS[given]}",
+        f"Use {' or '.join(others)}",
+    )
+
+
+def form_of(path: Path) -> str:
+    """The suffix in :data:`FORMS` that stands for a file's form."""
+    suffix = path.suffix.lower()
+    return suffix if suffix in FORMS else ".onnx"

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from rarefy.batches import tensors
+from rarefy.deployment.executorch_session import ExecuTorchSession
 from rarefy.deployment.modules import CompiledSession, EagerSession, check_threads
 from rarefy.errors import FormatError, InputError, MissingExtraError, first_line
 from rarefy.process import quiet_setup
@@ -382,28 +383,34 @@ class Runtime:
 
     Attributes:
         open: (what it serves, threads) -> a session.
-        serves: ``"file"``, an ONNX file, or ``"module"``, a network in PyTorch, as which a ``.pt2``
-            file is loaded.
+        form: suffix of the files that it serves. A ``.pt2`` file is loaded as a network.
         widths: precision -> the number whose multiples are widths that it computes fast: the
             channels of one vector. In float32, 33 channels took 61 % longer than 32.
         layers: the runtime in which single layers are timed.
     """
 
     open: Callable[[Any, int], Session]
-    serves: Literal["file", "module"]
+    form: Literal[".onnx", ".pt2", ".pte"]
     widths: Mapping[str, int]
     layers: str
+
+    @property
+    def serves(self) -> Literal["file", "module"]:
+        """What is opened: a file, or a network in PyTorch."""
+        return "module" if self.form == ".pt2" else "file"
 
 
 FLOAT = {"float32": 16}
 FAST = {**FLOAT, "int8": 32}
 
 RUNTIMES: Mapping[str, Runtime] = {
-    "onnxruntime": Runtime(OnnxSession, "file", FAST, "onnxruntime"),
-    "openvino": Runtime(OpenVinoSession, "file", FAST, "openvino"),
-    "eager": Runtime(EagerSession, "module", FLOAT, "eager"),
+    "onnxruntime": Runtime(OnnxSession, ".onnx", FAST, "onnxruntime"),
+    "openvino": Runtime(OpenVinoSession, ".onnx", FAST, "openvino"),
+    "eager": Runtime(EagerSession, ".pt2", FLOAT, "eager"),
     # The compiler calls the same kernels for the layers that are timed, and fuses what is between.
-    "compile": Runtime(CompiledSession, "module", FLOAT, "eager"),
+    "compile": Runtime(CompiledSession, ".pt2", FLOAT, "eager"),
+    # A file takes seconds to write, too long for every single layer.
+    "executorch": Runtime(ExecuTorchSession, ".pte", FAST, "eager"),
 }
 """Name of a runtime -> how it serves networks."""
 

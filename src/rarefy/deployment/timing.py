@@ -145,7 +145,7 @@ def _timed(layers: Sequence[Layer], *, runtime: str, threads: int) -> list[float
 
     With one thread it is the processor's time.
     """
-    row = RUNTIMES[runtime]
+    row = RUNTIMES[RUNTIMES[runtime].layers]
     with TemporaryDirectory(prefix="rarefy-") as folder, ExitStack() as stack:
         runners = []
         for number, found in enumerate(layers):

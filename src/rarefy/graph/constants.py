@@ -92,7 +92,8 @@ def written(graph: Graph) -> frozenset[str]:
     """Tensors that are written in place, with all views."""
     found: set[str] = set()
     for node in reversed(list(graph.calls)):
-        if writes(node.op) or (node.name in found and shares_memory(node.op)):
+        idle = node.kind == "dropout_" and not node.argument("train")
+        if (writes(node.op) and not idle) or (node.name in found and shares_memory(node.op)):
             found.update({node.name, *node.inputs[:1]})
     for node in graph.calls:
         if shares_memory(node.op) and found.intersection(node.inputs[:1]):
