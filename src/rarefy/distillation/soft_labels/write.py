@@ -77,7 +77,9 @@ def write_soft_labels(
         views: answers to each example, at least 1: for more than one, ``data`` must be a
             ``DataLoader`` over a :class:`Replay`.
         form: :class:`Dense`, :class:`TopK`, :class:`Sampled` or :class:`Outputs`, of
-            ``rarefy.distillation.soft_labels.records``; None for the smaller of Dense and TopK.
+            ``rf.soft_labels``; None for the smaller of Dense and TopK. These keep probabilities of
+            classes that exclude each other: for multi-label outputs, regression and images, and for
+            losses that compare the logits themselves, name ``Outputs()``.
         mass: share of the probability that the k of TopK keeps, on average over one batch of
             examples: spread evenly over a data set, or the first of other batches. In (0, 1];
             counts where ``form`` is None.
@@ -188,6 +190,13 @@ def _draft(model: nn.Module, data: Source, device: torch.device, request: _Reque
     shape = tuple(outputs.shape[1:])
     dim = _class_dim(shape, request)
     every = Layout(request.form or Dense(), shape, dim)
+    if every.classes == 1 and not isinstance(request.form, Outputs):
+        raise InputError(
+            f"{WHERE}(form={request.form!r})",
+            f"outputs of shape (N{''.join(f', {n}' for n in shape)}) have one class, whose "
+            "probability is 1 whatever the teacher says",
+            "Write form=rf.soft_labels.Outputs(), which keeps the outputs as they are",
+        )
     require_usable(outputs, every, rows, f"{WHERE}(teacher)")
     chosen, kept = request.form, None
     if chosen is None:
