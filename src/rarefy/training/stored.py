@@ -66,7 +66,7 @@ class Joined:
         self.epoch += 1
         for ids, batch in self.found:
             inputs, labels = split_batch(batch)
-            yield inputs, Answered(labels, self.store.answers(ids, self.found.view))
+            yield inputs, Answered(labels, self.store.answers_to(inputs, ids, self.found.view))
 
 
 def require_answerable(loss: Any, store: SoftLabels) -> None:
