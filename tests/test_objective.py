@@ -114,3 +114,24 @@ def test_training_on_labels_knows_of_padding_as_distillation_does() -> None:
     assert torch.allclose(found, wanted)
     plain = Objective("train", network, lambda out, y: out.mean())
     assert torch.allclose(plain(PADDED, labels), network(**PADDED).mean())
+
+
+class Subsampled(Tokens):
+    """Every second position, with its mask."""
+
+    def forward(self, input_ids, attention_mask):
+        return {"logits": self.embed(input_ids)[:, ::2], "mask": attention_mask[:, ::2]}
+
+
+def test_a_network_may_give_the_mask_of_its_logits() -> None:
+    network, teacher = Subsampled(), One(Subsampled()).start(Subsampled(), "distill(teacher)")
+    labels = torch.tensor([[1], [3]])
+    found = Objective("distill", network, KD(2), teacher, 0.5, CTC())(PADDED, labels)
+    ours, theirs = (n(**PADDED)["logits"] for n in (network, teacher.network))
+    real = network(**PADDED)["mask"].bool()
+    soft = 4 * F.kl_div(
+        (ours / 2).log_softmax(-1)[real], (theirs / 2).softmax(-1)[real], reduction="batchmean"
+    )
+    hard = F.ctc_loss(ours.log_softmax(-1).transpose(0, 1), labels, (2, 1), (1, 1))
+    assert torch.allclose(found, 0.5 * soft + 0.5 * hard)
+    assert torch.allclose(Objective("train", network, CTC())(PADDED, labels), hard)

@@ -118,8 +118,10 @@ def _epochs(data: Data | None) -> list[Any]:
     while waiting:
         part = waiting.pop()
         parts.append(part)
-        if type(part) in (Subset, ConcatDataset):
-            waiting += [part.dataset] if isinstance(part, Subset) else part.datasets
+        if isinstance(part, Subset):
+            waiting.append(part.dataset)
+        elif isinstance(part, ConcatDataset):
+            waiting += part.datasets
     return [part for part in parts if callable(getattr(part, "set_epoch", None))]
 
 

@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 
 from torch import Tensor, nn
 
-from rarefy.batches import call, logits, map_tensors
+from rarefy.batches import call, logits, map_tensors, mask_of
 from rarefy.distillation.losses import CrossEntropy, Loss
 from rarefy.distillation.taps import Taps, taps
 from rarefy.errors import InputError
@@ -75,8 +75,8 @@ class Objective(nn.Module):
         if self.scheduled:
             loss, label_loss = at_step(loss, step), at_step(label_loss, step)
         if self.tutor is None and not isinstance(labels, Answered):
-            student = logits(call(self.network, inputs))
-            options = _mask(_padding(inputs), student) if self.masked else {}
+            student, options = self._answer(inputs)
+            options = options if self.masked else {}
             value: Tensor = loss(student, self._labels(loss, labels, student), **options)
             return value
         batch, ours, theirs = self._run(inputs, labels)
@@ -99,21 +99,27 @@ class Objective(nn.Module):
             with self._tapped(self.tutor.network, self.theirs) as theirs:
                 answers = self.tutor(inputs)
         with self._tapped(self.network, self.ours) as ours:
-            student = logits(call(self.network, inputs))
+            student, options = self._answer(inputs)
         needed = getattr(self.loss, "needs_labels", False)
         if labels is not None and (needed or self.label_weight):
             labels = self._labels(self.label_loss, labels, student)
-        padding = _padding(inputs)
         answers = answers.to(student.device, non_blocking=True)
-        self.heard, options = answers, _mask(padding, student)
+        self.heard = answers
         if options and not self.masked:
             raise InputError(
                 f"{self.where}(loss)",
-                "it takes no mask=, and these inputs have an attention_mask: padding would count",
+                "it takes no mask=, and these sequences have one: padding would count",
                 "Write loss(student_logits, teacher_logits, mask=None), a mean over the positions "
                 "where the mask is not 0",
             )
-        return Batch(student, answers, options, labels, padding), ours, theirs
+        return Batch(student, answers, options, labels, _padding(inputs)), ours, theirs
+
+    def _answer(self, inputs: Inputs) -> tuple[Tensor, dict[str, Tensor]]:
+        """The network's logits, and ``mask=`` of them: its own, else that of the inputs."""
+        outputs = call(self.network, inputs)
+        student = logits(outputs)
+        masks = (_mask(found, student) for found in (mask_of(outputs), _padding(inputs)))
+        return student, next(filter(None, masks), {})
 
     def _mixed(self, value: Tensor, label_loss: LossFunction, batch: Batch) -> Tensor:
         """The loss against a teacher, and that against the labels where there are some."""

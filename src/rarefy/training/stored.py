@@ -80,6 +80,7 @@ def require_answerable(loss: Any, store: SoftLabels) -> None:
     form = store.manifest.layout.form
     if not isinstance(loss, Loss) or isinstance(form, Outputs):
         return
+    temperature = form.temperature if isinstance(form, Sampled) else None
     for _, term in loss.terms:
         name = type(term).__name__
         if term.needs_outputs:
@@ -89,12 +90,12 @@ def require_answerable(loss: Any, store: SoftLabels) -> None:
                 "Write the store with form=rf.soft_labels.Outputs(), or give a loss of "
                 "probabilities, such as KD()",
             )
-        linear = isinstance(term, KD | CTCPosteriors)
-        if isinstance(form, Sampled) and not (linear and term.temperature == form.temperature):
+        fair = isinstance(term, KD | CTCPosteriors) and term.temperature == temperature
+        if temperature is not None and not fair:
             raise InputError(
                 f"distill(loss={loss!r})",
-                f"the classes of the store were drawn for KD at temperature {form.temperature:g}, "
+                f"the classes of the store were drawn for KD at temperature {temperature:g}, "
                 f"and are no fair sample for {term!r}",
-                f"Give loss=KD(temperature={form.temperature:g}), or write the store with "
+                f"Give loss=KD(temperature={temperature:g}), or write the store with "
                 "form=TopK(k), Dense() or draws at the temperature of KD",
             )
