@@ -80,7 +80,8 @@ def distill(
     inputs have lengths instead, the student gives the mask of its logits as ``mask`` (B, L) beside
     its ``logits``; without it padding counts. Labels of sequences must stand at the position of
     their prediction: nothing is shifted. Dense outputs (B, C, H, W) take losses that name the
-    classes, ``KD(dim=1)``; image-to-image networks take ``loss=L2(), label_loss=nn.functional.l1_loss``.
+    classes, ``KD(dim=1)``; image-to-image networks take ``loss=L2()`` and
+    ``label_loss=nn.functional.l1_loss``.
 
     Before the first step the whole objective is computed on the first batch, which is read once
     more for that, so that what does not fit is known at once.
