@@ -71,7 +71,9 @@ STORAGE = (
     "frames ans streams pack codes index adapt grids container layout reading contents writing "
     "format"
 ).split()
-SOFT_LABELS = "seeds records hashes shards manifest views source answers verify read write".split()
+SOFT_LABELS = (
+    "seeds records hashes shards manifest views source sequences answers verify read write"
+).split()
 ORDERS = {
     "graph": GRAPH,
     "pruning": PRUNING,

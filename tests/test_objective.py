@@ -2,10 +2,13 @@
 
 import copy
 
+import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
-from rarefy.distillation.losses import KD
+from rarefy.distillation.losses import CTC, KD
+from rarefy.errors import InputError
 from rarefy.training.objective import Objective
 from rarefy.training.teachers import Aside, One
 
@@ -63,3 +66,72 @@ def test_a_loss_that_is_a_module_is_neither_changed_nor_trained() -> None:
     assert all(torch.equal(v, kept[k]) for k, v in objective.loss.module.state_dict().items())
     assert all(p.grad is not None for p in objective.parameters())
     assert loss.training
+
+
+class Tokens(nn.Module):
+    """Logits of every position of ids."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(9, 5)
+
+    def forward(self, input_ids, attention_mask):
+        return self.embed(input_ids)
+
+
+PADDED = {
+    "input_ids": torch.tensor([[3, 4, 5, 0], [6, 7, 0, 0]]),
+    "attention_mask": torch.tensor([[1, 1, 1, 0], [1, 1, 0, 0]]),
+}
+
+
+@pytest.mark.parametrize(
+    "label_loss",
+    [lambda out, y: F.cross_entropy(out.mT, y), lambda out, y, **given: F.cross_entropy(out.mT, y)],
+)
+def test_a_loss_of_labels_need_not_take_a_mask(label_loss) -> None:
+    labels = torch.tensor([[1, 2, 0, -100], [3, -100, -100, -100]])
+    student, teacher = Tokens(), One(Tokens()).start(Tokens(), "distill(teacher)")
+    found = [
+        Objective("distill", student, KD(), teacher, 0.5, loss)(PADDED, labels)
+        for loss in (None, label_loss)
+    ]
+    assert torch.allclose(*found)
+
+
+def test_a_loss_against_a_teacher_has_to_know_of_padding() -> None:
+    teacher = One(Tokens()).start(Tokens(), "distill(teacher)")
+    for loss in (F.mse_loss, nn.MSELoss(), lambda a, b: (a - b).square().mean()):
+        with pytest.raises(InputError, match=r"takes no mask=.*padding would count"):
+            Objective("distill", Tokens(), loss, teacher)(PADDED, None)
+
+
+def test_training_on_labels_knows_of_padding_as_distillation_does() -> None:
+    network, labels = Tokens(), torch.tensor([[1, 2], [3, -100]])
+    found = Objective("train", network, CTC())(PADDED, labels)
+    log_q = network(**PADDED).log_softmax(-1).transpose(0, 1)
+    wanted = F.ctc_loss(log_q, labels.clamp_min(0), (3, 2), (2, 1))
+    assert torch.allclose(found, wanted)
+    plain = Objective("train", network, lambda out, y: out.mean())
+    assert torch.allclose(plain(PADDED, labels), network(**PADDED).mean())
+
+
+class Subsampled(Tokens):
+    """Every second position, with its mask."""
+
+    def forward(self, input_ids, attention_mask):
+        return {"logits": self.embed(input_ids)[:, ::2], "mask": attention_mask[:, ::2]}
+
+
+def test_a_network_may_give_the_mask_of_its_logits() -> None:
+    network, teacher = Subsampled(), One(Subsampled()).start(Subsampled(), "distill(teacher)")
+    labels = torch.tensor([[1], [3]])
+    found = Objective("distill", network, KD(2), teacher, 0.5, CTC())(PADDED, labels)
+    ours, theirs = (n(**PADDED)["logits"] for n in (network, teacher.network))
+    real = network(**PADDED)["mask"].bool()
+    soft = 4 * F.kl_div(
+        (ours / 2).log_softmax(-1)[real], (theirs / 2).softmax(-1)[real], reduction="batchmean"
+    )
+    hard = F.ctc_loss(ours.log_softmax(-1).transpose(0, 1), labels, (2, 1), (1, 1))
+    assert torch.allclose(found, 0.5 * soft + 0.5 * hard)
+    assert torch.allclose(Objective("train", network, CTC())(PADDED, labels), hard)

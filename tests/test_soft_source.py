@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import (
     BatchSampler,
+    ConcatDataset,
     DataLoader,
     Dataset,
     IterableDataset,
@@ -138,13 +139,24 @@ def test_other_batches_are_numbered_as_they_come(data) -> None:
         (DataLoader(TensorDataset(VALUES[:0])), 1, "empty"),
         ([VALUES], 2, "no augmentation to replay"),
         (DataLoader(TensorDataset(VALUES)), 2, "Replay"),
-        (DataLoader(Subset(Replay(TensorDataset(VALUES)), [1])), 2, "in no Subset"),
+        (DataLoader(Subset(TensorDataset(VALUES), [1])), 2, "or a Subset of one"),
         (VALUES, 1, "not an iterable"),
     ],
 )
 def test_data_without_ids_are_refused(data, views: int, words: str) -> None:
     with pytest.raises(DataError, match=words):
         source(data, views, "test")
+
+
+def test_subsets_and_concatenations_replay_the_views_of_their_parts() -> None:
+    pairs = TensorDataset(VALUES, VALUES)
+    noisy, calm = Replay(pairs, torch.rand_like), Replay(pairs)
+    parts = ConcatDataset([Subset(noisy, [7, 3]), pairs, Subset(calm, [5])])
+    found = source(DataLoader(Subset(parts, [52, 1, 9, 0]), batch_size=4), 2, "test")
+    for view, (_, inputs, _) in enumerate(found.rows([(0, 4), (4, 8)])):
+        wanted = [VALUES[5], noisy[view, 3][0], VALUES[7], noisy[view, 7][0]]
+        assert torch.equal(inputs, torch.stack(wanted))
+    assert found.transform.count("Replay") == 2
 
 
 def test_data_that_end_early_are_an_error() -> None:

@@ -11,8 +11,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
-from torch.utils.data import DataLoader, TensorDataset
+from torch import Tensor, nn
+from torch.utils.data import ConcatDataset, DataLoader, Subset, TensorDataset
 from torchvision.transforms import Compose, RandomCrop, RandomHorizontalFlip
 
 from rarefy.distillation.soft_labels.views import CutMix, Mixup, Replay
@@ -72,6 +72,35 @@ def test_workers_that_persist_see_every_view() -> None:
         replay.set_epoch(epoch)
         found = torch.cat([x for x, _ in loader])
         assert (found == torch.stack([replay[epoch, i][0] for i in range(20)])).all()
+
+
+def test_training_sees_every_view_of_a_part_of_it() -> None:
+    replay = Replay(DATA, of_all_generators)
+    seen = []
+
+    class Watching(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            seen.append(x.detach().clone())
+            return super().forward(x.flatten(1))
+
+    part = ConcatDataset([Subset(replay, [4, 2]), Subset(replay, [0])])
+    train(Watching(192, 5), DataLoader(part, 3), epochs=2, progress=False)
+    for epoch in range(2):
+        assert torch.equal(seen[epoch], torch.stack([replay[epoch, i][0] for i in (4, 2, 0)]))
+    assert replay.epoch == 0
+
+
+def test_a_part_to_validate_on_keeps_its_view() -> None:
+    replay = Replay(DATA, of_all_generators)
+    data, val = (DataLoader(Subset(replay, part), 4) for part in (range(8), range(8, 12)))
+    model = nn.Sequential(nn.Flatten(), nn.Linear(192, 5))
+    options = {"epochs": 3, "progress": False, "metric": _content}
+    values = [epoch.val for epoch in train(model, data, val=val, **options).trained.epochs]
+    assert values == [_content(model, val)] * 3
+
+
+def _content(model: nn.Module, data: Any) -> float:
+    return float(sum(x.sum() for x, _ in data))
 
 
 def test_the_states_of_all_generators_are_restored() -> None:

@@ -485,3 +485,27 @@ def test_fingerprints_tell_networks_apart() -> None:
     prints.append(fingerprint(model))
     prints += [fingerprint(copy.deepcopy(model).to(t)) for t in (torch.bfloat16, torch.float64)]
     assert len(set(prints)) == 4
+
+
+class Tokens(nn.Module):
+    """Logits of every position of ids."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(9, 8), nn.Linear(8, 9)
+
+    def forward(self, input_ids):
+        return self.head(self.embed(input_ids))
+
+
+def test_labels_that_are_the_tokens_themselves_are_told() -> None:
+    tokens = torch.randint(0, 9, (4, 6), generator=torch.Generator().manual_seed(0))
+    same = [{"input_ids": tokens, "labels": tokens.masked_fill(tokens == 3, -100)}] * 2
+    with pytest.warns(RuntimeWarning, match="learns to copy.*shift them") as found:
+        train(Tokens(), same, **QUICK)
+    assert len(found) == 1
+    with pytest.warns(RuntimeWarning, match="learns to copy"):
+        distill(Tokens(), Tokens(), same, **QUICK)
+    distill(Tokens(), Tokens(), same, label_weight=0, **QUICK)  # nobody reads them
+    shifted = nn.functional.pad(tokens[:, 1:], (0, 1), value=-100)
+    train(Tokens(), [{"input_ids": tokens, "labels": shifted}], **QUICK)

@@ -97,6 +97,14 @@ def logits(outputs: Any) -> Tensor:
     )
 
 
+def mask_of(outputs: Any) -> Tensor | None:
+    """The ``mask`` that a network gives beside its ``logits``; None where it gives none."""
+    if isinstance(outputs, Tensor):
+        return None
+    held = outputs.get("mask") if isinstance(outputs, Mapping) else getattr(outputs, "mask", None)
+    return held if isinstance(held, Tensor) else None
+
+
 def map_tensors(function: Callable[[Tensor], Tensor], inputs: Any) -> Any:
     """Apply ``function`` to every tensor of nested tuples, lists, mappings and dataclasses."""
     if isinstance(inputs, Tensor):

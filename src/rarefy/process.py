@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import ConcatDataset, DataLoader, Subset
 
 from rarefy.types import Data
 
@@ -105,7 +105,7 @@ def set_epoch(data: Data, epoch: int) -> None:
     """Tell data which epoch begins, from 0, where they want to know it.
 
     The convention of PyTorch's ``DistributedSampler``: a method ``set_epoch`` of the data, or of a
-    loader's samplers or data set.
+    loader's samplers or data set, or of those that this is a subset or concatenation of.
     """
     for part in _epochs(data):
         part.set_epoch(epoch)
@@ -113,7 +113,15 @@ def set_epoch(data: Data, epoch: int) -> None:
 
 def _epochs(data: Data | None) -> list[Any]:
     """Data and their parts that can be told of an epoch."""
-    parts = (data, *(getattr(data, n, None) for n in ("batch_sampler", "sampler", "dataset")))
+    parts = [data, *(getattr(data, name, None) for name in ("batch_sampler", "sampler"))]
+    waiting = [getattr(data, "dataset", None)]
+    while waiting:
+        part = waiting.pop()
+        parts.append(part)
+        if isinstance(part, Subset):
+            waiting.append(part.dataset)
+        elif isinstance(part, ConcatDataset):
+            waiting += part.datasets
     return [part for part in parts if callable(getattr(part, "set_epoch", None))]
 
 

@@ -33,7 +33,7 @@ from rarefy.training.networks import require_trainable
 from rarefy.training.objective import LossFunction, Objective
 from rarefy.training.options import OPTIMIZERS, TrainOptions, with_changes
 from rarefy.training.record import Trained
-from rarefy.training.stored import Joined
+from rarefy.training.stored import Joined, require_answerable
 from rarefy.training.teachers import Teacher, Tutor, as_teacher
 from rarefy.training.terms import bindings, heads_for, paired
 from rarefy.types import Data, Inputs
@@ -76,9 +76,12 @@ def distill(
     be schedules over the steps.
 
     Where the inputs are a mapping with an ``attention_mask`` (B, L), padding counts for nothing in
-    logits and features (B, L, C). Labels of sequences must stand at the position of their
-    prediction: nothing is shifted. Dense outputs (B, C, H, W) take losses that name the classes,
-    ``KD(dim=1)``; image-to-image networks take ``loss=L2(), label_loss=nn.functional.l1_loss``.
+    logits and features (B, L, C). Where logits have other positions, as after subsampling, or the
+    inputs have lengths instead, the student gives the mask of its logits as ``mask`` (B, L) beside
+    its ``logits``; without it padding counts. Labels of sequences must stand at the position of
+    their prediction: nothing is shifted. Dense outputs (B, C, H, W) take losses that name the
+    classes, ``KD(dim=1)``; image-to-image networks take ``loss=L2()`` and
+    ``label_loss=nn.functional.l1_loss``.
 
     Before the first step the whole objective is computed on the first batch, which is read once
     more for that, so that what does not fit is known at once.
@@ -91,9 +94,12 @@ def distill(
         student: the network to train; it is not changed.
         data: batches, labelled or not, see :mod:`rarefy.batches`; read once per epoch.
         loss: ``loss(student_logits, teacher_logits)`` to a scalar, with ``mask=`` where there is
-            one; None for ``KD(temperature=4)``.
+            one; None for ``KD(temperature=4)``. From a store of log-probabilities only losses
+            learn that do not change where a constant is added to all logits, and from one of
+            draws :class:`~rarefy.losses.KD` at their temperature.
         label_weight: share of the loss on the true labels, 0 to 1.
-        label_loss: ``loss(student_logits, labels)`` to a scalar, for labels of any kind; None for
+        label_loss: ``loss(student_logits, labels)`` to a scalar, for labels of any kind, with
+            ``mask=`` where there is one and the function takes it; None for
             :class:`~rarefy.losses.CrossEntropy`.
         options: how to train; None for the defaults of :class:`TrainOptions`.
         val: labelled batches; the metric of teacher and student on them is shown before the
@@ -124,7 +130,10 @@ def distill(
         >>> student = distill(nn.Linear(4, 2), nn.Linear(4, 2), [torch.zeros(8, 4)],
         ...                   epochs=1, progress=False)
     """
+    loss = loss or KD()
     _require_sensible(student, loss, label_weight)
+    if isinstance(teacher, SoftLabels):
+        require_answerable(loss, teacher)
     chosen = with_changes("distill", options, changes)
     if chosen.lr is None:
         chosen = replace(chosen, lr=OPTIMIZERS[chosen.optimizer].gentle)
@@ -148,7 +157,7 @@ def distill(
     with seeded(seed), replayable(data):
         tutor, taught = _begin(teacher, own, data)
         first, taught = _first(taught)
-        objective = _objective(own, tutor, first, loss or KD(), label_weight, label_loss)
+        objective = _objective(own, tutor, first, loss, label_weight, label_loss)
     return _ended(fit(objective, taught, job), tutor)
 
 

@@ -169,9 +169,11 @@ class _Loop:
                 self.pause()
 
     def measure(self, network: nn.Module, data: Data) -> float:
-        """The metric on data."""
+        """The metric on data, which are those of the first epoch: training may share parts."""
         where = f"{self.job.where}(val): evaluate"
-        return measured(network, data, self.job.metric, where, self.accelerator)
+        with replayable(data):
+            set_epoch(data, 0)
+            return measured(network, data, self.job.metric, where, self.accelerator)
 
     def look(self) -> None:
         """Evaluate all networks before the first step."""

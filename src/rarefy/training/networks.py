@@ -41,6 +41,7 @@ def require_trainable(model: nn.Module, where: str) -> None:
     require_finite(model, f"{where}(model)", InputError, "Check the checkpoint it was loaded from")
 
 
+@torch.no_grad()
 def require_finite(
     model: nn.Module, where: str, error: type[InputError | TrainingError], remedy: str
 ) -> None:

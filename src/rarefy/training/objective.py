@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeAlias
 
 from torch import Tensor, nn
 
-from rarefy.batches import call, logits, map_tensors
+from rarefy.batches import call, logits, map_tensors, mask_of
 from rarefy.distillation.losses import CrossEntropy, Loss
 from rarefy.distillation.taps import Taps, taps
+from rarefy.errors import InputError
 from rarefy.metrics import tensor_of_labels
-from rarefy.training.stored import Answered
+from rarefy.training.stored import Answered, labels_of
 from rarefy.training.teachers import Aside, Tutor
 from rarefy.training.terms import Batch, bindings, of_features, of_outputs, paths_of
 from rarefy.types import Inputs
@@ -59,6 +61,7 @@ class Objective(nn.Module):
         self.where, self.network, self.tutor = where, network, tutor
         self.loss, self.label_weight = _own(loss), label_weight
         self.label_loss = _own(label_loss or CrossEntropy())
+        self.masked, self.label_masked = takes_mask(self.loss), takes_mask(self.label_loss)
         self.scheduled = any(at_step(x, 0) is not x for x in (self.loss, self.label_loss))
         self.heads, self.notes = nn.ModuleDict(), tuple[str, ...]()
         self.heard: Tensor | None = None
@@ -72,8 +75,9 @@ class Objective(nn.Module):
         if self.scheduled:
             loss, label_loss = at_step(loss, step), at_step(label_loss, step)
         if self.tutor is None and not isinstance(labels, Answered):
-            student = logits(call(self.network, inputs))
-            value: Tensor = loss(student, self._labels(loss, labels, student))
+            student, options = self._answer(inputs)
+            options = options if self.masked else {}
+            value: Tensor = loss(student, self._labels(loss, labels, student), **options)
             return value
         batch, ours, theirs = self._run(inputs, labels)
         value = of_outputs(loss, batch)
@@ -95,21 +99,34 @@ class Objective(nn.Module):
             with self._tapped(self.tutor.network, self.theirs) as theirs:
                 answers = self.tutor(inputs)
         with self._tapped(self.network, self.ours) as ours:
-            student = logits(call(self.network, inputs))
+            student, options = self._answer(inputs)
         needed = getattr(self.loss, "needs_labels", False)
         if labels is not None and (needed or self.label_weight):
             labels = self._labels(self.label_loss, labels, student)
-        padding = inputs.get("attention_mask") if isinstance(inputs, Mapping) else None
-        padding = padding if isinstance(padding, Tensor) else None
         answers = answers.to(student.device, non_blocking=True)
         self.heard = answers
-        return Batch(student, answers, _mask(padding, student), labels, padding), ours, theirs
+        if options and not self.masked:
+            raise InputError(
+                f"{self.where}(loss)",
+                "it takes no mask=, and these sequences have one: padding would count",
+                "Write loss(student_logits, teacher_logits, mask=None), a mean over the positions "
+                "where the mask is not 0",
+            )
+        return Batch(student, answers, options, labels, _padding(inputs)), ours, theirs
+
+    def _answer(self, inputs: Inputs) -> tuple[Tensor, dict[str, Tensor]]:
+        """The network's logits, and ``mask=`` of them: its own, else that of the inputs."""
+        outputs = call(self.network, inputs)
+        student = logits(outputs)
+        masks = (_mask(found, student) for found in (mask_of(outputs), _padding(inputs)))
+        return student, next(filter(None, masks), {})
 
     def _mixed(self, value: Tensor, label_loss: LossFunction, batch: Batch) -> Tensor:
         """The loss against a teacher, and that against the labels where there are some."""
         if batch.labels is None or not self.label_weight:
             return value
-        hard = label_loss(batch.student, batch.labels, **batch.options)
+        options = batch.options if self.label_masked else {}
+        hard = label_loss(batch.student, batch.labels, **options)
         return (1 - self.label_weight) * value + self.label_weight * hard
 
     def _tapped(self, network: nn.Module, paths: tuple[str, ...]) -> AbstractContextManager[Any]:
@@ -120,6 +137,11 @@ class Objective(nn.Module):
         if isinstance(loss, Loss) or labels is None:
             labels = tensor_of_labels(self.where, labels)
         return map_tensors(lambda t: t.to(student.device, non_blocking=True), labels)
+
+    def heeds(self, labels: Any) -> bool:
+        """Whether it learns from these labels of a batch, and not from a teacher alone."""
+        alone = self.tutor is None and not isinstance(labels, Answered)
+        return labels_of(labels) is not None and (alone or bool(self.label_weight))
 
     def after_step(self) -> None:
         """What follows the network does so, after a step of the optimizer."""
@@ -144,6 +166,21 @@ def at_step(loss: LossFunction, step: int) -> LossFunction:
 def _own(loss: LossFunction) -> LossFunction:
     """A copy of a loss that is a module, for it is moved and the caller's stays where it is."""
     return Aside(copy.deepcopy(loss)) if isinstance(loss, nn.Module) else loss
+
+
+def takes_mask(loss: LossFunction) -> bool:
+    """Whether a loss can be called with ``mask=``."""
+    try:
+        known = inspect.signature(loss.module.forward if isinstance(loss, Aside) else loss)
+    except (TypeError, ValueError):  # of some builtin functions nothing is known
+        return False
+    return any(p.name == "mask" or p.kind is p.VAR_KEYWORD for p in known.parameters.values())
+
+
+def _padding(inputs: Inputs) -> Tensor | None:
+    """The attention mask of inputs, where there is one."""
+    padding = inputs.get("attention_mask") if isinstance(inputs, Mapping) else None
+    return padding if isinstance(padding, Tensor) else None
 
 
 def _mask(padding: Tensor | None, answers: Tensor) -> dict[str, Tensor]:

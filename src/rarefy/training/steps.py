@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -31,6 +32,11 @@ Example: TypeAlias = tuple[Inputs, Tensor | None]
 DIVERGED = "Lower lr, set clip_norm=1.0 or a longer warmup, and check the inputs for NaN"
 
 MISHEARD = "Check the teacher, its precision, and the inputs for NaN"
+
+COPIED = (
+    "the labels are the input_ids of their own positions, so that the network learns to copy. For "
+    "a causal language model shift them: labels = F.pad(labels[:, 1:], (0, 1), value=-100)"
+)
 
 PENDING = 32
 """Losses on a device that are fetched at once."""
@@ -129,6 +135,8 @@ class Stepper:
         self.left_out |= len(used) < len(group)
         if not used:
             return
+        if not self.steps and any(self.objective.heeds(b[1]) and copied(*b) for b, _ in used):
+            warnings.warn(f"{self.job.where}(data): {COPIED}", RuntimeWarning, stacklevel=2)
         self.schedule_lr(epoch, index)
         self.optimizer.zero_grad(set_to_none=True)
         self.meter.add(self.gradients(used, epoch, index), epoch, index)
@@ -201,6 +209,18 @@ def counted(inputs: Inputs, labels: Tensor | None) -> int:
     if isinstance(labels, Tensor) and not labels.is_floating_point():
         return int((labels != IGNORE).sum())
     return batch_size(inputs)
+
+
+def copied(inputs: Inputs, labels: Any) -> bool:
+    """Whether labels are what Transformers' collator for causal models gives: its models shift."""
+    labels = labels_of(labels)
+    tokens = inputs.get("input_ids") if isinstance(inputs, Mapping) else None
+    if not isinstance(tokens, Tensor) or not isinstance(labels, Tensor):
+        return False
+    if tokens.shape != labels.shape or tokens.ndim != 2:
+        return False
+    known = labels != IGNORE
+    return bool(known.any()) and bool((tokens.to(labels.device) == labels)[known].all())
 
 
 def state_of(stepper: Stepper) -> dict[str, Any]:

@@ -9,7 +9,10 @@ from typing import Any
 from torch import Tensor
 
 from rarefy.batches import split_batch
+from rarefy.distillation.losses import KD, CTCPosteriors, Loss
 from rarefy.distillation.soft_labels.read import SoftLabels
+from rarefy.distillation.soft_labels.records import Outputs, Sampled
+from rarefy.errors import InputError
 from rarefy.process import set_epoch
 from rarefy.types import Data, Inputs
 
@@ -63,4 +66,36 @@ class Joined:
         self.epoch += 1
         for ids, batch in self.found:
             inputs, labels = split_batch(batch)
-            yield inputs, Answered(labels, self.store.answers(ids, self.found.view))
+            yield inputs, Answered(labels, self.store.answers_to(inputs, ids, self.found.view))
+
+
+def require_answerable(loss: Any, store: SoftLabels) -> None:
+    """Refuse a loss that means something else of what a store holds than of the teacher's outputs.
+
+    Raises:
+        InputError: a term compares outputs, and log-probabilities are stored; or classes were
+            drawn, of which only a term that is linear in their probabilities at this temperature
+            is right on average.
+    """
+    form = store.manifest.layout.form
+    if not isinstance(loss, Loss) or isinstance(form, Outputs):
+        return
+    temperature = form.temperature if isinstance(form, Sampled) else None
+    for _, term in loss.terms:
+        name = type(term).__name__
+        if term.needs_outputs:
+            raise InputError(
+                f"distill(loss={loss!r})",
+                f"{name} compares the outputs themselves, and the store holds log-probabilities",
+                "Write the store with form=rf.soft_labels.Outputs(), or give a loss of "
+                "probabilities, such as KD()",
+            )
+        fair = isinstance(term, KD | CTCPosteriors) and term.temperature == temperature
+        if temperature is not None and not fair:
+            raise InputError(
+                f"distill(loss={loss!r})",
+                f"the classes of the store were drawn for KD at temperature {temperature:g}, "
+                f"and are no fair sample for {term!r}",
+                f"Give loss=KD(temperature={temperature:g}), or write the store with "
+                "form=TopK(k), Dense() or draws at the temperature of KD",
+            )

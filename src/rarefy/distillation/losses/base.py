@@ -39,6 +39,8 @@ class Loss(ABC):
         against: what the second argument is: the ``"teacher"``'s outputs, true ``"labels"``, or the
             teacher's ``"features"``.
         needs_labels: whether the call takes ``labels=`` beside the teacher's outputs.
+        needs_outputs: whether it compares the outputs themselves: log-probabilities, which are
+            logits less a constant, give another value.
 
     Example:
         >>> loss = KD(temperature=Linear(8, 2, 1000)) + Linear(1, 0, 1000) * SP().at("layer3")
@@ -48,6 +50,7 @@ class Loss(ABC):
 
     against: ClassVar[Against]
     needs_labels: ClassVar[bool] = False
+    needs_outputs: ClassVar[bool] = False
 
     @abstractmethod
     def __call__(self, logits: Any, reference: Any, mask: Tensor | None = None) -> Tensor:
@@ -224,6 +227,11 @@ class Weighted(Loss):
     def needs_labels(self) -> bool:  # type: ignore[override]
         """Whether a term does."""
         return any(loss.needs_labels for _, loss in self.terms)
+
+    @property
+    def needs_outputs(self) -> bool:  # type: ignore[override]
+        """Whether a term does."""
+        return any(loss.needs_outputs for _, loss in self.terms)
 
     def __call__(
         self,

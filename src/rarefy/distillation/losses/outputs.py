@@ -44,6 +44,7 @@ class Binary(Loss):
     temperature: Number = 1.0
     dim: int | None = None
     against: ClassVar[Against] = "teacher"
+    needs_outputs: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         require(self, POSITIVE, "temperature")
@@ -65,6 +66,7 @@ class Regression(Loss):
     """
 
     against: ClassVar[Against] = "teacher"
+    needs_outputs: ClassVar[bool] = True
 
     @abstractmethod
     def total(self, found: Tensor, wanted: Tensor) -> Tensor:

@@ -79,6 +79,7 @@ class MSE(Loss):
 
     dim: int | None = None
     against: ClassVar[Against] = "teacher"
+    needs_outputs: ClassVar[bool] = True
 
     def __call__(self, logits: Tensor, reference: Tensor, mask: Tensor | None = None) -> Tensor:
         student, teacher = pair("MSE", logits, reference, self.dim, mask)

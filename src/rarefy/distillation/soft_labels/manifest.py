@@ -69,6 +69,7 @@ class Manifest(_Facts):
         kept_mass: share of the teacher's probability that the form keeps, measured when it was
             chosen; None where it was not.
         shape: of the teacher's outputs for one example.
+        sequences: whether their first dimension are the positions that ``attention_mask`` counts.
         dim: dimension of the classes among those of a batch of outputs.
         dtype: of the teacher's outputs.
         seed: of everything drawn.
@@ -87,6 +88,7 @@ class Manifest(_Facts):
     request: str
     kept_mass: float | None
     shape: tuple[int, ...] = Field(max_length=16)
+    sequences: bool = False
     dim: int
     dtype: str
     seed: int
@@ -196,6 +198,8 @@ def _check(manifest: Manifest) -> None:
         raise ValueError(f"outputs of shape {manifest.shape}, classes in {manifest.dim}")
     if dimensions and not -dimensions <= manifest.dim <= dimensions:
         raise ValueError(f"no dimension {manifest.dim}")
+    if manifest.sequences and dimensions != 2:
+        raise ValueError(f"outputs of shape {manifest.shape} are no sequences")
     size = layout.positions * record_size(layout.form, layout.classes)
     if max(size, math.prod(manifest.shape)) > 2**30 or manifest.rows > 2**48:
         raise ValueError("no store is that large")
@@ -228,6 +232,7 @@ _COMPARED: Mapping[str, tuple[Callable[[Manifest], Any], str]] = {
         "the order or the preprocessing changed: give the data as they were",
     ),
     "shape of the outputs": (lambda m: m.shape, "give the teacher that wrote it"),
+    "sequences": (lambda m: m.sequences, "give inputs with an attention_mask where it was given"),
     "dimension of the classes": (lambda m: m.dim, "give the same dim"),
     "views": (lambda m: m.views, "give the same number of views"),
     "seed": (lambda m: m.seed, "give the same seed"),

@@ -13,6 +13,7 @@ from rarefy.copies import fingerprint
 from rarefy.distillation.soft_labels import manifest as manifests
 from rarefy.distillation.soft_labels.manifest import Manifest
 from rarefy.distillation.soft_labels.records import Array, checksums
+from rarefy.distillation.soft_labels.sequences import spread
 from rarefy.distillation.soft_labels.shards import opened, shards_of
 from rarefy.distillation.soft_labels.source import Source, probed_hashes, source
 from rarefy.distillation.soft_labels.verify import largest_error
@@ -93,7 +94,8 @@ class SoftLabels:
         Returns:
             Float32 ``(N, *shape)`` on the CPU: log-probabilities over the classes, whose softmax at
             any temperature is that of the teacher's logits, up to what the form left out (see
-            :class:`TopK` and :class:`Sampled`); for :class:`Outputs` the outputs themselves.
+            :class:`TopK` and :class:`Sampled`); for :class:`Outputs` the outputs themselves. Of
+            sequences with an ``attention_mask`` the positions that it counts come first.
 
         Raises:
             DataError: an id or view is not in the store.
@@ -106,6 +108,23 @@ class SoftLabels:
         if not 0 <= view < self.views:
             self._refuse(f"view {view}", self.views)
         return self.manifest.layout.unpack(self._records(view * count + wanted))
+
+    def answers_to(self, inputs: Inputs, ids: Tensor, view: int = 0) -> Tensor:
+        """What the teacher said of the examples of a batch, as it would say it of this batch.
+
+        Args:
+            inputs: of the batch: records of sequences have the positions that ``attention_mask``
+                counts, which are put where it has them; what stands at padding has no meaning.
+            ids: ``(N,)``, of its examples.
+            view: which augmentation of them.
+
+        Raises:
+            DataError: as :meth:`answers`, or the inputs have no mask or longer sequences.
+        """
+        found = self.answers(ids, view)
+        if not self.manifest.sequences:
+            return found
+        return spread(found, inputs, f"SoftLabels({str(self.path)!r})")
 
     def identified(self, data: Data) -> Identified:
         """The data with the id of every example, after a check that they are those of the store.
@@ -132,7 +151,7 @@ class SoftLabels:
         found.set_epoch(epoch)
         for ids, batch in found:
             inputs, targets = split_batch(batch)
-            yield inputs, targets, self.answers(ids, found.view)
+            yield inputs, targets, self.answers_to(inputs, ids, found.view)
 
     def check(self, teacher: nn.Module) -> None:
         """Make sure that this teacher wrote the store.

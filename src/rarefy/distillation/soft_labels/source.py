@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from rarefy.batches import batch_size, batches, check_rereadable, split_batch, take
 from rarefy.distillation.soft_labels.hashes import input_hashes, item_hash
 from rarefy.distillation.soft_labels.records import Array
-from rarefy.distillation.soft_labels.views import Key, Replay
+from rarefy.distillation.soft_labels.views import Key, Replay, origin, replays
 from rarefy.errors import DataError
 from rarefy.types import Batch, Data, Inputs
 
@@ -82,11 +82,11 @@ def source(data: Data, views: int, where: str) -> Source:
         and hasattr(data.dataset, "__len__")
     )
     found: Source = Indexed(data, where) if mapped else Running(data, where)  # type: ignore[arg-type]
-    if views > 1 and not (isinstance(found, Indexed) and found.replay):
+    if views > 1 and not found.transform:
         raise DataError(
             where,
             f"{views} views were asked for, and these data have no augmentation to replay",
-            "Give a DataLoader over rf.soft_labels.Replay(dataset, transform), in no Subset",
+            "Give a DataLoader over rf.soft_labels.Replay(dataset, transform), or a Subset of one",
         )
     return found
 
@@ -99,8 +99,7 @@ class Indexed(Source):
     def __init__(self, loader: DataLoader[Any], where: str) -> None:
         self.loader, self.where = loader, where
         self.samples = len(loader.dataset)  # type: ignore[arg-type]
-        self.replay = isinstance(loader.dataset, Replay)
-        self.transform = loader.dataset.description if isinstance(loader.dataset, Replay) else ""
+        self.transform = "; ".join(found.description for found in replays(loader.dataset))
         if not self.samples:
             raise DataError(where, "the data set is empty", "Check how it is made")
         size = loader.batch_size or getattr(loader.batch_sampler, "batch_size", None)
@@ -214,13 +213,20 @@ class _Keyed:
     """A data set by (view, id), whose items carry their keys."""
 
     def __init__(self, dataset: Any) -> None:
-        self.dataset, self.replay = dataset, isinstance(dataset, Replay)
+        self.dataset = dataset
+        self.whole, self.nested = isinstance(dataset, Replay), bool(replays(dataset))
 
     def __getitems__(self, keys: Sequence[Key]) -> list[tuple[Key, Any]]:
-        wanted = list(keys) if self.replay else [index for _, index in keys]
+        if self.nested and not self.whole:
+            return [(key, self._nested(*key)) for key in keys]
+        wanted = list(keys) if self.whole else [index for _, index in keys]
         many = getattr(self.dataset, "__getitems__", None)
         items = many(wanted) if many is not None else [self.dataset[key] for key in wanted]
         return list(zip(keys, items, strict=True))
+
+    def _nested(self, view: int, index: int) -> Any:
+        dataset, place = origin(self.dataset, index)
+        return dataset[(view, place) if isinstance(dataset, Replay) else place]
 
     def __getitem__(self, key: Key) -> tuple[Key, Any]:
         return self.__getitems__([key])[0]

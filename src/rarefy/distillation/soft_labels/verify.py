@@ -12,6 +12,7 @@ from rarefy.batches import device_of
 from rarefy.distillation.soft_labels.answers import answer, answering, require_usable
 from rarefy.distillation.soft_labels.manifest import Manifest
 from rarefy.distillation.soft_labels.records import Array, Outputs
+from rarefy.distillation.soft_labels.sequences import packed
 from rarefy.distillation.soft_labels.source import Source
 from rarefy.errors import DataError
 
@@ -45,6 +46,8 @@ def largest_error(
     with answering(teacher, device) as model:
         for rows, inputs, hashes in data.rows(_spans(chosen)):
             outputs = answer(model, inputs, device, where)
+            if store.sequences:
+                outputs = packed(outputs, inputs, store.shape[0], where)
             require_usable(outputs, store.layout, rows % store.data.samples, where)
             fresh = store.layout.pack(outputs, rows, hashes, store.seed, store.salt)
             kept, expected = stored(rows)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import random
 import re
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from typing import Any, Protocol, TypeAlias
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import ConcatDataset, Dataset, Subset
 
 from rarefy.distillation.soft_labels.seeds import seeds
 from rarefy.errors import DataError, InputError
@@ -213,6 +214,28 @@ class Replay(Dataset[Any]):
         if self.transform is not None:
             value = self.transform(value)
         return (value, *others) if others else value
+
+
+def origin(dataset: Any, index: int) -> tuple[Any, int]:
+    """The data set that an item of a ``Subset`` or ``ConcatDataset`` comes from, and its index."""
+    while type(dataset) in (Subset, ConcatDataset):
+        if isinstance(dataset, Subset):
+            dataset, index = dataset.dataset, int(dataset.indices[index])
+        else:
+            place = bisect_right(dataset.cumulative_sizes, index)
+            index -= dataset.cumulative_sizes[place - 1] if place else 0
+            dataset = dataset.datasets[place]
+    return dataset, index
+
+
+def replays(dataset: Any) -> list[Replay]:
+    """What a data set replays: itself, or those that it is a subset or concatenation of."""
+    if isinstance(dataset, Replay):
+        return [dataset]
+    if type(dataset) is Subset:
+        return replays(dataset.dataset)
+    parts = dataset.datasets if type(dataset) is ConcatDataset else []
+    return [found for part in parts for found in replays(part)]
 
 
 @contextmanager

@@ -23,6 +23,7 @@ from rarefy.distillation.soft_labels import manifest as manifests
 from rarefy.distillation.soft_labels.answers import answer, answering, require_usable
 from rarefy.distillation.soft_labels.manifest import DataFacts, Manifest, Teacher
 from rarefy.distillation.soft_labels.records import Array, Dense, Form, Layout, Outputs, form_for
+from rarefy.distillation.soft_labels.sequences import are_sequences, counted, longest, packed
 from rarefy.distillation.soft_labels.shards import (
     Appending,
     Shard,
@@ -67,6 +68,10 @@ def write_soft_labels(
     map-style data set (all of the data set is written, in its order, whatever the loader's
     sampler), and else its running position in the batches. Targets are not read.
 
+    Of outputs (N, L, C) for inputs with an ``attention_mask`` (N, L) only the positions that it
+    counts are kept, so that batches may be padded to any length, on either side. The longest is
+    found by reading the data once before.
+
     Killed at any moment, the same call continues where it was. Under ``accelerate launch`` every
     process writes its own shards; so do independent processes that are told their ``ranks``.
 
@@ -77,7 +82,9 @@ def write_soft_labels(
         views: answers to each example, at least 1: for more than one, ``data`` must be a
             ``DataLoader`` over a :class:`Replay`.
         form: :class:`Dense`, :class:`TopK`, :class:`Sampled` or :class:`Outputs`, of
-            ``rarefy.distillation.soft_labels.records``; None for the smaller of Dense and TopK.
+            ``rf.soft_labels``; None for the smaller of Dense and TopK. These keep probabilities of
+            classes that exclude each other: for multi-label outputs, regression and images, and for
+            losses that compare the logits themselves, name ``Outputs()``.
         mass: share of the probability that the k of TopK keeps, on average over one batch of
             examples: spread evenly over a data set, or the first of other batches. In (0, 1];
             counts where ``form`` is None.
@@ -185,13 +192,28 @@ def _draft(model: nn.Module, data: Source, device: torch.device, request: _Reque
     """The manifest of a new store, from the teacher's answers to a batch."""
     rows, inputs = data.probe(max(data.chunk, PROBED))
     outputs = answer(model, inputs, device, f"{WHERE}(teacher)")
+    dim = _class_dim(tuple(outputs.shape[1:]), request)
+    sequences = are_sequences(outputs, inputs, dim)
+    mask = counted(inputs) if sequences else None
+    if sequences:
+        outputs = packed(outputs, inputs, longest(data), f"{WHERE}(data)")
     shape = tuple(outputs.shape[1:])
-    dim = _class_dim(shape, request)
     every = Layout(request.form or Dense(), shape, dim)
+    if every.classes == 1 and not isinstance(request.form, Outputs):
+        raise InputError(
+            f"{WHERE}(form={request.form!r})",
+            f"outputs of shape (N{''.join(f', {n}' for n in shape)}) have one class, whose "
+            "probability is 1 whatever the teacher says",
+            "Write form=rf.soft_labels.Outputs(), which keeps the outputs as they are",
+        )
     require_usable(outputs, every, rows, f"{WHERE}(teacher)")
     chosen, kept = request.form, None
     if chosen is None:
-        chosen, kept = form_for(every.flat(outputs), request.mass, request.temperature)
+        seen = every.flat(outputs)
+        if mask is not None:
+            real = torch.arange(seen.shape[1]) < mask.cpu().sum(1, keepdim=True)
+            seen = seen[real.to(seen.device)][:, None]
+        chosen, kept = form_for(seen, request.mass, request.temperature)
     layout = Layout(chosen, shape, dim)
     return Manifest(
         teacher=Teacher(class_name=type(model).__name__, fingerprint=fingerprint(model)),
@@ -207,6 +229,7 @@ def _draft(model: nn.Module, data: Source, device: torch.device, request: _Reque
         request=request.words,
         kept_mass=kept,
         shape=shape,
+        sequences=sequences,
         dim=dim,
         dtype=str(outputs.dtype).removeprefix("torch."),
         seed=request.seed,
@@ -331,6 +354,8 @@ def _fill(
     ):
         for rows, inputs, hashes in data.rows(spans):
             outputs = answer(model, inputs, device, f"{WHERE}(teacher)")
+            if store.sequences:
+                outputs = packed(outputs, inputs, store.shape[0], f"{WHERE}(data)")
             behind.put((rows, hashes, outputs))
             bar.step(len(rows))
     if shards and fingerprint(model) != store.teacher.fingerprint:
