@@ -105,6 +105,12 @@ def mask_of(outputs: Any) -> Tensor | None:
     return held if isinstance(held, Tensor) else None
 
 
+def padding_of(inputs: Inputs) -> Tensor | None:
+    """The ``attention_mask`` of inputs, 0 at padding; None where they have none."""
+    mask = inputs.get("attention_mask") if isinstance(inputs, Mapping) else None
+    return mask if isinstance(mask, Tensor) else None
+
+
 def map_tensors(function: Callable[[Tensor], Tensor], inputs: Any) -> Any:
     """Apply ``function`` to every tensor of nested tuples, lists, mappings and dataclasses."""
     if isinstance(inputs, Tensor):

@@ -94,9 +94,9 @@ def compress(
     """Make a trained network smaller and faster, and measure every stage on what would be shipped.
 
     The stages: prune, repair, set single weights to zero where that is asked for, distil from the
-    original, quantize. After each, the network is saved
-    to ``<stage>.safetensors`` and ``<stage>.onnx``; accuracy is that of the reloaded file (of the
-    ONNX file in onnxruntime for the last stage), latency that of the ONNX files side by side.
+    original, quantize. After each, the network is saved to ``<stage>.safetensors`` and
+    ``<stage>.onnx``; accuracy is that of the reloaded file (of the ONNX file in onnxruntime for the
+    last stage), latency that of the ONNX files side by side.
 
     Args:
         model: the trained network; left as it is.

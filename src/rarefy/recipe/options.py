@@ -172,7 +172,7 @@ class SparsifyStage(_Options):
         def check() -> None:
             where = "stages.sparsify"
             patterns.resolved_share(patterns.named(self.structure), self.sparsity, where)
-            elements.named(self.criterion or "sparsegpt")
+            self.rule()
             self.budget()
 
         _allowed(check)
@@ -181,8 +181,11 @@ class SparsifyStage(_Options):
     @property
     def informed(self) -> bool:
         """Whether examples help to choose what goes."""
-        rule = elements.named(self.criterion or "sparsegpt")
-        return bool(getattr(rule, "needs", True))
+        return bool(getattr(self.rule(), "needs", True))
+
+    def rule(self) -> elements.ElementCriterion:
+        """The criterion that these options name."""
+        return elements.named(self.criterion or "sparsegpt")
 
     def budget(self) -> Budget | None:
         """The share of the weights that goes; None where the structure says it."""

@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 
 from torch import Tensor, nn
 
-from rarefy.batches import call, logits, map_tensors, mask_of
+from rarefy.batches import call, logits, map_tensors, mask_of, padding_of
 from rarefy.distillation.losses import CrossEntropy, Loss
 from rarefy.distillation.taps import Taps, taps
 from rarefy.errors import InputError
@@ -112,13 +112,13 @@ class Objective(nn.Module):
                 "Write loss(student_logits, teacher_logits, mask=None), a mean over the positions "
                 "where the mask is not 0",
             )
-        return Batch(student, answers, options, labels, _padding(inputs)), ours, theirs
+        return Batch(student, answers, options, labels, padding_of(inputs)), ours, theirs
 
     def _answer(self, inputs: Inputs) -> tuple[Tensor, dict[str, Tensor]]:
         """The network's logits, and ``mask=`` of them: its own, else that of the inputs."""
         outputs = call(self.network, inputs)
         student = logits(outputs)
-        masks = (_mask(found, student) for found in (mask_of(outputs), _padding(inputs)))
+        masks = (_mask(found, student) for found in (mask_of(outputs), padding_of(inputs)))
         return student, next(filter(None, masks), {})
 
     def _mixed(self, value: Tensor, label_loss: LossFunction, batch: Batch) -> Tensor:
@@ -175,12 +175,6 @@ def takes_mask(loss: LossFunction) -> bool:
     except (TypeError, ValueError):  # of some builtin functions nothing is known
         return False
     return any(p.name == "mask" or p.kind is p.VAR_KEYWORD for p in known.parameters.values())
-
-
-def _padding(inputs: Inputs) -> Tensor | None:
-    """The attention mask of inputs, where there is one."""
-    padding = inputs.get("attention_mask") if isinstance(inputs, Mapping) else None
-    return padding if isinstance(padding, Tensor) else None
 
 
 def _mask(padding: Tensor | None, answers: Tensor) -> dict[str, Tensor]:

@@ -68,9 +68,8 @@ def _folded(value: Any, before: int) -> int:
         for part in value:
             before = _folded(part, before)
         return before
-    if not isinstance(value, Tensor) and hasattr(
-        value, "__array_interface__"
-    ):  # arrays, and images of Pillow
+    is_array = hasattr(value, "__array_interface__")  # images of Pillow, too
+    if is_array and not isinstance(value, Tensor):
         array = np.asarray(value)
         value = torch.from_numpy(array.copy()) if array.dtype.kind in "biuf" else str(array)
     if isinstance(value, Tensor):

@@ -7,11 +7,10 @@ of another size make no difference.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 from torch import Tensor
 
+from rarefy.batches import padding_of
 from rarefy.distillation.soft_labels.source import Source
 from rarefy.errors import DataError
 from rarefy.types import Inputs
@@ -19,8 +18,8 @@ from rarefy.types import Inputs
 
 def counted(inputs: Inputs) -> Tensor | None:
     """``(N, L)``, True at positions that are no padding; None where the inputs do not say."""
-    mask = inputs.get("attention_mask") if isinstance(inputs, Mapping) else None
-    return mask.bool() if isinstance(mask, Tensor) and mask.ndim == 2 else None
+    mask = padding_of(inputs)
+    return mask.bool() if mask is not None and mask.ndim == 2 else None
 
 
 def are_sequences(outputs: Tensor, inputs: Inputs, dim: int) -> bool:
