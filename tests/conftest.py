@@ -1,7 +1,8 @@
-"""What all tests share: one thread, and Ctrl-C that counts."""
+"""What all tests share: one thread, the same random numbers, and Ctrl-C that counts."""
 
 import signal
 
+import pytest
 import torch
 
 # Small networks: more threads wait for each other longer than they compute.
@@ -10,3 +11,11 @@ torch.set_num_threads(1)
 # A shell that starts a program in the background lets it ignore Ctrl-C, and so its children.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+torch.manual_seed(0)  # for what test files draw while they are imported
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    """The same random numbers for every test, whatever ran before it."""
+    torch.manual_seed(0)
