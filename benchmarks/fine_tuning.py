@@ -34,11 +34,12 @@ SAMPLES = 1024
 
 @dataclass(frozen=True)
 class Shuffled:
-    """Labelled batches in a new order at every reading."""
+    """Labelled batches in a new order at every reading, each example changed anew."""
 
     x: Tensor
     y: Tensor
     batch: int = 128
+    change: Callable[[Tensor], Tensor] | None = None
 
     def __len__(self) -> int:
         return len(self.x) // self.batch
@@ -46,7 +47,8 @@ class Shuffled:
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         order = torch.randperm(len(self.x))[: len(self) * self.batch]
         for part in order.split(self.batch):
-            yield self.x[part], self.y[part]
+            x = self.x[part]
+            yield (x if self.change is None else torch.stack([*map(self.change, x)])), self.y[part]
 
 
 @dataclass(frozen=True)

@@ -107,6 +107,8 @@ class WeightOnly:
         symmetric: a range around 0; otherwise from the smallest to the largest value.
         observer: ``"minmax"`` for the whole range, or ``"mse"`` for the share of it with the least
             squared error of the weights. ``"awq"`` searches in any case.
+        fold: whether BatchNorms go into the layers before them, which get a bias: nothing of them
+            is left to store. Needs calibration data, which show what follows what.
         skip: paths or patterns with ``*?[]`` of layers, or of modules around them, that stay in
             float.
 
@@ -120,12 +122,14 @@ class WeightOnly:
     method: str = "gptq"
     symmetric: bool = True
     observer: str = "minmax"
+    fold: bool = False
     skip: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         check_numbers(self, "bits group", int)
         check_choice(self, "method", METHODS)
         check_choice(self, "symmetric", (True, False))
+        check_choice(self, "fold", (True, False))
         check_choice(self, "observer", ("mse", "minmax"))
         least = 1 if self.method == "palette" else 2
         if not least <= self.bits <= 8:

@@ -61,7 +61,7 @@ def fold_batch_norms(model: GraphModel) -> GraphModel:
     buffers = {k: v.detach().clone() for k, v in named(model.named_buffers)}
     found = pairs(model.graph)
     for pair in {pair.weight: pair for pair in found}.values():
-        values = _arguments(model, pair)
+        values = arguments(model, pair)
         parameters[pair.weight], parameters[pair.bias] = folded(*values)
         for path in (pair.weight, pair.bias):
             buffers.pop(path, None)
@@ -170,7 +170,9 @@ def _is_computed(graph: Graph, args: tuple[Any, ...]) -> bool:
     return any(isinstance(arg, Ref) and _path(graph, arg) is None for arg in args)
 
 
-def _arguments(model: GraphModel, pair: Pair) -> tuple[Any, ...]:
+def arguments(model: GraphModel, pair: Pair) -> tuple[Any, ...]:
+    """What :func:`folded` needs of a pair."""
+
     def tensor(arg: Any) -> Tensor | None:
         path = _path(model.graph, arg)
         return None if path is None else model.tensor(path).detach()

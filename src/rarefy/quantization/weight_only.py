@@ -23,6 +23,7 @@ from rarefy.pruning.running.examples import affordable, collect, parts
 from rarefy.quantization.affine import sqnr
 from rarefy.quantization.calibration import WHERE
 from rarefy.quantization.insertion import check_finite, check_unquantized
+from rarefy.quantization.own_class import fold_modules
 from rarefy.quantization.palette import palette
 from rarefy.quantization.readers import mean_squares, sqnr_of_readers
 from rarefy.quantization.rounding import grid_for
@@ -78,10 +79,19 @@ def weight_only(model: nn.Module, calibration: Data | None, scheme: WeightOnly) 
             "this method needs calibration data",
             "Give some hundred unlabelled examples, or write method='rtn'",
         )
+    if calibration is None and scheme.fold:
+        raise InputError(
+            "quantize(calibration=None, WeightOnly(fold=True))",
+            "without an example it is unknown which layer a BatchNorm follows",
+            "Give calibration data, or leave fold out",
+        )
     joined = shown = None
     if calibration is not None:
         joined, single = collect(calibration, SAMPLES, WHERE)
         shown = take(joined, COMPARED) if batch_size(joined) > 1 else single
+    kept: Mapping[str, str] = {}
+    if scheme.fold and shown is not None:
+        model, kept = fold_modules(model, shown)
     result = copied(model).eval()
     first = None if shown is None else plain_graph(model, shown)
     weights, left = find(
@@ -93,6 +103,7 @@ def weight_only(model: nn.Module, calibration: Data | None, scheme: WeightOnly) 
             f"no weight can be quantized: {left or 'there is none'}",
             "Give a network with convolutions or linear layers, and skip fewer of them",
         )
+    left.update(kept)
     importance: Mapping[str, Tensor] = {}
     if first is not None and joined is not None and scheme.method in ON_DATA:
         importance = _importance(first, weights, joined)
