@@ -1,6 +1,6 @@
 """``rf.compress`` of a trained ResNet on CIFAR-10: pruned, repaired, distilled, quantized, stored.
 
-    python benchmarks/compressed.py --sparsity 0.84 --epochs 6 --augmented --fold
+    python benchmarks/compressed.py --sparsity 0.85 --epochs 6 --augmented --fold
 
 Accuracy and bytes are those of each stage's file, read again; the first line is the size of the
 file that ``safetensors`` writes of the float network.

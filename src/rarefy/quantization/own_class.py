@@ -50,6 +50,7 @@ def fold_modules(model: nn.Module, example_inputs: Inputs) -> tuple[nn.Module, M
     result = copied(model).eval()
     for pair in {pair.weight: pair for pair in found if pair.norm.scope not in left}.values():
         layer = result.get_submodule(pair.weight.rpartition(".")[0])
+        assert isinstance(layer, _ConvNd | nn.Linear)
         weight, bias = folded(*arguments(net, pair))
         check_finite(pair.norm.scope, bias)
         layer.weight.data = weight
