@@ -29,6 +29,7 @@ STAGES = [
     {"measured"},
     {"gains"},
     {"reporting", "run_folder", "recipe", "preflight", "search"},
+    {"stages"},
     {"pipeline"},
     {"integrations", "tasks"},
     {"cli"},
@@ -60,7 +61,7 @@ TRAINING = (
 
 QUANTIZATION = (
     "affine fold splitting placement observers calibration scaling insertion dynamic "
-    "bias summary mixed palette rounding readers weights weight_only quantize"
+    "own_class bias summary mixed palette rounding readers weights weight_only quantize"
 ).split()
 DEPLOYMENT = (
     "cache ratios modules executorch_session runtimes refusals tracing proof translations rewrite "

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import rarefy.pipeline
+import rarefy.stages
 from rarefy.copies import fingerprint
 from rarefy.deployment.runtimes import OnnxSession
 from rarefy.errors import (
@@ -204,7 +205,8 @@ def test_a_run_that_is_interrupted_again_and_again_ends_with_the_same_files(
     stamps: dict[str, int] = {}
     for done, step in enumerate(["prune", "distill", "quantize", "settled"], start=1):
         with monkeypatch.context() as patch:
-            patch.setattr(rarefy.pipeline, step, interrupted)
+            room = rarefy.pipeline if step == "settled" else rarefy.stages
+            patch.setattr(room, step, interrupted)
             with pytest.raises(KeyboardInterrupt):
                 run(tmp_path, target=target, resume=True)
         assert complete(tmp_path) == NAMES[:done]
@@ -325,7 +327,7 @@ def test_repair_alone(tmp_path: Path) -> None:
 def test_a_target_finds_the_budget_and_is_held_against_the_figures(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(rarefy.pipeline, "reachable_budget", lambda *_: (0.25, "found: 0.25"))
+    monkeypatch.setattr(rarefy.stages, "reachable_budget", lambda *_: (0.25, "found: 0.25"))
     stages = SHORT.model_copy(update={"prune": None})
     target = Target(size=1000, max_drop=1)
     teacher, pruned = (result := run(tmp_path, stages=stages, target=target)).report.stages

@@ -4,27 +4,23 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from rich.console import Console
 from torch import Tensor, nn
 
-from rarefy.batches import Leading, seeded, take
+from rarefy.batches import seeded, take
 from rarefy.copies import fingerprint
 from rarefy.deployment.export import export
 from rarefy.deployment.measure import settled, speedup
 from rarefy.deployment.runtimes import OnnxSession, load_onnx, load_onnxruntime
-from rarefy.distillation.losses import KD
 from rarefy.environment import environment
 from rarefy.errors import ExportError, InputError
-from rarefy.gains import quantize
 from rarefy.graph.count import count
-from rarefy.measured import prune
 from rarefy.metrics import top1
 from rarefy.preflight import (
     check_data,
@@ -37,24 +33,13 @@ from rarefy.preflight import (
 from rarefy.process import replayable
 from rarefy.pruning.checks import check_finite
 from rarefy.pruning.narrow import Pruned
-from rarefy.pruning.repair import repair
-from rarefy.pruning.sparsity.masks import hold
-from rarefy.pruning.sparsity.sparsify import Sparsified
-from rarefy.recipe.options import DistillStage, PruneStage, QuantizeStage, Stages
+from rarefy.recipe.options import Stages
 from rarefy.reporting.files import write
 from rarefy.run_folder import PruningFacts, RunFolder, StageFacts
-from rarefy.search import reachable_budget
+from rarefy.stages import Job, Maker, makers
 from rarefy.storage.format import load, save
-from rarefy.training.distill import distill
 from rarefy.training.evaluate import evaluate
-from rarefy.training.train import train
-from rarefy.types import Batch, Check, Data, Inputs, Measurement, Report, Stage, Target, Width
-
-CALIBRATION = 512
-"""Training examples that quantization is calibrated on."""
-
-SCORING = 1024
-"""Training examples that units are scored on, where the criterion asks for data."""
+from rarefy.types import Check, Data, Inputs, Measurement, Report, Stage, Target, Width
 
 EXAMPLES = 8
 """Examples of the first training batch that a network is captured with."""
@@ -134,11 +119,11 @@ def compress(
     with _repeatable(seed, train, val, test):
         example_inputs = _checked(model, train, val, test, example_inputs, stages)
     console = Console(stderr=True, quiet=not progress, markup=False, highlight=False)
-    job = _Job(model, train, val, test, example_inputs, target, stages, seed, console)
+    job = Job(model, train, val, test, example_inputs, target, stages, seed, console)
     identity = _identity(model, stages, target, seed)
     folder = RunFolder.claim(out, identity, resume=resume, overwrite=overwrite)
     run = _Run(job, folder)
-    for name, make in _stages(stages):
+    for name, make in makers(stages):
         run.stage(name, make)
     with seeded(seed):
         timed = run.latencies()
@@ -187,164 +172,6 @@ def _checked(
     return example_inputs
 
 
-@dataclass(frozen=True)
-class _Job:
-    model: nn.Module
-    train: Data
-    val: Data
-    test: Data
-    example_inputs: Inputs
-    target: Target | None
-    stages: Stages
-    seed: int
-    console: Console
-
-    @property
-    def progress(self) -> bool:
-        return not self.console.quiet
-
-
-Made = tuple[nn.Module, tuple[str, ...]]
-"""A stage's network, and what the reader must know about it."""
-Maker = Callable[[_Job, Mapping[str, nn.Module]], Made]
-"""(job, networks of the stages before) -> network."""
-
-
-def _teacher(job: _Job, before: Mapping[str, nn.Module]) -> Made:
-    options = job.stages.train
-    if options is None:
-        return job.model, ()
-    trained = train(
-        job.model,
-        job.train,
-        val=job.val,
-        seed=job.seed,
-        progress=job.progress,
-        epochs=options.epochs,
-        lr=options.lr,
-    )
-    return trained, ()
-
-
-def _pruned(job: _Job, before: Mapping[str, nn.Module]) -> Made:
-    options, notes = _prune_options(job, before["teacher"])
-    small = prune(
-        before["teacher"],
-        job.example_inputs,
-        options.budget(),
-        structure=options.structure,
-        criterion=options.criterion,
-        data=_limited(job.train, SCORING, labelled=True) if options.informed else None,
-        heal=False,
-        exclude=options.exclude,
-    )
-    record = small.pruned
-    assert isinstance(record, Pruned)
-    notes += (f"proven against masking, largest difference {record.error:.0e}",)
-    if record.kind == "graph":
-        notes += (f"returned as a rewritten graph, not as your class: {record.reason}",)
-    return small, notes
-
-
-def _prune_options(job: _Job, teacher: nn.Module) -> tuple[PruneStage, tuple[str, ...]]:
-    """The options given, or a budget that reaches the target."""
-    if job.stages.prune is not None:
-        return job.stages.prune, ()
-    if job.target is None or (job.target.speedup is None and job.target.size is None):
-        return PruneStage(macs=0.5), ()
-    job.console.print("searching for the largest network that reaches the target ...")
-    scheme = None if job.stages.quantize is None else job.stages.quantize.scheme()
-    examples = _limited(job.train, SCORING)
-    share, note = reachable_budget(teacher, job.example_inputs, job.target, examples, scheme)
-    return PruneStage(macs=share), (note,)
-
-
-def _repaired(job: _Job, before: Mapping[str, nn.Module]) -> Made:
-    """The pruned network, healed where that is asked for."""
-    student, options = before["pruned"], job.stages.repair
-    if options is None:
-        return student, ()
-    healed = repair(before["teacher"], student, job.train, samples=options.samples, seed=job.seed)
-    accuracy = evaluate(healed, job.test)
-    return healed, (f"accuracy after repair, before any training: {accuracy:.2%}",)
-
-
-def _sparse(job: _Job, before: Mapping[str, nn.Module]) -> Made:
-    options = job.stages.sparsify
-    assert options is not None
-    student, notes = _repaired(job, before)
-    found = prune(
-        student,
-        job.example_inputs,
-        options.budget(),
-        structure=options.structure,
-        criterion=options.criterion,
-        data=_limited(job.train, options.samples, labelled=True) if options.informed else None,
-        exclude=options.exclude,
-    )
-    record = found.sparsified
-    assert isinstance(record, Sparsified)
-    gone, size = map(sum, zip(*record.zeros.values(), strict=True))
-    notes += (f"{gone:,} of {size:,} weights are zero: a smaller file, and no less work",)
-    return found, (*notes, *(f"{path} stays dense: {why}" for path, why in record.dense.items()))
-
-
-def _distilled(job: _Job, before: Mapping[str, nn.Module]) -> Made:
-    assert job.stages.distill is not None
-    student, notes = (before["sparse"], ()) if "sparse" in before else _repaired(job, before)
-    return _taught(job, job.stages.distill, before["teacher"], student), notes
-
-
-def _taught(
-    job: _Job, options: DistillStage | QuantizeStage, teacher: nn.Module, student: nn.Module
-) -> nn.Module:
-    """A student trained on the teacher's soft labels; zeros stay zero."""
-    return distill(
-        teacher,
-        student,
-        job.train,
-        loss=KD(temperature=options.temperature),
-        label_weight=options.label_weight,
-        val=job.val,
-        seed=job.seed,
-        progress=job.progress,
-        epochs=options.epochs,
-        lr=options.lr,
-        after_step=None if job.stages.sparsify is None else hold(student),
-    )
-
-
-def _quantized(job: _Job, before: Mapping[str, nn.Module]) -> Made:
-    options = job.stages.quantize
-    assert options is not None
-    source = list(before.values())[-1]
-    limit = {} if options.max_drop is None else _limit(job, options.max_drop)
-    result = quantize(source, _limited(job.train, CALIBRATION), options.scheme(), **limit)
-    left: Mapping[str, str] = result.quantization.left  # type: ignore[union-attr,assignment]
-    notes = tuple(f"{layer} left in float: {reason}" for layer, reason in left.items())
-    if options.epochs:
-        return _taught(job, options, before["teacher"], result), notes
-    return result, notes
-
-
-def _limit(job: _Job, max_drop: float) -> dict[str, Any]:
-    """Options of a quantization that keeps its validation accuracy."""
-    return {"evaluate": lambda network: evaluate(network, job.val), "max_drop": max_drop}
-
-
-def _stages(stages: Stages) -> list[tuple[str, Maker]]:
-    found: list[tuple[str, Maker]] = [("teacher", _teacher), ("pruned", _pruned)]
-    if stages.sparsify is not None:
-        found.append(("sparse", _sparse))
-    if stages.distill is not None:
-        found.append(("distilled", _distilled))
-    if stages.repair is not None and len(found) == 2:
-        found.append(("repaired", _repaired))
-    if stages.quantize is not None:
-        found.append(("quantized", _quantized))
-    return found
-
-
 class _Run:
     """One run: makes or reloads each stage, then measures all of them.
 
@@ -352,7 +179,7 @@ class _Run:
     interrupted and continued computes the same as one that was not.
     """
 
-    def __init__(self, job: _Job, folder: RunFolder) -> None:
+    def __init__(self, job: Job, folder: RunFolder) -> None:
         self.job, self.folder = job, folder
         self.networks: dict[str, nn.Module] = {}
         self.facts: dict[str, StageFacts] = {}
@@ -502,8 +329,3 @@ def _checks(stages: tuple[Stage, ...], target: Target | None) -> tuple[Check, ..
 def _identity(model: nn.Module, stages: Stages, target: Target | None, seed: int) -> str:
     text = f"{type(model).__name__} {fingerprint(model)} {stages!r} {target!r} {seed}"
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _limited(data: Data, examples: int, *, labelled: bool = False) -> list[Batch]:
-    """Batches of at most so many examples, unlabelled unless labels are asked for."""
-    return list(Leading(data, examples, "compress(train)", labelled))
