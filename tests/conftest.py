@@ -19,3 +19,9 @@ torch.manual_seed(0)  # for what test files draw while they are imported
 def _seeded():
     """The same random numbers for every test, whatever ran before it."""
     torch.manual_seed(0)
+
+
+def pytest_collection_modifyitems(items):
+    """Files with slow tests first, so that no process waits long for another's last file."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)

@@ -30,10 +30,10 @@ NONE = {"use_cache": False, "bos_token_id": None, "eos_token_id": None}
 
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], object, int]] = {
     "resnet18": (lambda: CV.resnet18(), IMAGE, 5),
-    "resnet50": (lambda: CV.resnet50(), IMAGE, 12),
+    "resnet50": (lambda: CV.ResNet(CV.resnet.Bottleneck, [2, 2, 1, 1]), SMALL, 2),
     "mobilenet_v2": (lambda: CV.mobilenet_v2(), IMAGE, 10),
-    "convnext_tiny": (lambda: CV.convnext_tiny(), IMAGE, 18),
-    "swin_t": (lambda: CV.swin_t(), IMAGE, 24),
+    "convnext": (lambda: CV.ConvNeXt([CV.convnext.CNBlockConfig(16, 32, 3)]), SMALL, 3),
+    "swin": (lambda: CV.SwinTransformer([4, 4], 24, [2, 2], [2, 2], [4, 4]), IMAGE, 8),
     "vit": (lambda: CV.VisionTransformer(32, 8, 2, 2, 32, 48, num_classes=5), SMALL, 4),
     "bert": (
         lambda: transformers.BertForSequenceClassification(transformers.BertConfig(**HF)), IDS, 4
@@ -62,7 +62,7 @@ def _bert_dense(block: str) -> str:
 BRANCHES = {
     "resnet18": lambda net, name: (net.get_submodule(f"{name}.bn2"),),
     "resnet50": lambda net, name: (net.get_submodule(f"{name}.bn3"),),
-    "convnext_tiny": lambda net, name: (net.get_submodule(f"{name}.block"),),
+    "convnext": lambda net, name: (net.get_submodule(f"{name}.block"),),
     "bert": lambda net, name: (net.get_submodule(_bert_dense(name)),),
 }
 """Network -> (network, block's name) -> modules whose outputs are the branch, where the name of the
