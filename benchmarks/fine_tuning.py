@@ -4,8 +4,9 @@ Run it: python benchmarks/fine_tuning.py --subject resnet20 --macs 0.5 0.33 --ep
 
 Every method starts from the same trained network, keeps the same share of its multiply-accumulates,
 and is then trained with the same optimizer, learning rate, batches and number of epochs: on the
-labels alone, or, where rarefy pruned it, on the original's soft labels, too, which are stored once
-for images. The original itself, trained as long on the labels, is the first row.
+labels alone, or, where rarefy pruned it, on soft labels, too, which are stored once for images: the
+original's, or those of a larger ResNet (``--teacher 56``). The original itself, trained as long on
+the labels, is the first row.
 """
 
 import argparse
@@ -58,7 +59,7 @@ class Subject:
     Attributes:
         model: the network.
         train: labelled batches.
-        teacher: the network's soft labels of these batches: stored, or itself.
+        teacher: soft labels of these batches: stored, or the network itself.
         test: labelled batches.
         unlabelled: examples that pruning and repair see.
         options: of the optimizer.
@@ -92,7 +93,8 @@ def _resnet(depth: int, chosen: argparse.Namespace, folder: str) -> Subject:
     batches = DataLoader(data, 128, shuffle=True, drop_last=True)
     teacher = model
     if "soft labels" in chosen.targets:
-        rf.write_soft_labels(model, batches, folder, views=views)
+        tutor = cifar.network(chosen.teacher) if chosen.teacher else model
+        rf.write_soft_labels(tutor, batches, folder, views=views)
         teacher = rf.SoftLabels(folder)
     return Subject(model, batches, teacher, test, x[:SAMPLES], options, whole, whole_inner)
 
@@ -152,11 +154,14 @@ METHODS: Mapping[str, Method] = {
 }
 
 
-def trained(subject: Subject, small: nn.Module, epochs: int, seed: int, *, soft: bool) -> float:
-    """Top-1 after that many epochs."""
+def trained(
+    subject: Subject, small: nn.Module, epochs: int, seed: int, label_weight: float = 1
+) -> float:
+    """Top-1 after that many epochs; with all weight on the labels, no teacher is asked."""
     options: dict[str, Any] = {**subject.options, "epochs": epochs, "seed": seed, "progress": False}
-    if soft:
-        small = rf.distill(subject.teacher, small, subject.train, label_weight=0.1, **options)
+    if label_weight < 1:
+        options["label_weight"] = label_weight
+        small = rf.distill(subject.teacher, small, subject.train, **options)
     else:
         small = rf.train(small, subject.train, **options)
     return rf.evaluate(small, subject.test)
@@ -177,7 +182,7 @@ def table(subject: Subject, chosen: argparse.Namespace) -> None:
     print(f", unpruned {base:.2%}\n\n| method | targets | MACs kept | epochs | top-1 | each seed |")
     print("| --- " * 6 + "|", flush=True)
     for epochs in chosen.epochs:
-        kept = [trained(subject, subject.model, epochs, seed, soft=False) for seed in seeds]
+        kept = [trained(subject, subject.model, epochs, seed) for seed in seeds]
         print(row("unpruned", "labels", 1.0, epochs, kept), flush=True)
     for share in chosen.macs:
         for name in chosen.methods:
@@ -190,8 +195,8 @@ def table(subject: Subject, chosen: argparse.Namespace) -> None:
                 continue
             for targets in chosen.targets if name.startswith("rarefy") else ["labels"]:
                 for epochs in chosen.epochs:
-                    soft = targets == "soft labels"
-                    found = [trained(subject, small, epochs, seed, soft=soft) for seed in seeds]
+                    weight = chosen.label_weight if targets == "soft labels" else 1
+                    found = [trained(subject, small, epochs, seed, weight) for seed in seeds]
                     print(row(name, targets, left, epochs, found), flush=True)
 
 
@@ -202,6 +207,8 @@ def main() -> None:
     parser.add_argument("--macs", type=float, nargs="+", default=[0.5])
     parser.add_argument("--epochs", type=int, nargs="+", default=[1, 3])
     parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--teacher", type=int, help="depth of a ResNet to learn from; own if none")
+    parser.add_argument("--label-weight", type=float, default=0.1, help="beside soft labels")
     parser.add_argument("--augmented", action="store_true", help="shift and mirror the images")
     parser.add_argument("--test", type=int, help="test images; all if not given")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
