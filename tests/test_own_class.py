@@ -192,14 +192,16 @@ class AsksForDtype(Functional):
 
 
 def test_a_forward_that_reads_attributes_of_a_norm_is_refused():
-    with pytest.raises(InputError, match="'Stub' object has no attribute 'weight'.*Leave fold out"):
+    with pytest.raises(
+        InputError, match=r"'Stub' object has no attribute 'weight'.*Leave fold out"
+    ):
         fold_modules(AsksForDtype(), X)
 
 
 def test_a_norm_that_is_not_finite_is_named():
     net = Residual().eval()
     net.bn1.running_mean[1] = float("nan")
-    with pytest.raises(InputError, match="'bn1'.*NaN"):
+    with pytest.raises(InputError, match=r"'bn1'.*NaN"):
         fold_modules(net, X)
 
 
