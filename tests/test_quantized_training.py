@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+import rarefy as rf
 from rarefy.distillation.losses import KD
 from rarefy.pruning.prune import prune
 from rarefy.pruning.sparsity.masks import hold

@@ -56,11 +56,11 @@ def fold_modules(model: nn.Module, example_inputs: Inputs) -> tuple[nn.Module, M
         layer = result.get_submodule(pair.weight.rpartition(".")[0])
         weight, bias = folded(*arguments(net, pair))
         check_finite(pair.norm.scope, bias)
-        layer.weight.data, layer.bias.data = weight, bias  # type: ignore[union-attr]
+        layer.weight.data, layer.bias.data = weight, bias
         made.discard(layer)
         _replace(result, result.get_submodule(pair.norm.scope))
     for layer in made:
-        layer.bias = None
+        layer.register_parameter("bias", None)
     _check_runs(result, example_inputs)
     return result, left
 
