@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from rarefy.batches import (
@@ -17,6 +18,7 @@ from rarefy.batches import (
     evaluating,
     logits,
     map_tensors,
+    of_one_length,
     seeded,
     split_batch,
     take,
@@ -163,3 +165,28 @@ def test_seeded_restores_all_generators() -> None:
         assert draws() == after
     with seeded(3):
         assert draws() == first
+
+
+def sequences(length):
+    """A batch as tokenizers give it, padded to its longest."""
+    mask = torch.ones(2, length, dtype=torch.long)
+    mask[0, 2:] = 0
+    values = torch.ones(2, length, 3)
+    return {"input_ids": mask + 5, "attention_mask": mask, "values": values, "age": torch.ones(2)}
+
+
+def test_sequences_with_a_mask_are_padded_to_one_length():
+    data = [sequences(4), {**sequences(6), "labels": torch.ones(2)}]
+    (first, _), (second, labels) = list(of_one_length(data, "f(data)"))
+    assert torch.equal(first["attention_mask"], F.pad(sequences(4)["attention_mask"], (0, 2)))
+    assert torch.equal(first["input_ids"][:, 4:], torch.zeros(2, 2, dtype=torch.long))
+    assert first["values"].shape == (2, 6, 3)
+    assert float(first["values"].sum()) == 2 * 4 * 3
+    assert first["age"].shape == (2,)
+    assert torch.equal(second["input_ids"], sequences(6)["input_ids"])
+    assert labels is not None
+
+
+@pytest.mark.parametrize("data", [[X, X], [(X, Y)], [{"x": X}], [sequences(4), sequences(4)]])
+def test_other_data_are_left_as_they_are(data):
+    assert of_one_length(data, "f(data)") is data

@@ -61,7 +61,7 @@ TRAINING = (
 
 QUANTIZATION = (
     "affine fold splitting placement observers calibration scaling insertion dynamic "
-    "own_class bias summary mixed palette rounding readers weights weight_only quantize"
+    "bias summary mixed palette rounding readers weights own_class weight_only quantize"
 ).split()
 DEPLOYMENT = (
     "cache ratios modules executorch_session runtimes refusals tracing proof translations rewrite "

@@ -1,5 +1,8 @@
 """Files of ``torch.export``: any batch, small integer weights, the network's own outputs."""
 
+import os
+import subprocess
+import sys
 import zipfile
 from pathlib import Path
 
@@ -220,3 +223,27 @@ def test_files_that_hold_no_program_are_refused(tmp_path):
         archive.writestr("a", b"b")
     with pytest.raises(FormatError, match="cannot load it"):
         rf.measure(path, X, runtime="eager")
+
+
+FULL = """
+import resource, signal, sys, torch, rarefy as rf
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
+try:
+    rf.export(torch.nn.Linear(64, 64), sys.argv[1], torch.ones(2, 64))
+except rf.errors.OutputError as error:
+    print(error)
+"""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no limit of file sizes")
+def test_a_full_disk_ends_neither_the_process_nor_the_older_file(tmp_path):
+    path = tmp_path / "net.pt2"
+    path.write_bytes(b"older")
+    found = subprocess.run(
+        [sys.executable, "-c", FULL, path], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert found.returncode == 0, found.stderr
+    assert "File too large" in found.stdout
+    assert "free space" in found.stdout
+    assert [p.read_bytes() for p in tmp_path.iterdir()] == [b"older"]

@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+import rarefy as rf
 from rarefy.distillation.losses import KD
 from rarefy.pruning.prune import prune
 from rarefy.pruning.sparsity.masks import hold
@@ -66,3 +68,15 @@ def test_pruned_networks_learn_in_int8_and_stay_pruned(structure, digits, teache
         if new.ndim > 1:  # no gradient moves a weight on that has left its grid
             reach = 127.5 * dict(after.named_buffers())[f"{name}_scale"]
             assert (new.flatten(1).abs() / reach[:, None]).max() < 1.1
+
+
+def test_training_weights_that_were_rounded_alone_is_told():
+    net = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2))
+    x = torch.randn(8, 4)
+    small = rf.quantize(net, None, rf.WeightOnly(method="rtn"))
+    with pytest.warns(RuntimeWarning, match=r"2 weights that were rounded alone, '0.weight'"):
+        rf.distill(net, small, [x], epochs=1, progress=False)
+    for name, parameter in small.named_parameters():
+        parameter.requires_grad_(name.endswith("bias"))
+    trained = rf.distill(net, small, [x], epochs=1, progress=False)
+    assert torch.equal(trained[0].weight, small[0].weight)

@@ -338,3 +338,41 @@ def test_layers_that_could_not_be_solved_are_warned_of(monkeypatch):
     monkeypatch.setattr(weight_only_module, "repair", nothing)
     with pytest.warns(RuntimeWarning, match="no layer was solved: the networks do not run"):
         rf.quantize(model, [x], rf.WeightOnly(bits=4))
+
+
+class Reader(nn.Module):
+    """A classifier of sequences, called by keyword, in which padding does not count."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.head = nn.Embedding(11, 8), nn.Linear(8, 3)
+        self.mix = nn.Linear(8, 8)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """(B, L), (B, L) -> (B, 3)."""
+        counts = attention_mask[..., None].float()
+        x = self.mix(self.table(input_ids)).relu() * counts
+        out: Tensor = self.head(x.sum(1) / counts.sum(1))
+        return out
+
+
+def read(length: int) -> dict[str, Tensor]:
+    mask = torch.ones(8, length, dtype=torch.long)
+    mask[0, length // 2 :] = 0
+    return {"input_ids": torch.arange(8 * length).reshape(8, length) % 11, "attention_mask": mask}
+
+
+@pytest.mark.parametrize("scheme", [WeightOnly(bits=8), rf.Int8(), rf.Int8(activations="dynamic")])
+def test_texts_that_were_padded_batch_by_batch_calibrate(scheme: WeightOnly | rf.Int8) -> None:
+    net = Reader().eval()
+    small = rf.quantize(net, [read(6), read(9), read(5)], scheme)
+    with torch.no_grad():
+        torch.testing.assert_close(small(**read(9)), net(**read(9)), rtol=0.05, atol=0.02)
+
+
+def test_examples_of_several_sizes_without_a_mask_are_named() -> None:
+    net = nn.Sequential(nn.Conv2d(1, 2, 3), nn.AdaptiveAvgPool2d(1))
+    data = [torch.ones(2, 1, 8, 8), torch.ones(2, 1, 9, 9)]
+    message = r"quantize\(calibration\): .*\(1, 8, 8\) and \(1, 9, 9\).*Crop or pad"
+    with pytest.raises(DataError, match=message):
+        rf.quantize(net, data, WeightOnly())

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
@@ -109,6 +110,30 @@ def padding_of(inputs: Inputs) -> Tensor | None:
     """The ``attention_mask`` of inputs, 0 at padding; None where they have none."""
     mask = inputs.get("attention_mask") if isinstance(inputs, Mapping) else None
     return mask if isinstance(mask, Tensor) else None
+
+
+def lengthened(inputs: Inputs, length: int) -> Inputs:
+    """Sequences with an ``attention_mask`` (B, L), padded with zeros to a length; others as are.
+
+    All tensors of shape (B, L, ...) are padded, behind what they hold.
+    """
+    mask = padding_of(inputs)
+    if mask is None or mask.ndim != 2 or mask.shape[1] >= length:
+        return inputs
+
+    def pad(tensor: Tensor) -> Tensor:
+        if tensor.shape[:2] != mask.shape:
+            return tensor
+        return F.pad(tensor, (*[0, 0] * (tensor.ndim - 2), 0, length - mask.shape[1]))
+
+    padded: Inputs = map_tensors(pad, inputs)
+    return padded
+
+
+def length_of(inputs: Inputs) -> int:
+    """Length of sequences with an ``attention_mask`` (B, L); 0 for other inputs."""
+    mask = padding_of(inputs)
+    return mask.shape[1] if mask is not None and mask.ndim == 2 else 0
 
 
 def map_tensors(function: Callable[[Tensor], Tensor], inputs: Any) -> Any:
@@ -268,6 +293,40 @@ class Leading:
             missing = None if missing is None else missing - size
             if missing is not None and missing <= 0:
                 return
+
+
+@dataclass(frozen=True)
+class Lengthened:
+    """Data whose sequences with an ``attention_mask`` are padded to one length.
+
+    Args:
+        data: batches, labelled or not.
+        length: of all sequences.
+        where: the call that errors name.
+    """
+
+    data: Data
+    length: int
+    where: str
+
+    def __iter__(self) -> Iterator[tuple[Inputs, Any]]:
+        for inputs, targets in batches(self.data, self.where):
+            yield lengthened(inputs, self.length), targets
+
+
+def of_one_length(data: Data, where: str) -> Data:
+    """The data, with batches of sequences padded to the longest where they have a mask.
+
+    A captured network runs on sequences of the length that it was captured with. Data without an
+    ``attention_mask`` are returned as they are, after a look at their first batch.
+
+    Raises:
+        DataError: the data yield nothing.
+    """
+    if not length_of(next(batches(data, where))[0]):
+        return data
+    lengths = {length_of(inputs) for inputs, _ in batches(data, where)}
+    return Lengthened(data, max(lengths), where) if len(lengths) > 1 else data
 
 
 @contextmanager

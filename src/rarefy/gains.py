@@ -19,7 +19,7 @@ from typing import Any, Unpack, overload
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from rarefy.batches import batches, check_rereadable
+from rarefy.batches import batches, check_rereadable, of_one_length
 from rarefy.deployment.export import export
 from rarefy.deployment.measure import relative
 from rarefy.deployment.runtimes import runtime_named
@@ -143,6 +143,7 @@ def quantize(
         raise InputError(
             "quantize(calibration=None)", "int8 needs calibration data", "Give some batches"
         )
+    calibration = of_one_length(calibration, "quantize(calibration)")
     if runtime is None:
         return quantization.quantize(model, calibration, scheme, **options)
     if runtime_named(runtime).form != ".onnx":

@@ -122,7 +122,8 @@ def export(
             if check:
                 prove(model, lambda: made.open(draft), inputs, traced.free)
     except OSError as error:
-        raise OutputError(f"export({str(path)!r})", str(error), "Check the path") from error
+        remedy = "Check the path, and the free space of its disk"
+        raise OutputError(f"export({str(path)!r})", str(error), remedy) from error
     return path
 
 

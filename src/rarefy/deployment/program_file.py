@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zipfile
 from functools import partial
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -53,16 +54,18 @@ class ProgramFile:
     def save(self, path: Path) -> None:
         """Write the file.
 
+        PyTorch writes into memory: where a disk is full, its writer of files ends the process.
+
         Raises:
             ExportError: an operator or a constant of the network has no form in it.
         """
+        content = BytesIO()
         try:
-            with quiet(), path.open("wb") as file:
-                torch.export.save(self.program, file)
-        except OSError:
-            raise
+            with quiet():
+                torch.export.save(self.program, content)
         except Exception as error:
             raise unwritable(self.source, self.program, error, SUFFIX) from error
+        path.write_bytes(content.getbuffer())
 
     def open(self, path: Path) -> Run:
         """The file in PyTorch.

@@ -33,7 +33,13 @@ from rarefy.training.checkpoint import Checkpoints
 from rarefy.training.evaluate import measured
 from rarefy.training.identity import digest, identity_of
 from rarefy.training.job import Job
-from rarefy.training.networks import fill, require_finite, require_trainable, tensors_of
+from rarefy.training.networks import (
+    fill,
+    require_finite,
+    require_trainable,
+    tensors_of,
+    warn_of_rounded,
+)
 from rarefy.training.objective import Objective
 from rarefy.training.record import Epoch, Fit, Trained
 from rarefy.training.shares import local_share
@@ -52,6 +58,7 @@ def fit(objective: Objective, data: Data, job: Job) -> nn.Module:
     """Train the network of an objective in place, and return it where it was, in eval mode."""
     network, device = objective.network, device_of(objective.network)
     require_trainable(network, job.where)
+    warn_of_rounded(network, job.where)
     require_usable(data, job)
     with (
         torch.inference_mode(False),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import warnings
 from collections.abc import Iterator, Mapping
 
 import torch
@@ -11,6 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from rarefy.errors import InputError, TrainingError
 from rarefy.graph.program import GraphModel
+from rarefy.grid import grids
 
 
 def tensors_of(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -39,6 +41,20 @@ def require_trainable(model: nn.Module, where: str) -> None:
             "Move it to one real device first",
         )
     require_finite(model, f"{where}(model)", InputError, "Check the checkpoint it was loaded from")
+
+
+def warn_of_rounded(model: nn.Module, where: str) -> None:
+    """Say so where training moves weights that were rounded alone off their few values."""
+    held = dict(model.named_parameters(remove_duplicate=False))
+    moving = [path for path in grids(model) if held[path].requires_grad]
+    if moving:
+        warnings.warn(
+            f"{where}(model): {len(moving)} weights that were rounded alone, {moving[0]!r} among "
+            "them, become floats again, and a file of the result larger. Train first, then round; "
+            "networks of quantize(..., Int8()) stay in int8 as they learn.",
+            RuntimeWarning,
+            stacklevel=4,
+        )
 
 
 @torch.no_grad()

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Sequence
 from itertools import pairwise
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from rarefy.batches import batch_size, batches, between, take
+from rarefy.batches import batch_size, batches, between, length_of, lengthened, take
 from rarefy.errors import DataError
 from rarefy.graph.program import Graph, GraphModel, Spec, last_use
 from rarefy.types import Data, Inputs
@@ -22,8 +23,10 @@ MEMORY = 1 << 30
 def collect(data: Data, samples: int, where: str = "repair(data)") -> tuple[Inputs, Inputs]:
     """The first examples of the data as one batch, and the first batch as it comes.
 
+    Sequences with an ``attention_mask`` are padded to the longest of them.
+
     Raises:
-        DataError: there are none, or they are not finite.
+        DataError: there are none, they are not finite, or not of one size.
     """
     held: list[Inputs] = []
     found = 0
@@ -34,17 +37,33 @@ def collect(data: Data, samples: int, where: str = "repair(data)") -> tuple[Inpu
         found += batch_size(held[-1])
         if found >= samples:
             break
-    leaves = [pytree.tree_flatten(item) for item in held]
-    joined = [
-        torch.cat(parts) if isinstance(parts[0], Tensor) and parts[0].ndim else parts[0]
-        for parts in zip(*(flat for flat, _ in leaves), strict=True)
-    ]
+    assert single is not None  # or batches() would have raised
+    length = max(map(length_of, held))
+    leaves = [pytree.tree_flatten(lengthened(item, length)) for item in held]
+    joined = [_joined(part, where) for part in zip(*(flat for flat, _ in leaves), strict=True)]
     result: Inputs = pytree.tree_unflatten(joined, leaves[0][1])
     for tensor in joined:
         if isinstance(tensor, Tensor) and not bool(torch.isfinite(tensor).all()):
             raise DataError(where, "inputs are NaN or infinite", "Clean the data")
-    assert single is not None  # or batches() would have raised
-    return result, single
+    return result, lengthened(single, length)
+
+
+def _joined(values: Sequence[Any], where: str) -> Any:
+    """One argument of all batches; the first where it has no examples.
+
+    Raises:
+        DataError: the examples are of several sizes.
+    """
+    if not isinstance(values[0], Tensor) or not values[0].ndim:
+        return values[0]
+    sizes = list(dict.fromkeys(tuple(value.shape[1:]) for value in values))
+    if len(sizes) > 1:
+        raise DataError(
+            where,
+            f"examples are of several sizes, such as {sizes[0]} and {sizes[1]}",
+            "Crop or pad them to one; sequences with an attention_mask are padded to the longest",
+        )
+    return torch.cat(list(values))
 
 
 PART = 1 << 23
