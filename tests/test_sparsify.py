@@ -396,6 +396,16 @@ def test_nothing_of_the_callers_changes(convolutions) -> None:
     assert convolutions.training == flag
 
 
+@pytest.mark.parametrize("lengths", [(6, 9, 4), (9, 9)])
+def test_texts_are_of_other_lengths_than_the_example(lengths) -> None:
+    net = nn.Sequential(nn.Embedding(20, 8), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4)).eval()
+    data = [torch.randint(20, (16, n)) for n in lengths]
+    example = torch.zeros(2, 6, dtype=torch.long)
+    found = rf.prune(net, example, structure="2:4", data=data)
+    assert found.sparsified.samples == 16 * len(lengths)
+    assert found.sparsified.errors.keys() == {"1.weight", "3.weight"}
+
+
 @pytest.mark.slow
 def test_transformers_are_reconstructed() -> None:
     transformers = pytest.importorskip("transformers")

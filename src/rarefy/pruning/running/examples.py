@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Sequence
 from itertools import pairwise
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 from torch.utils import _pytree as pytree
 
-from rarefy.batches import batch_size, batches, between, take
+from rarefy.batches import batch_size, batches, between, map_tensors, take, tensors
 from rarefy.errors import DataError
 from rarefy.graph.program import Graph, GraphModel, Spec, last_use
 from rarefy.types import Data, Inputs
@@ -23,28 +25,81 @@ def collect(data: Data, samples: int, where: str = "repair(data)") -> tuple[Inpu
     """The first examples of the data as one batch, and the first batch as it comes.
 
     Raises:
+        DataError: there are none, they are not finite, or batches hold different arguments.
+    """
+    held = leading(data, samples, where)
+    leaves = [pytree.tree_leaves(batch) for batch in alike(held, where)]
+    joined = [
+        torch.cat(parts) if isinstance(parts[0], Tensor) and parts[0].ndim else parts[0]
+        for parts in zip(*leaves, strict=True)
+    ]
+    result: Inputs = pytree.tree_unflatten(joined, _plain(held[0])[1])
+    return take(result, samples), held[0]
+
+
+def leading(data: Data, samples: int, where: str) -> list[Inputs]:
+    """The first batches of the data as they come, of at least so many examples if there are.
+
+    Raises:
         DataError: there are none, or they are not finite.
     """
     held: list[Inputs] = []
     found = 0
-    single: Inputs | None = None
     for inputs, _ in batches(data, where):
-        single = inputs if single is None else single
-        held.append(take(inputs, samples - found))
-        found += batch_size(held[-1])
+        if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors(inputs)):
+            raise DataError(where, "inputs are NaN or infinite", "Clean the data")
+        held.append(inputs)
+        found += batch_size(inputs)
         if found >= samples:
             break
-    leaves = [pytree.tree_flatten(item) for item in held]
-    joined = [
-        torch.cat(parts) if isinstance(parts[0], Tensor) and parts[0].ndim else parts[0]
-        for parts in zip(*(flat for flat, _ in leaves), strict=True)
+    return held
+
+
+def alike(held: Sequence[Inputs], where: str) -> list[Inputs]:
+    """Batches of one shape but for their number of examples, with their arguments in one order.
+
+    Tensors that are shorter than those of another batch, as texts are that were padded to the
+    longest of their batch, get zeros at the end: an ``attention_mask`` then leaves these out.
+
+    Raises:
+        DataError: batches hold other arguments than the first.
+    """
+    leaves = [_plain(batch)[0] for batch in held]
+    ranks = [{place: _rank(value) for place, value in own.items()} for own in leaves]
+    if any(own != ranks[0] for own in ranks):
+        raise DataError(
+            where,
+            "batches hold different arguments",
+            "Yield the same tensors, with as many dimensions, in every batch",
+        )
+    spec = _plain(held[0])[1]
+    sizes = {
+        place: tuple(map(max, zip(*(own[place].shape[1:] for own in leaves), strict=True)))
+        for place, rank in ranks[0].items()
+        if rank
+    }
+    return [
+        pytree.tree_unflatten([_lengthened(own[p], sizes.get(p, ())) for p in ranks[0]], spec)
+        for own in leaves
     ]
-    result: Inputs = pytree.tree_unflatten(joined, leaves[0][1])
-    for tensor in joined:
-        if isinstance(tensor, Tensor) and not bool(torch.isfinite(tensor).all()):
-            raise DataError(where, "inputs are NaN or infinite", "Clean the data")
-    assert single is not None  # or batches() would have raised
-    return result, single
+
+
+def _plain(inputs: Inputs) -> tuple[dict[pytree.KeyPath, Any], pytree.TreeSpec]:
+    """What inputs hold by its place, mappings of all kinds as dictionaries; and their structure."""
+    found, spec = pytree.tree_flatten_with_path(map_tensors(lambda tensor: tensor, inputs))
+    return dict(found), spec
+
+
+def _rank(value: Any) -> int:
+    return value.ndim if isinstance(value, Tensor) else 0
+
+
+def _lengthened(value: Any, sizes: Sequence[int]) -> Any:
+    """A batch with zeros at the end of all but its first dimension."""
+    if not sizes or tuple(value.shape[1:]) == tuple(sizes):
+        return value
+    sides = [(0, size - own) for size, own in zip(sizes, value.shape[1:], strict=True)]
+    return functional.pad(value, [n for pair in reversed(sides) for n in pair])
 
 
 PART = 1 << 23
