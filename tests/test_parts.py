@@ -69,5 +69,5 @@ def test_texts_padded_to_the_longest_of_their_batch_are_padded_to_the_longest_of
     "other", [{"x": torch.ones(2, 3), "y": torch.ones(2)}, {"x": torch.ones(2, 3, 1)}, {"z": 1}]
 )
 def test_batches_with_other_arguments_are_refused(other) -> None:
-    with pytest.raises(DataError, match="different arguments|no tensor"):
+    with pytest.raises(DataError, match=r"different arguments|no tensor"):
         collect([{"x": torch.ones(2, 3)}, other], 4)

@@ -191,7 +191,7 @@ def test_sums_that_are_not_finite_are_refused_or_change_nothing() -> None:
 
 @pytest.mark.parametrize("level", [0.0, 1.0, 100.0])
 @pytest.mark.parametrize("unknowns", [5, 400])
-def test_rows_that_hardly_differ_and_are_few_are_solved_in_single_precision(level, unknowns) -> None:
+def test_few_rows_that_hardly_differ_are_solved_in_single_precision(level, unknowns) -> None:
     scale = torch.logspace(-4, 0, unknowns, dtype=torch.float64)
     x = ((level + 1e-3 * randn(1, 20, unknowns)) * scale).float()
     w = randn(1, unknowns, 3, seed=1)

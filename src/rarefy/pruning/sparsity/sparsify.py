@@ -16,10 +16,10 @@ from rarefy.copies import copied
 from rarefy.errors import BudgetError, InputError
 from rarefy.graph.capture import capture, check_runs, graph_model
 from rarefy.graph.trace import trace
+from rarefy.pruning.running.examples import alike, leading
 from rarefy.pruning.scoring.criteria import ELEMENT, Element
 from rarefy.pruning.scoring.evidence import LABELS, Evidence
 from rarefy.pruning.scoring.gather import LossFunction, gather
-from rarefy.pruning.running.examples import alike, leading
 from rarefy.pruning.sparsity import elements
 from rarefy.pruning.sparsity.calibrated import WHERE, Calibration
 from rarefy.pruning.sparsity.elements import ElementCriterion, SparseGPT
