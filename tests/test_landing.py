@@ -15,7 +15,7 @@ from rarefy.graph.trace import trace
 from rarefy.pruning.plan import Plan
 from rarefy.pruning.selection import accounts
 from rarefy.pruning.selection.allocation import Lane, even, ranked
-from rarefy.pruning.selection.landing import CLOSE, Landed, closer, least_removal
+from rarefy.pruning.selection.landing import CLOSE, Landed, closer, landed, least_removal
 from rarefy.pruning.selection.limits import Range, ranges
 from rarefy.pruning.selection.select import select
 from rarefy.types import Budget
@@ -129,3 +129,23 @@ def test_random_networks_land_within_two_percent_where_a_unit_is_no_more(
         gone[units[kept]] = False
         back = Plan.of(network, gone)
         assert bounds.fewer(taken) == taken or account.share(back) > share
+
+
+@pytest.mark.parametrize("limit", [0.9, 0.8, 0.7])
+def test_widths_that_leap_over_the_budget_stay_where_others_can_go(limit) -> None:
+    """The two cheap lanes agree: any unit of either takes eight of the first."""
+    kept = Range(8, 0, 8, 1)
+    cheap, other = Lane(np.full(8, 0.1), 0.07, kept), Lane(np.ones(32), 0.012, Range(32, 0, 31, 1))
+    lanes = (cheap, cheap, other)
+
+    def attempt(counts: Sequence[int]) -> Landed:
+        taken = (8, 0, counts[2]) if counts[0] or counts[1] else (0, 0, counts[2])
+        empty = np.zeros(0, np.bool_)
+        return Landed(Plan(empty, empty), taken, 1 - 0.07 * taken[0] - 0.012 * taken[2])
+
+    allocate = ranked(lanes)
+    far = least_removal(allocate, attempt, limit, 1000)
+    assert closer(far, lanes, attempt, limit).share == pytest.approx(0.44)
+    found = landed(allocate, lanes, attempt, limit, 1000)
+    assert limit - CLOSE <= found.share <= limit
+    assert landed(allocate, lanes, attempt, 0.05, 1000) is None

@@ -1,13 +1,14 @@
-"""Examples in parts, how many fit, and errors summed over parts."""
+"""Examples as one batch and in parts, how many fit, and errors summed over parts."""
 
 import pytest
 import torch
 from torch import nn
 
+from rarefy.errors import DataError
 from rarefy.graph.capture import capture, graph_model
 from rarefy.graph.program import GraphModel
 from rarefy.pruning.running import examples
-from rarefy.pruning.running.examples import Misses, affordable, distance, parts
+from rarefy.pruning.running.examples import Misses, affordable, collect, distance, parts
 
 
 def network() -> GraphModel:
@@ -46,3 +47,37 @@ def test_errors_of_parts_are_those_of_the_whole() -> None:
     kept = torch.isfinite(expected)
     error = (found - expected)[kept].square().sum() / expected[kept].square().sum()
     assert misses.relative == pytest.approx(float(error))
+
+
+def test_texts_padded_to_the_longest_of_their_batch_are_padded_to_the_longest_of_all() -> None:
+    lengths = (3, 5, 4)
+    given = [
+        {
+            "ids": torch.full((2, n), n),
+            "more": (torch.ones(2, n, 1), 7),
+            "attention_mask": torch.ones(2, n),
+        }
+        for n in lengths
+    ]
+    given[1] = dict(reversed(given[1].items()))
+    joined, single = collect(given, 5)
+    assert single["ids"].shape == (2, 5)
+    assert joined["more"][1] == 7
+    assert joined["more"][0].shape == (5, 5, 1)
+    for n, ids, mask in zip((3, 3, 5, 5, 4), joined["ids"], joined["attention_mask"], strict=True):
+        assert ids.tolist() == [n] * n + [0] * (5 - n)
+        assert mask.tolist() == [1] * n + [0] * (5 - n)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"x": torch.ones(2, 3), "y": torch.ones(2)},
+        {"x": torch.ones(2, 3, 1)},
+        {"x": torch.ones(2, 4)},
+        {"z": 1},
+    ],
+)
+def test_batches_with_other_arguments_or_sizes_are_refused(other) -> None:
+    with pytest.raises(DataError, match=r"different arguments|several sizes|no tensor"):
+        collect([{"x": torch.ones(2, 3)}, other], 4)

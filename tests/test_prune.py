@@ -11,7 +11,7 @@ from torch import nn
 
 import rarefy as rf
 from rarefy.batches import call, logits, map_tensors
-from rarefy.errors import BudgetError, InputError, ProofError
+from rarefy.errors import BudgetError, DataError, InputError, ProofError
 from rarefy.graph.program import GraphModel
 from rarefy.pruning.scoring.criteria import named
 from rarefy.pruning.scoring.evidence import Evidence
@@ -107,6 +107,12 @@ def test_the_first_examples_of_the_data_are_used() -> None:
     for samples in (0, -1, 0.5):
         with pytest.raises(InputError, match="number of examples"):
             rf.prune(Net(), X, share, data=data, samples=samples)
+
+
+def test_data_that_can_be_read_once_are_refused_before_any_work(monkeypatch) -> None:
+    monkeypatch.setattr("rarefy.pruning.prune.trace", None)
+    with pytest.raises(DataError, match="only once"):
+        rf.prune(Net(), X, HALF, data=iter([X]))
 
 
 def test_a_defect_of_the_surgery_is_not_taken_for_a_forward_that_fails(monkeypatch) -> None:

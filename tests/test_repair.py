@@ -557,3 +557,37 @@ def test_without_anything_to_take_up_a_mean_the_weights_do() -> None:
     with evaluating(net, small, healed):
         level, before, after = (m(x[200:]).mean(0) for m in (net, small, healed))
     assert float((after - level).norm()) < 0.2 * float((before - level).norm())
+
+
+class Text(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.inner, self.out = nn.Embedding(9, 6), nn.Linear(6, 16), nn.Linear(16, 3)
+
+    def forward(self, ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        x = torch.relu(self.inner(self.words(ids))) * attention_mask[..., None]
+        return self.out(x.sum(1) / attention_mask.sum(1, keepdim=True))
+
+
+def texts(*lengths: int) -> list[dict]:
+    drawn = torch.Generator().manual_seed(3)
+    return [
+        {"ids": torch.randint(9, (16, n), generator=drawn), "attention_mask": torch.ones(16, n)}
+        for n in lengths
+    ]
+
+
+@pytest.mark.parametrize("structure", ["channel", "weight"])
+def test_batches_of_text_may_be_of_different_lengths(structure) -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        net = Text().eval()
+    data = texts(5, 7, 4)
+    small = rf.prune(net, texts(3)[0], HALF, structure=structure, criterion="magnitude")
+    healed = repair(net, small, data)
+    assert healed.repaired.samples == 48
+    with torch.no_grad():
+        far, near = (
+            sum(float((m(**b) - net(**b)).square().sum()) for b in data) for m in (small, healed)
+        )
+    assert near < far

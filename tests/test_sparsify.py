@@ -396,6 +396,30 @@ def test_nothing_of_the_callers_changes(convolutions) -> None:
     assert convolutions.training == flag
 
 
+class Places(nn.Module):
+    """A network that tells the places of its inputs apart, so that a graph of it has one length."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.places = nn.Embedding(20, 8), nn.Parameter(torch.ones(12, 8))
+        self.inner, self.out = nn.Linear(8, 8), nn.Linear(8, 4)
+
+    def forward(self, ids: Tensor, attention_mask: Tensor) -> Tensor:
+        x = self.words(ids) + self.places[: ids.shape[1]]
+        return self.out(torch.relu(self.inner(x)) * attention_mask[..., None])
+
+
+@pytest.mark.parametrize("lengths", [(6, 9, 4), (9, 9)])
+def test_texts_are_of_other_lengths_than_the_example(lengths) -> None:
+    data = [
+        {"ids": torch.randint(20, (16, n)), "attention_mask": torch.ones(16, n)} for n in lengths
+    ]
+    example = {key: value[:2, :4] for key, value in data[0].items()}
+    found = rf.prune(Places(), example, structure="2:4", data=data, exclude=["places"])
+    assert found.sparsified.samples == 16 * len(lengths)
+    assert found.sparsified.errors.keys() == {"inner.weight", "out.weight"}
+
+
 @pytest.mark.slow
 def test_transformers_are_reconstructed() -> None:
     transformers = pytest.importorskip("transformers")

@@ -187,3 +187,16 @@ def test_sums_that_are_not_finite_are_refused_or_change_nothing() -> None:
     except RuntimeError:
         return
     assert torch.equal(found.values, given.values)
+
+
+@pytest.mark.parametrize("level", [0.0, 1.0, 100.0])
+@pytest.mark.parametrize("unknowns", [5, 400])
+def test_few_rows_that_hardly_differ_are_solved_in_single_precision(level, unknowns) -> None:
+    scale = torch.logspace(-4, 0, unknowns, dtype=torch.float64)
+    x = ((level + 1e-3 * randn(1, 20, unknowns)) * scale).float()
+    w = randn(1, unknowns, 3, seed=1)
+    y = x @ w.float()
+    found = solve(gram(x[:, 5:], y[:, 5:]), gram(x[:, :5].double(), y[:, :5].double()),
+                  weights(1, 3, unknowns))  # fmt: skip
+    assert found.values.isfinite().all()
+    assert found.errors[1] <= found.errors[0]

@@ -9,7 +9,7 @@ from typing import Any, TypedDict, cast
 
 from torch import nn
 
-from rarefy.batches import Leading
+from rarefy.batches import Leading, check_rereadable
 from rarefy.copies import copied
 from rarefy.errors import BudgetError, InputError
 from rarefy.graph.capture import check_runs
@@ -139,7 +139,10 @@ def _leading(data: Data | None, samples: int | None) -> Data | None:
             "it is the number of examples that data give",
             "Use a few hundred, or None for all of them",
         )
-    return None if data is None else Leading(data, samples, "prune(data)")
+    if data is None:
+        return None
+    check_rereadable(data, "prune(data)")
+    return Leading(data, samples, "prune(data)")
 
 
 def removes(structure: object) -> frozenset[str]:

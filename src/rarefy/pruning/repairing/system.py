@@ -21,9 +21,9 @@ from rarefy.pruning.sparsity.sparsegpt import moved, solved
 RIDGE = 1e-3
 """Regularization towards the present weights, relative to the mean of the Gram diagonal."""
 
-FLOOR = 1e-6
-"""The least regularization, relative to the mean square of the inputs: sums in single precision
-tell no smaller differences apart."""
+FLOOR = torch.finfo(torch.float32).eps
+"""The least regularization, relative to the squares of all inputs together: by as much may the
+eigenvalues of sums in single precision be off, once the means are taken off."""
 
 STEPS = 100
 """Most steps of conjugate gradients, each at the cost of one product with the Gram matrix."""
@@ -130,8 +130,8 @@ def least_squares(sums: Sums, hessian: Tensor, weights: Weights) -> Tensor:
 
 def _regularized(gram: Tensor, raw: Tensor) -> Tensor:
     """The Gram matrix with its ridge, the identity where all inputs are zero."""
-    own, level = (t.diagonal(dim1=1, dim2=2).mean(1) for t in (gram, raw))
-    ridge = RIDGE * own.clamp_min(0) + FLOOR * level
+    own, seen = (t.diagonal(dim1=1, dim2=2) for t in (gram, raw))
+    ridge = RIDGE * own.mean(1).clamp_min(0) + FLOOR * seen.sum(1)
     ridge = torch.where(ridge > 0, ridge, torch.ones_like(ridge))
     eye = torch.eye(gram.shape[1], dtype=gram.dtype, device=gram.device)
     return gram + ridge[:, None, None] * eye

@@ -11,7 +11,16 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from rarefy.batches import batch_size, batches, between, length_of, lengthened, take
+from rarefy.batches import (
+    batch_size,
+    batches,
+    between,
+    length_of,
+    lengthened,
+    map_tensors,
+    take,
+    tensors,
+)
 from rarefy.errors import DataError
 from rarefy.graph.program import Graph, GraphModel, Spec, last_use
 from rarefy.types import Data, Inputs
@@ -21,49 +30,76 @@ MEMORY = 1 << 30
 
 
 def collect(data: Data, samples: int, where: str = "repair(data)") -> tuple[Inputs, Inputs]:
-    """The first examples of the data as one batch, and the first batch as it comes.
+    """The first examples of the data as one batch, and the first batch.
+
+    Raises:
+        DataError: there are none, they are not finite, or batches do not fit together.
+    """
+    held = alike(leading(data, samples, where), where)
+    joined = [
+        torch.cat(parts) if isinstance(parts[0], Tensor) and parts[0].ndim else parts[0]
+        for parts in zip(*map(pytree.tree_leaves, held), strict=True)
+    ]
+    result: Inputs = pytree.tree_unflatten(joined, pytree.tree_structure(held[0]))
+    return take(result, samples), held[0]
+
+
+def leading(data: Data, samples: int, where: str) -> list[Inputs]:
+    """The first batches of the data as they come, of at least so many examples if there are.
+
+    Raises:
+        DataError: there are none, or they are not finite.
+    """
+    held: list[Inputs] = []
+    found = 0
+    for inputs, _ in batches(data, where):
+        if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors(inputs)):
+            raise DataError(where, "inputs are NaN or infinite", "Clean the data")
+        held.append(inputs)
+        found += batch_size(inputs)
+        if found >= samples:
+            break
+    return held
+
+
+def alike(held: Sequence[Inputs], where: str) -> list[Inputs]:
+    """Batches of one shape but for their number of examples, with their arguments in one order.
 
     Sequences with an ``attention_mask`` are padded to the longest of them.
 
     Raises:
-        DataError: there are none, they are not finite, or not of one size.
+        DataError: batches hold other arguments than the first, or examples of other sizes.
     """
-    held: list[Inputs] = []
-    found = 0
-    single: Inputs | None = None
-    for inputs, _ in batches(data, where):
-        single = inputs if single is None else single
-        held.append(take(inputs, samples - found))
-        found += batch_size(held[-1])
-        if found >= samples:
-            break
-    assert single is not None  # or batches() would have raised
     length = max(map(length_of, held))
-    leaves = [pytree.tree_flatten(lengthened(item, length)) for item in held]
-    joined = [_joined(part, where) for part in zip(*(flat for flat, _ in leaves), strict=True)]
-    result: Inputs = pytree.tree_unflatten(joined, leaves[0][1])
-    for tensor in joined:
-        if isinstance(tensor, Tensor) and not bool(torch.isfinite(tensor).all()):
-            raise DataError(where, "inputs are NaN or infinite", "Clean the data")
-    return result, lengthened(single, length)
+    leaves, specs = zip(*(_plain(lengthened(batch, length)) for batch in held), strict=True)
+    first = {place: _size(value) for place, value in leaves[0].items()}
+    for own in leaves[1:]:
+        if own.keys() != first.keys():
+            raise DataError(
+                where,
+                "batches hold different arguments",
+                "Yield the same tensors in every batch",
+            )
+        for place, value in own.items():
+            if _size(value) != first[place]:
+                raise DataError(
+                    where,
+                    f"examples are of several sizes, such as {first[place]} and {_size(value)}",
+                    "Crop or pad them to one; sequences with an attention_mask are padded to the "
+                    "longest",
+                )
+    return [pytree.tree_unflatten([own[place] for place in first], specs[0]) for own in leaves]
 
 
-def _joined(values: Sequence[Any], where: str) -> Any:
-    """One argument of all batches; the first where it has no examples.
+def _plain(inputs: Inputs) -> tuple[dict[pytree.KeyPath, Any], pytree.TreeSpec]:
+    """What inputs hold by its place, mappings of all kinds as dictionaries; and their structure."""
+    found, spec = pytree.tree_flatten_with_path(map_tensors(lambda tensor: tensor, inputs))
+    return dict(found), spec
 
-    Raises:
-        DataError: the examples are of several sizes.
-    """
-    if not isinstance(values[0], Tensor) or not values[0].ndim:
-        return values[0]
-    sizes = list(dict.fromkeys(tuple(value.shape[1:]) for value in values))
-    if len(sizes) > 1:
-        raise DataError(
-            where,
-            f"examples are of several sizes, such as {sizes[0]} and {sizes[1]}",
-            "Crop or pad them to one; sequences with an attention_mask are padded to the longest",
-        )
-    return torch.cat(list(values))
+
+def _size(value: Any) -> tuple[int, ...] | None:
+    """The size of one example; None for what holds no examples."""
+    return tuple(value.shape[1:]) if isinstance(value, Tensor) and value.ndim else None
 
 
 PART = 1 << 23

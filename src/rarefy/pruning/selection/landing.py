@@ -36,9 +36,16 @@ Try = Callable[[Sequence[int]], Landed]
 
 def least_removal(allocate: Allocation, attempt: Try, limit: float, levels: int) -> Landed | None:
     """The least removal that leaves at most ``limit``, by bisection; None where none does."""
+    return _bisected(allocate, attempt, limit, levels)[0]
+
+
+def _bisected(
+    allocate: Allocation, attempt: Try, limit: float, levels: int
+) -> tuple[Landed | None, int]:
+    """The least removal, and how many levels of it there are."""
     best = attempt(allocate(1.0))
     if best.share > limit:
-        return None
+        return None, levels
     low, high = 0, levels
     while low < high:
         middle = (low + high) // 2
@@ -47,7 +54,34 @@ def least_removal(allocate: Allocation, attempt: Try, limit: float, levels: int)
             best, high = found, middle
         else:
             low = middle + 1
-    return best
+    return best, low
+
+
+def landed(
+    allocate: Allocation, lanes: Sequence[Lane], attempt: Try, limit: float, levels: int
+) -> Landed | None:
+    """The nearest to the limit from below of the plans that are tried; None where none fits.
+
+    The least removal is brought closer. Where that stays far below the limit, since widths that
+    have to agree go in steps that leap over it, the lanes that would leap keep what they have, and
+    the others go on.
+    """
+    best: Landed | None = None
+    caps: dict[int, int] = {}
+
+    def held(share: float) -> list[int]:
+        return [min(n, caps.get(i, n)) for i, n in enumerate(allocate(share))]
+
+    while True:
+        below, level = _bisected(held, attempt, limit, levels)
+        if below is None:
+            return best
+        found = closer(below, lanes, attempt, limit)
+        best = found if best is None or found.share > best.share else best
+        if limit - best.share <= CLOSE or level == 0:
+            return best
+        pair = held((level - 1) / levels), held(level / levels)
+        caps |= {i: few for i, (few, more) in enumerate(zip(*pair, strict=True)) if few < more}
 
 
 def closer(found: Landed, lanes: Sequence[Lane], attempt: Try, limit: float) -> Landed:

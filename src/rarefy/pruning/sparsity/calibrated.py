@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from rarefy.batches import answering, batch_size, batches, evaluating, take, tensors
+from rarefy.batches import answering, batch_size, evaluating, take
 from rarefy.errors import DataError, first_line
 from rarefy.graph.program import GraphModel, Node, Ref
 from rarefy.pruning.running.examples import live
@@ -22,7 +22,7 @@ from rarefy.pruning.sparsity.gram import Sums, add_rows
 from rarefy.pruning.sparsity.patterns import NM, Pattern, as_matrix, as_weight
 from rarefy.pruning.sparsity.sparsegpt import Selection, moved, reconstructed, ridged
 from rarefy.pruning.sparsity.weights import Layer, zero
-from rarefy.types import Data, Inputs
+from rarefy.types import Inputs
 
 MEMORY = 1 << 30
 """Bytes of values between layers that may be held at once; fewer samples are used beyond it."""
@@ -68,18 +68,21 @@ class Calibration:
         self.fallback: dict[str, str] = {}
         self.samples = 0
 
-    def run(self, data: Data) -> None:
+    def run(self, given: Sequence[Inputs]) -> None:
         """Prune all layers; those that cannot be solved for go first, by magnitude.
 
+        Args:
+            given: batches of one shape but for their number of examples.
+
         Raises:
-            DataError: the data yield nothing, are not finite, or do not run.
+            DataError: they do not run, or activations are not finite.
         """
         nodes = self._nodes()
         for layer in self.layers:
             if layer.path in self.fallback:
                 zero([layer], [self.gone[layer.path]])
         with evaluating(self.first, self.second):
-            chunks = self._chunks(data, frozenset(node.name for node, _ in nodes))
+            chunks = self._affordable(given, frozenset(node.name for node, _ in nodes))
             self.samples = sum(map(batch_size, chunks))
             held = _held_out([batch_size(chunk) for chunk in chunks])
             runs = [(Run(self.first, chunk), Run(self.second, chunk)) for chunk in chunks]
@@ -113,19 +116,15 @@ class Calibration:
         node = self.graph.by_name[name]
         return id(self.second.tensor(node.path)) if node.op == "tensor" else None
 
-    def _chunks(self, data: Data, names: frozenset[str]) -> list[Inputs]:
-        """Batches of the data, until there are enough examples."""
+    def _affordable(self, given: Sequence[Inputs], names: frozenset[str]) -> list[Inputs]:
+        """The first of the batches, with as many examples as are wanted and may be held."""
         peak, batch = live(self.graph, names)
         wanted = max(2, min(self.rule.samples, MEMORY // max(2 * (peak // batch), 1)))
         found: list[Inputs] = []
-        count = 0
-        for inputs, _ in batches(data, WHERE):
-            part = take(inputs, wanted - count)
-            if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors(part)):
-                raise DataError(WHERE, "inputs are NaN or infinite", "Clean the data")
-            found.append(part)
-            count += batch_size(part)
-            if count >= wanted:
+        for inputs in given:
+            found.append(take(inputs, wanted))
+            wanted -= batch_size(found[-1])
+            if wanted <= 0:
                 break
         return found
 

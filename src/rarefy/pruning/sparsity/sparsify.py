@@ -11,15 +11,17 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
+from rarefy.batches import answering, batch_size, take
 from rarefy.copies import copied
 from rarefy.errors import BudgetError, InputError
-from rarefy.graph.capture import capture, graph_model
+from rarefy.graph.capture import capture, check_runs, graph_model
 from rarefy.graph.trace import trace
+from rarefy.pruning.running.examples import alike, leading
 from rarefy.pruning.scoring.criteria import ELEMENT, Element
 from rarefy.pruning.scoring.evidence import LABELS, Evidence
 from rarefy.pruning.scoring.gather import LossFunction, gather
 from rarefy.pruning.sparsity import elements
-from rarefy.pruning.sparsity.calibrated import Calibration
+from rarefy.pruning.sparsity.calibrated import WHERE, Calibration
 from rarefy.pruning.sparsity.elements import ElementCriterion, SparseGPT
 from rarefy.pruning.sparsity.patterns import Pattern, Unstructured, named, resolved_share, shorthand
 from rarefy.pruning.sparsity.weights import Layer, choose, oriented, prunable, zero
@@ -110,18 +112,23 @@ def sparsify(
         layers, dense = oriented(layers, sparse, network.captured.graph, pattern)
         evidence = gather(model, network, rule.needs, data, loss)
     elif not isinstance(rule, Element) or not isinstance(pattern, Unstructured):
-        captured = capture(model, _required(example_inputs))
+        shown, given = _required(example_inputs), list[Inputs]()
+        if not isinstance(rule, Element) and data is not None:
+            given = alike(leading(data, rule.samples, WHERE), WHERE)
+            shown = take(given[0], batch_size(shown))
+            with answering(WHERE):
+                check_runs(model, shown)
+        captured = capture(model, shown)
         layers, dense = oriented(layers, sparse, captured.graph, pattern)
     if isinstance(rule, Element):
         gone, fallback = choice.ranked(rule, evidence, layers)
         errors, samples = dict[str, tuple[float, float]](), evidence.samples
         zero(layers, gone)
     else:
-        assert data is not None
         plain, _ = choice.ranked(ELEMENT["magnitude"], evidence, layers)
         pair = (graph_model(model, captured), graph_model(sparse, captured))
         walk = Calibration(pair, layers, plain, pattern, rule)
-        walk.run(data)
+        walk.run(given)
         gone = [walk.gone[layer.path] for layer in layers]
         fallback, errors, samples = walk.fallback, walk.errors, walk.samples
     zeros = {x.path: (int(m.sum()), m.numel()) for x, m in zip(layers, gone, strict=True)}
