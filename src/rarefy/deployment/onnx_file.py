@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from rarefy.batches import call, map_tensors, tensors
+from rarefy.deployment.counts import counted
 from rarefy.deployment.proof import Run
 from rarefy.deployment.recurrent import integer_lstms
 from rarefy.deployment.refusals import unrunnable, unwritable
@@ -48,6 +49,7 @@ class OnnxFile:
         rewrite(self.translated)
         integer_lstms(self.translated)
         fold_grids(self.translated, weights)
+        counted(self.translated)
 
     @staticmethod
     def require(check: bool) -> None:
