@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 from contextlib import suppress
+from io import BytesIO
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -52,7 +53,9 @@ def peak_mb(path: Path, inputs: Inputs, runtime: str, threads: int) -> float | N
         return None
     with TemporaryDirectory(prefix="rarefy-") as folder:
         given = Path(folder) / "inputs.pt"
-        torch.save(map_tensors(lambda t: t.detach().cpu(), inputs), given)
+        content = BytesIO()  # where a disk is full, PyTorch's writer of files ends the process
+        torch.save(map_tensors(lambda t: t.detach().cpu(), inputs), content)
+        given.write_bytes(content.getbuffer())
         code = "from rarefy.deployment.memory import report; report()"
         arguments = [str(path.resolve()), str(given), runtime, str(threads)]
         found = subprocess.run(
