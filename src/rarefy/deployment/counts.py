@@ -27,7 +27,7 @@ def counted(model: Any) -> None:
     readers = [node for node in graph if node.op_type == "Shape"]
     if not readers or not any(node.op_type == "QuantizeLinear" for node in graph):
         return
-    sources = {name: value for value in graph.inputs if (name := _free(value.shape)) is not None}
+    sources = dict(found for value in graph.inputs if (found := _source(value)) is not None)
     first, counts = next(iter(graph)), dict[str, Any]()
     for node in readers:
         dims = _read(node)
@@ -35,7 +35,7 @@ def counted(model: Any) -> None:
         if not names or not names <= sources.keys():
             continue
         for name in names - counts.keys():
-            counts[name] = _count(model, first, sources[name])
+            counts[name] = _count(model, first, *sources[name])
         parts = [
             counts[dim]
             if isinstance(dim, str)
@@ -57,13 +57,15 @@ def _dims(shape: Any) -> list[int | str | None]:
     ]
 
 
-def _free(shape: Any) -> str | None:
-    """The name of the one free dimension of a shape, or None."""
-    if shape is None:
-        return None
-    free = [dim for dim in _dims(shape) if not isinstance(dim, int)]
-    fixed = prod(dim for dim in _dims(shape) if isinstance(dim, int))
-    return free[0] if len(free) == 1 and fixed else None
+def _source(value: Any) -> tuple[str, tuple[Any, int]] | None:
+    """The name of an input's one free dimension; the input, and its elements for each step of it.
+
+    None where no dimension or several are free, have no name, or the input is empty.
+    """
+    dims = [] if value.shape is None else _dims(value.shape)
+    free = [dim for dim in dims if not isinstance(dim, int)]
+    each = prod(dim for dim in dims if isinstance(dim, int))
+    return (free[0], (value, each)) if len(free) == 1 and free[0] is not None and each else None
 
 
 def _read(node: Any) -> list[int | str | None]:
@@ -71,15 +73,12 @@ def _read(node: Any) -> list[int | str | None]:
     shape = node.inputs[0].shape
     if shape is None or node.outputs[0].is_graph_output():
         return []
-    start, end = (node.attributes.get(name) for name in ("start", "end"))
-    return _dims(shape)[
-        start.value if start is not None else 0 : end.value if end is not None else None
-    ]
+    given = [node.attributes.get(name) for name in ("start", "end")]
+    return _dims(shape)[slice(*(None if bound is None else bound.value for bound in given))]
 
 
-def _count(model: Any, before: Any, source: Any) -> Any:
+def _count(model: Any, before: Any, source: Any, each: int) -> Any:
     """The size of an input's free dimension, shape (1,)."""
-    fixed = prod(dim for dim in _dims(source.shape) if isinstance(dim, int))
     elements = insert(model, before, "Size", [source], {})
-    divisor = add_constant(model, f"{source.name}_each", np.array([fixed], np.int64))
+    divisor = add_constant(model, f"{source.name}_each", np.array([each], np.int64))
     return insert(model, before, "Div", [elements, divisor], {})

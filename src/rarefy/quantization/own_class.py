@@ -12,9 +12,10 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
-from rarefy.batches import call, device_of, evaluating, moved, unchanged
+from rarefy.batches import device_of, moved
 from rarefy.copies import copied
-from rarefy.errors import InputError, first_line
+from rarefy.errors import InputError
+from rarefy.graph.capture import check_runs
 from rarefy.graph.program import Graph, GraphModel, Node, Ref
 from rarefy.graph.stubs import Stub, plain_graph, put
 from rarefy.quantization.fold import BATCH_NORM, Pair, arguments, fold_batch_norms, folded, pairs
@@ -102,12 +103,11 @@ def _check_runs(model: nn.Module, example_inputs: Inputs) -> None:
         InputError: it does not; a forward that asks for the dtype of a norm's weight, say.
     """
     try:
-        with evaluating(model), unchanged(model):
-            call(model, moved(example_inputs, device_of(model)))
-    except Exception as error:
+        check_runs(model, moved(example_inputs, device_of(model)))
+    except InputError as error:
         raise InputError(
             "quantize(WeightOnly(fold=True))",
-            f"the network needs a BatchNorm for more than to call it: {first_line(error)}",
+            f"the network needs a BatchNorm for more than to call it: {error.what}",
             "Leave fold out",
         ) from error
 

@@ -57,7 +57,6 @@ def warn_of_rounded(model: nn.Module, where: str) -> None:
         )
 
 
-@torch.no_grad()
 def require_finite(
     model: nn.Module, where: str, error: type[InputError | TrainingError], remedy: str
 ) -> None:

@@ -58,11 +58,18 @@ def _bisected(
 
 
 def landed(
-    allocate: Allocation, lanes: Sequence[Lane], attempt: Try, limit: float, levels: int
+    allocate: Allocation,
+    lanes: Sequence[Lane],
+    attempt: Try,
+    limit: float,
+    levels: int,
+    *,
+    even: bool = False,
 ) -> Landed | None:
     """The nearest to the limit from below of the plans that are tried; None where none fits.
 
-    The least removal is brought closer. Where that stays far below the limit, since widths that
+    The least removal is brought closer; if it is to stay ``even`` over the lanes, only where it is
+    not close already. Where that stays far below the limit, since widths that
     have to agree go in steps that leap over it, the lanes that would leap keep what they have, and
     the others go on.
     """
@@ -76,6 +83,8 @@ def landed(
         below, level = _bisected(held, attempt, limit, levels)
         if below is None:
             return best
+        if even and best is None and limit - below.share <= CLOSE:
+            return below
         found = closer(below, lanes, attempt, limit)
         best = found if best is None or found.share > best.share else best
         if limit - best.share <= CLOSE or level == 0:

@@ -19,7 +19,7 @@ from rarefy.pruning.selection import accounts
 from rarefy.pruning.selection.accounts import Account
 from rarefy.pruning.selection.allocation import Allocation, Choices, Lane, even, knapsack, ranked
 from rarefy.pruning.selection.costs import Costs
-from rarefy.pruning.selection.landing import CLOSE, Landed, landed, least_removal
+from rarefy.pruning.selection.landing import Landed, landed
 from rarefy.pruning.selection.limits import Range, ranges
 from rarefy.pruning.structure.sizes import Sizes
 from rarefy.types import Budget
@@ -85,9 +85,8 @@ def select(
         return attempt(allocate(budget.share)).plan
     limit = 1 - budget.share if account is None else budget.share
     levels = max(sum(map(len, network.groups)), LEVELS)
-    found = least_removal(allocate, attempt, limit, levels)
-    if found is not None and (budget.scope == "global" or limit - found.share > CLOSE):
-        found = landed(allocate, choice.lanes, attempt, limit, levels)
+    even = budget.scope == "local"
+    found = landed(allocate, choice.lanes, attempt, limit, levels, even=even)
     if found is None:
         raise _out_of_reach(budget, attempt(allocate(1.0)).share)
     return found.plan
