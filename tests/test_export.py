@@ -296,6 +296,21 @@ def test_errors_ignore_equal_infinities():
     assert module._errors(a, a.clone()) == (0.0, 0.0)
 
 
+def test_errors_are_relative_to_the_whole_output_however_much_of_it_is_equal():
+    a = torch.tensor([3.0, -4.0, 1e-4, float("inf")], dtype=torch.float64)
+    b = torch.tensor([3.0, -4.0, 1e-3, float("inf")], dtype=torch.float64)
+    largest, norm = module._errors(a, b)
+    assert largest == pytest.approx(9e-4 / 4)
+    assert norm == pytest.approx(9e-4 / 5)
+
+
+@pytest.mark.parametrize("wrong", [float("inf"), float("nan")])
+def test_an_infinity_or_nan_on_one_side_is_an_error(wrong):
+    a, b = torch.tensor([[1.0, 2.0]]).double(), torch.tensor([[1.0, wrong]]).double()
+    for one, other in ((a, b), (b, a)):
+        assert not module._errors(one, other)[0] < 1
+
+
 def test_tiny_outputs_of_a_quantized_network_are_compared_like_others(tmp_path):
     model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
     with torch.no_grad():
