@@ -65,8 +65,8 @@ QUANTIZATION = (
 ).split()
 DEPLOYMENT = (
     "cache ratios modules executorch_session runtimes refusals tracing proof translations rewrite "
-    "counts rounded recurrent onnx_file editing decoding program_file xnnpack executorch_file "
-    "export opening memory measure bench timing"
+    "counts rounded tables recurrent onnx_file editing decoding program_file xnnpack "
+    "executorch_file export opening memory measure bench timing"
 ).split()
 STORAGE = (
     "frames ans streams pack codes index adapt grids container layout reading contents writing "

@@ -125,3 +125,17 @@ def test_a_weight_that_left_its_grid_is_stored_on_it() -> None:
     [expected], [found] = outputs(net, x), run(turned(net, x), x)
     assert distance(expected, found) < 0.02
     assert weight.dtype == torch.float32  # that of the network is as it was
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_rows_of_a_table_are_looked_up_as_integers(tied: bool) -> None:
+    net = nn.Sequential(nn.Embedding(50, 8), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 50)).eval()
+    if tied:
+        net[3].weight = net[0].weight
+    x = torch.randint(50, (4, 5), generator=torch.Generator().manual_seed(0))
+    small = rf.quantize(net, [x], rf.Int8())
+    program = turned(small, x)
+    floats = [t for t in program.state_dict.values() if t.dtype == torch.float32]
+    assert max(tensor.numel() for tensor in floats) <= 64
+    [expected], [found] = outputs(small, x), run(program, x)
+    assert distance(expected, found) < 0.02

@@ -20,6 +20,7 @@ from rarefy.deployment.refusals import unrunnable, unwritable
 from rarefy.deployment.rewrite import rewrite
 from rarefy.deployment.rounded import fold_grids, opset, rounded_weights
 from rarefy.deployment.runtimes import ExactOnnxSession, load_onnx, load_onnxruntime
+from rarefy.deployment.tables import look_ups
 from rarefy.deployment.tracing import WAYS, Traced, trace_flat
 from rarefy.deployment.translations import translations
 from rarefy.errors import ExportError, FormatError, MissingExtraError, RarefyError, first_line
@@ -49,6 +50,7 @@ class OnnxFile:
         rewrite(self.translated)
         integer_lstms(self.translated)
         fold_grids(self.translated, weights)
+        look_ups(self.translated)
         counted(self.translated)
 
     @staticmethod

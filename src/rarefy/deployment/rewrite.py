@@ -16,6 +16,7 @@ Array: TypeAlias = np.ndarray[Any, Any]
 
 def rewrite(model: Any) -> None:
     """Apply all rewrites, in order."""
+    fold_casts(model)
     fold_weights(model)
     fold_transposes(model)
     dynamic_products(model)
@@ -32,26 +33,40 @@ def constant(value: Any) -> Array | None:
     return np.asarray(value.const_value.numpy())
 
 
+def fold_casts(model: Any) -> None:
+    """Store constants in the type that they are cast to, where it is no larger: the exporter leaves
+    the Casts of large ones, such as the zero points of a layer with thousands of outputs."""
+    import onnx_ir as ir
+
+    for node in nodes(model, "Cast"):
+        array = constant(node.inputs[0])
+        if array is None:
+            continue
+        cast = array.astype(ir.DataType(int(number(node, "to", 1))).numpy())
+        if cast.itemsize <= array.itemsize:
+            replace(model, node, add_constant(model, f"{node.inputs[0].name}_cast", cast))
+
+
 def fold_weights(model: Any) -> None:
     """Store constants behind a QuantizeLinear as its integers."""
-    for node in _nodes(model, "QuantizeLinear"):
+    for node in nodes(model, "QuantizeLinear"):
         arrays = [constant(value) for value in node.inputs]
         if len(arrays) < 3 or any(array is None for array in arrays):
             continue
         x, scale, zero_point = (np.asarray(array) for array in arrays)
-        axis = int(_number(node, "axis", 1))
+        axis = int(number(node, "axis", 1))
         shape = [1] * x.ndim
         if scale.ndim:
             shape[axis] = -1
         limits = np.iinfo(zero_point.dtype)
         q = np.rint(x / scale.reshape(shape)) + zero_point.reshape(shape).astype(np.float64)
         q = q.clip(limits.min, limits.max).astype(zero_point.dtype)
-        _replace(model, node, add_constant(model, f"{node.inputs[0].name}_quantized", q))
+        replace(model, node, add_constant(model, f"{node.inputs[0].name}_quantized", q))
 
 
 def fold_transposes(model: Any) -> None:
     """Store a transposed matrix of integers instead of transposing it at every call."""
-    for node in _nodes(model, "Transpose"):
+    for node in nodes(model, "Transpose"):
         source = node.inputs[0].producer()
         perm = node.attributes.get("perm")
         if source is None or source.op_type != "DequantizeLinear" or perm is None:
@@ -61,9 +76,9 @@ def fold_transposes(model: Any) -> None:
             continue
         name = f"{source.inputs[0].name}_transposed"
         transposed = add_constant(model, name, np.ascontiguousarray(q.T))
-        axis = 1 - int(_number(source, "axis", 1))
+        axis = 1 - int(number(source, "axis", 1))
         inputs = [transposed, *source.inputs[1:]]
-        _replace(model, node, insert(model, node, "DequantizeLinear", inputs, {"axis": axis}))
+        replace(model, node, insert(model, node, "DequantizeLinear", inputs, {"axis": axis}))
 
 
 def dynamic_products(model: Any) -> None:
@@ -73,7 +88,7 @@ def dynamic_products(model: Any) -> None:
     both scales makes real numbers of the sums.
     """
     made: dict[str, Any] = {}
-    for node in [*_nodes(model, "MatMul"), *_nodes(model, "Gemm")]:
+    for node in [*nodes(model, "MatMul"), *nodes(model, "Gemm")]:
         x, weight = _ranged(node.inputs[0]), _matrix(node)
         if x is None or weight is None:
             continue
@@ -90,7 +105,7 @@ def dynamic_products(model: Any) -> None:
         result = insert(model, node, "Mul", [real, unit], {})
         if node.op_type == "Gemm" and len(node.inputs) > 2:
             result = insert(model, node, "Add", [result, node.inputs[2]], {})
-        _replace(model, node, result)
+        replace(model, node, result)
     if made:
         drop_unread(model)
 
@@ -145,11 +160,11 @@ def _matrix(node: Any) -> tuple[Array, Array] | None:
     q, scale = constant(source.inputs[0]), constant(source.inputs[1])
     if q is None or scale is None or q.ndim != 2 or scale.ndim != 1 or q.dtype != np.int8:
         return None
-    transposed = bool(_number(node, "transB", 0))
-    plain = all(_number(node, name, 1) == 1 for name in ("alpha", "beta"))
-    if not plain or _number(node, "transA", 0):
+    transposed = bool(number(node, "transB", 0))
+    plain = all(number(node, name, 1) == 1 for name in ("alpha", "beta"))
+    if not plain or number(node, "transA", 0):
         return None
-    if int(_number(source, "axis", 1)) % 2 != int(not transposed):
+    if int(number(source, "axis", 1)) % 2 != int(not transposed):
         return None
     return np.ascontiguousarray(q.T if transposed else q), scale
 
@@ -168,13 +183,13 @@ def drop_unread(model: Any) -> None:
 
 def merge_repeated(model: Any) -> None:
     """Remove a QuantizeLinear that quantizes what a DequantizeLinear with its numbers made."""
-    for node in _nodes(model, "QuantizeLinear"):
+    for node in nodes(model, "QuantizeLinear"):
         source = node.inputs[0].producer()
         if source is None or source.op_type != "DequantizeLinear":
             continue
         ours, theirs = ([constant(v) for v in n.inputs[1:]] for n in (node, source))
         if len(ours) == len(theirs) and all(map(_same, ours, theirs)):
-            _replace(model, node, source.inputs[0])
+            replace(model, node, source.inputs[0])
 
 
 def _same(a: Array | None, b: Array | None) -> bool:
@@ -183,7 +198,7 @@ def _same(a: Array | None, b: Array | None) -> bool:
 
 def global_pools(model: Any) -> None:
     """Means over all positions as GlobalAveragePool, which has an integer kernel."""
-    for node in _nodes(model, "ReduceMean"):
+    for node in nodes(model, "ReduceMean"):
         x = node.inputs[0]
         axes = constant(node.inputs[1]) if len(node.inputs) > 1 else None
         if axes is None or x.shape is None or len(x.shape) < 3:
@@ -192,12 +207,12 @@ def global_pools(model: Any) -> None:
         if sorted(int(a) % rank for a in axes.flatten()) != list(range(2, rank)):
             continue
         pooled = insert(model, node, "GlobalAveragePool", [x], {})
-        if not _number(node, "keepdims", 1):
+        if not number(node, "keepdims", 1):
             for grid in _quantizer_behind(node):
                 q = insert(model, node, "QuantizeLinear", [pooled, *grid], {})
                 pooled = insert(model, node, "DequantizeLinear", [q, *grid], {})
             pooled = insert(model, node, "Flatten", [pooled], {"axis": 1})
-        _replace(model, node, pooled)
+        replace(model, node, pooled)
 
 
 def _quantizer_behind(node: Any) -> list[list[Any]]:
@@ -210,8 +225,8 @@ def _quantizer_behind(node: Any) -> list[list[Any]]:
 
 def integer_biases(model: Any) -> None:
     """Biases of quantized layers as int32 in units of input scale times weight scale."""
-    for node in [*_nodes(model, "Conv"), *_nodes(model, "Gemm")]:
-        if len(node.inputs) < 3 or _number(node, "alpha", 1) != 1:
+    for node in [*nodes(model, "Conv"), *nodes(model, "Gemm")]:
+        if len(node.inputs) < 3 or number(node, "alpha", 1) != 1:
             continue
         bias = constant(node.inputs[2])
         scales = [_scale(value) for value in node.inputs[:2]]
@@ -229,10 +244,7 @@ def integer_biases(model: Any) -> None:
 
 def strip(model: Any) -> None:
     """Drop unused constants and everything that only describes where the graph came from."""
-    used = {value for node in model.graph for value in node.inputs} | set(model.graph.outputs)
-    for name in list(model.graph.initializers):
-        if model.graph.initializers[name] not in used:
-            del model.graph.initializers[name]
+    drop_unused(model)
     model.metadata_props.clear()
     model.graph.metadata_props.clear()
     model.doc_string = model.graph.doc_string = None
@@ -244,6 +256,14 @@ def strip(model: Any) -> None:
     for value in values:
         value.metadata_props.clear()
         value.doc_string = None
+
+
+def drop_unused(model: Any) -> None:
+    """Drop constants that nothing reads."""
+    used = {value for node in model.graph for value in node.inputs} | set(model.graph.outputs)
+    for name in list(model.graph.initializers):
+        if model.graph.initializers[name] not in used:
+            del model.graph.initializers[name]
 
 
 def add_constant(model: Any, name: str, array: Array) -> Any:
@@ -274,11 +294,11 @@ def _scale(value: Any) -> Array | None:
     return constant(node.inputs[1])
 
 
-def _nodes(model: Any, op_type: str) -> Iterator[Any]:
+def nodes(model: Any, op_type: str) -> Iterator[Any]:
     yield from [node for node in model.graph if node.op_type == op_type]
 
 
-def _number(node: Any, name: str, default: int) -> float:
+def number(node: Any, name: str, default: int) -> float:
     attribute = node.attributes.get(name)
     return default if attribute is None else float(attribute.value)
 
@@ -307,7 +327,7 @@ def _insert_all(
     return list(made.outputs)
 
 
-def _replace(model: Any, node: Any, value: Any) -> None:
+def replace(model: Any, node: Any, value: Any) -> None:
     """Let all readers of a node's result read ``value``, and drop the node."""
     result = node.outputs[0]
     name, is_output = result.name, result.is_graph_output()

@@ -37,6 +37,7 @@ CHECK = _aten._assert_tensor_metadata.default
 DROPOUT = _aten.dropout.default
 
 LINEAR = _aten.linear.default
+TABLE = _aten.embedding.default
 CONVOLUTIONS = tuple(
     getattr(getattr(_aten, f"conv{d}d"), overload)
     for d in (1, 2)
@@ -113,7 +114,8 @@ def _erase_dropouts(editor: Editor) -> None:
 
 
 def _round_weight(editor: Editor, node: Node, layers: set[Node]) -> None:
-    """A weight as int8 where all that read it compute with integers, else as rounded floats."""
+    """A weight as int8 where all that read it compute with integers or look up rows of it, else as
+    rounded floats."""
     weight, scale, zero = (editor.value(source) for source in node.all_input_nodes)
     path = dict(editor.tensors()).get(node.all_input_nodes[0])
     if weight is None or scale is None or zero is None or path is None:
@@ -122,7 +124,8 @@ def _round_weight(editor: Editor, node: Node, layers: set[Node]) -> None:
     assert isinstance(axis, int)
     first = node.all_input_nodes[0]
     rounded = PER_CHANNEL(weight.detach(), scale, zero, *node.args[3:])
-    if not all(user in layers for user in node.users):
+    tables = {u for u in node.users if u.target is TABLE and axis == 0 and not zero.any()}
+    if not all(user in layers or user in tables for user in node.users):
         node.replace_all_uses_with(editor.add_input(first, f"{path}_rounded", rounded))
         editor.erase(node)
         return
@@ -131,10 +134,26 @@ def _round_weight(editor: Editor, node: Node, layers: set[Node]) -> None:
     parts = {"codes": codes.to(torch.int8), "step": scale, "zero": zero.long()}
     given = [editor.add_input(first, f"{path}_{name}", tensor) for name, tensor in parts.items()]
     for reader in list(node.users):
+        if reader in tables:
+            _look_up(editor, reader, *given[:2])
+            continue
         with editor.graph.inserting_before(reader):
             op = _operator("dequantize_per_channel.default")
             reader.replace_input_with(node, editor.call(op, *given, axis, *RANGE))
     editor.erase(node)
+    for unread in [tensor for tensor in given if not tensor.users]:
+        editor.forget(unread)
+
+
+def _look_up(editor: Editor, node: Node, codes: Node, step: Node) -> None:
+    """Rows of a table, looked up as integers."""
+    index = node.args[1]
+    with editor.graph.inserting_before(node):
+        rows = editor.call(_aten.to.dtype, editor.call(TABLE, codes, index), torch.float32)
+        steps = editor.call(TABLE, editor.call(_aten.unsqueeze.default, step, 1), index)
+        found = editor.call(_aten.mul.Tensor, rows, steps)
+    node.replace_all_uses_with(found)
+    editor.graph.erase_node(node)
 
 
 def _round_activation(editor: Editor, node: Node, layers: set[Node]) -> None:

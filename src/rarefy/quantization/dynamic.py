@@ -70,6 +70,7 @@ def dynamic_placement(graph: Graph, kept: Mapping[str, str]) -> Placement:
             found.weights | weights,
             {**found.layers, **recurrent},
             left,
+            found.tables,
         )
     )
 

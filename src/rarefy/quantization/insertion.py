@@ -93,7 +93,7 @@ def inserted(
         paths = [sibling(graph, weight.path, f"{_leaf(weight.path)}_{s}") for s in _SUFFIXES]
         buffers[paths[0]], buffers[paths[1]] = scales, torch.zeros_like(scales, dtype=torch.int32)
         behind[name] += _weight_quantizer(weight, paths)
-        if all(user.name in placement.layers for user in graph.users[name]):
+        if all(user.name in placement.readers for user in graph.users[name]):
             held = parameters if weight.path in parameters else buffers
             held[weight.path] = _on_grid(held[weight.path], scales)
     exclusive = placement.weights | (quantizers.keys() if steps is None else frozenset())
@@ -139,7 +139,7 @@ def _rewired(
     """
 
     def follow(reader: Node, ref: Ref) -> Ref:
-        quantized = ref.name not in exclusive or reader.name in placement.layers
+        quantized = ref.name not in exclusive or reader.name in placement.readers
         return Ref(behind[ref.name][-1].name) if quantized else ref
 
     for original in graph.nodes:

@@ -9,7 +9,7 @@ values. The same network with quantizers elsewhere runs several times slower.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -23,6 +23,9 @@ CONVOLUTIONS = frozenset(
 )
 LAYERS = CONVOLUTIONS | {"aten.linear.default"}
 """Layers that run in int8; arguments (input, weight, bias, ...), output channels first."""
+
+TABLE = "aten.embedding.default"
+"""Look-ups, arguments (weight, indices, ...): rows are stored in int8, nothing else is rounded."""
 
 ADDITIONS = frozenset({"aten.add.Tensor", "aten.mul.Tensor"})
 """Operators on two tensors that have an integer kernel."""
@@ -63,7 +66,6 @@ LEFT: Mapping[str, str] = {
     },
     "aten.conv3d.default": "runtimes have no fast int8 kernel for 3-d convolutions",
     "aten.batch_norm.default": "no convolution right before it to fold it into",
-    "aten.embedding.default": "a table look-up computes nothing",
     **{
         f"aten.{kind}.{'default' if kind.endswith('_cell') else 'input'}": (
             "recurrent layers run in float"
@@ -87,12 +89,19 @@ class Placement:
         weights: nodes of the weights that are quantized, along their first dimension.
         layers: quantized layer calls -> name of the layer.
         left: layer left in float -> reason.
+        tables: look-ups in tables that are quantized -> name of the layer.
     """
 
     activations: Mapping[str, str]
     weights: frozenset[str]
     layers: Mapping[str, str]
     left: Mapping[str, str]
+    tables: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def readers(self) -> Mapping[str, str]:
+        """Calls that read quantized weights -> name of the layer."""
+        return {**self.layers, **self.tables}
 
     @property
     def observed(self) -> frozenset[str]:
@@ -115,7 +124,7 @@ def place(
         fused: whether the output of a convolution goes to a function of :data:`FUSABLE` as it is.
 
     Returns:
-        The placement; every layer is among its ``layers`` or its ``left``.
+        The placement; every layer is among its ``layers``, its ``tables`` or its ``left``.
     """
     in_place = "its input or output is written in place"
     barred = {**dict.fromkeys(written(graph), in_place), **(barred or {})}
@@ -129,12 +138,21 @@ def place(
             layers[node.name] = layer
         else:
             left[layer] = reason
+    tables: dict[str, str] = {}
+    for node in (n for n in graph.calls if n.op == TABLE):
+        layer = layer_name(graph, node)
+        reason = (kept or {}).get(layer) or _table_obstacle(graph, node, barred, layers)
+        if reason is None:
+            tables[node.name] = layer
+        else:
+            left[layer] = reason
     quantized = _useful(graph, layers, _candidates(graph, layers, barred, plain), plain)
     return Placement(
         _ranges(graph, quantized),
-        frozenset(graph.by_name[name].args[1].name for name in layers),
+        frozenset(weight_of(graph.by_name[name]).name for name in (*layers, *tables)),
         layers,
         left,
+        tables,
     )
 
 
@@ -144,13 +162,18 @@ def not_empty(placement: Placement) -> Placement:
     Raises:
         InputError: it has none; the message says why.
     """
-    if not placement.layers:
+    if not placement.readers:
         raise InputError(
             "quantize(model)",
             f"no layer can be quantized: {dict(placement.left) or 'there is none'}",
-            "Give a float32 network with convolutions or linear layers",
+            "Give a float32 network with convolutions, linear layers or embeddings",
         )
     return placement
+
+
+def weight_of(node: Node) -> Any:
+    """The weight of a layer's call."""
+    return node.args[0 if node.op == TABLE else 1]
 
 
 def layer_name(graph: Graph, node: Node) -> str:
@@ -234,6 +257,22 @@ def _obstacle(
         return "its input is a constant"
     if not _is_float(source) or not _is_float(weight):
         return "it does not compute in single precision"
+    return None
+
+
+def _table_obstacle(
+    graph: Graph, node: Node, barred: Mapping[str, str], layers: Mapping[str, str]
+) -> str | None:
+    """Why a table cannot be stored in int8, or None."""
+    weight = graph.by_name[weight_of(node).name]
+    if weight.op != "tensor":
+        return "its weight is computed in forward"
+    if weight.name in barred:
+        return barred[weight.name]
+    if not _is_float(weight):
+        return "it does not compute in single precision"
+    if any(user.op != TABLE and user.name not in layers for user in graph.users[weight.name]):
+        return "its weight is read in float elsewhere"
     return None
 
 

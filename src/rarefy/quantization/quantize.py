@@ -27,7 +27,7 @@ from rarefy.quantization.insertion import (
     static_quantizers,
 )
 from rarefy.quantization.mixed import Allowance, Evaluate, checked_costs, search
-from rarefy.quantization.placement import LAYERS, Placement, place
+from rarefy.quantization.placement import LAYERS, TABLE, Placement, place
 from rarefy.quantization.scaling import equalize, rescaled, smooth
 from rarefy.quantization.splitting import split_silu
 from rarefy.quantization.summary import COMPARED, QuantizationSummary, noise, outputs, sqnr_by_layer
@@ -149,7 +149,12 @@ def _check_finite(net: GraphModel) -> None:
     Raises:
         InputError: some are not.
     """
-    read = {name for node in net.graph.calls if node.op in LAYERS for name in node.inputs[1:]}
+    read = {
+        name
+        for node in net.graph.calls
+        if node.op in LAYERS or node.op == TABLE
+        for name in node.inputs[node.op != TABLE :]
+    }
     for node in net.graph.nodes:
         if node.op == "tensor" and node.name in read:
             check_finite(node.path, net.tensor(node.path))
@@ -162,7 +167,7 @@ def _skipped(net: GraphModel, patterns: tuple[str, ...]) -> dict[str, str]:
         InputError: a pattern matches nothing.
     """
     found = place(net.graph)
-    layers = {*found.layers.values(), *found.left}
+    layers = {*found.readers.values(), *found.left}
     parts = [layer.split(".") for layer in layers]
     known = {".".join(names[:count]) for names in parts for count in range(1, len(names) + 1)}
     chosen = [path for p in patterns for path in matching(p, known, "Int8(skip=...)")]
@@ -222,8 +227,9 @@ class _Job:
 
     def sensitivities(self) -> dict[str, float]:
         """Error at the outputs when one layer alone is quantized, by layer."""
-        layers = list(dict.fromkeys(self.placement({}).layers.values()))
-        alone = {layer: dict.fromkeys(set(layers) - {layer}, "on trial") for layer in layers}
+        placement = self.placement({})
+        layers, known = dict.fromkeys(placement.layers.values()), {*placement.readers.values()}
+        alone = {layer: dict.fromkeys(known - {layer}, "on trial") for layer in layers}
         if self.scheme.activations == "static":
             kept = [{**self.skipped, **left} for left in alone.values()]
             self.calibration.observe(

@@ -56,7 +56,7 @@ def sqnr_by_layer(
     """
     carriers = {
         carrier(net.graph, net.graph.by_name[name]).name: layer
-        for name, layer in placement.layers.items()
+        for name, layer in placement.readers.items()
     }
     exact: dict[str, Tensor] = {}
     found: dict[str, float] = {}
@@ -77,7 +77,7 @@ def sqnr_by_layer(
     with evaluating(net, quantized):
         call(Watched(net, frozenset(carriers), remember), inputs)
         call(Watched(quantized, frozenset(shown), compare), inputs)
-    return {layer: found[layer] for layer in dict.fromkeys(placement.layers.values())}
+    return {layer: found[layer] for layer in dict.fromkeys(placement.readers.values())}
 
 
 def outputs(net: GraphModel, inputs: Inputs) -> list[Tensor]:
