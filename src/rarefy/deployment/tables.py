@@ -139,4 +139,5 @@ def _turned(model: Any, codes: Array) -> Any:
 def _paired(codes: Array) -> Array:
     """Two halves of each block in one byte, the first in its lower bits."""
     half = codes.shape[-1] // 2
-    return np.bitwise_or(codes[..., :half], codes[..., half:] << 4)
+    packed: Array = codes[..., :half] | codes[..., half:] << 4
+    return packed
