@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 import inspect
+import math
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeAlias
 
+import torch
 from torch import Tensor, nn
 
 from rarefy.batches import call, logits, map_tensors, mask_of, padding_of
@@ -77,16 +79,20 @@ class Objective(nn.Module):
         if self.tutor is None and not isinstance(labels, Answered):
             student, options = self._answer(inputs)
             options = options if self.masked else {}
-            value: Tensor = loss(student, self._labels(loss, labels, student), **options)
-            return value
+            return self._scalar(
+                "loss", loss(student, self._labels(loss, labels, student), **options)
+            )
         batch, ours, theirs = self._run(inputs, labels)
-        value = of_outputs(loss, batch)
+        value = self._scalar("loss", of_outputs(loss, batch.apart()))
         if ours is not None and theirs is not None:
             value = value + of_features(loss, self.heads, ours, theirs, batch.padding)
+        if not step:
+            self._require_gradient("loss", value)
         total = self._mixed(value, label_loss, batch)
         if self.tutor is not None and self.tutor.learns:
             batch = batch.swapped()
-            total = total + self._mixed(of_outputs(loss, batch), label_loss, batch)
+            value = self._scalar("loss", of_outputs(loss, batch.apart()))
+            total = total + self._mixed(value, label_loss, batch)
         return total
 
     def _run(self, inputs: Inputs, labels: Any) -> tuple[Batch, Taps | None, Taps | None]:
@@ -126,8 +132,31 @@ class Objective(nn.Module):
         if batch.labels is None or not self.label_weight:
             return value
         options = batch.options if self.label_masked else {}
-        hard = label_loss(batch.student, batch.labels, **options)
+        hard = self._scalar("label_loss", label_loss(batch.student, batch.labels, **options))
         return (1 - self.label_weight) * value + self.label_weight * hard
+
+    def _scalar(self, name: str, value: Any) -> Tensor:
+        """The value of a loss, or an error where it is not one number."""
+        if isinstance(value, Tensor) and value.numel() == 1:
+            return value.reshape(())
+        found = type(value).__name__
+        if isinstance(value, Tensor):
+            found = f"tensor of shape {tuple(value.shape)}"
+        raise InputError(
+            f"{self.where}({name})",
+            f"it gives a {found}",
+            'Return one number as a tensor: reduction="mean", and no .item()',
+        )
+
+    def _require_gradient(self, name: str, value: Tensor) -> None:
+        """Refuse a loss that no gradient comes from: the others would be all that is learned."""
+        if torch.is_grad_enabled() and not value.requires_grad:
+            raise InputError(
+                f"{self.where}({name})",
+                "no gradient comes from it to the student",
+                "Compute it from the student's logits, and detach them neither in the loss nor in "
+                "the network",
+            )
 
     def _tapped(self, network: nn.Module, paths: tuple[str, ...]) -> AbstractContextManager[Any]:
         return taps(network, paths, where=f"{self.where}(loss)") if paths else nullcontext()
@@ -149,13 +178,18 @@ class Objective(nn.Module):
             self.tutor.after_step(self.network)
 
     def misheard(self) -> bool:
-        """Whether the last answers of the teacher hold NaN: then no student can learn from them."""
-        return self.heard is not None and bool(self.heard.isnan().any())
+        """Whether no student can learn from the last answers of the teacher."""
+        return self.heard is not None and bool(unheard(self.heard).any())
 
     @property
     def teachers(self) -> Mapping[str, nn.Module]:
         """Name to network of those that it learns from."""
         return {} if self.tutor is None else {self.tutor.name: self.tutor.network}
+
+
+def unheard(answers: Tensor) -> Tensor:
+    """Where answers are NaN or +inf; a logit of -inf rules a class out."""
+    return answers.isnan() | (answers == math.inf)
 
 
 def at_step(loss: LossFunction, step: int) -> LossFunction:

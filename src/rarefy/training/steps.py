@@ -83,7 +83,7 @@ class Meter:
             if not math.isfinite(value):
                 where = f"{self.where}, epoch {epoch + 1}, step {step + 1}"
                 if self.misheard():
-                    raise TrainingError(where, "the teacher's answers hold NaN", MISHEARD)
+                    raise TrainingError(where, "the teacher's answers hold NaN or +inf", MISHEARD)
                 raise TrainingError(where, f"the loss is {value}", DIVERGED)
             self.total, self.count, self.last = self.total + value, self.count + 1, value
 
