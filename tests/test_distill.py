@@ -564,3 +564,26 @@ def test_answers_that_nobody_can_learn_from(bad) -> None:
         distill(Bad(), conv(), data, **ONE)
     with pytest.raises(InputError, match=r"3 of the 18 numbers.*first batch"):
         distill(Bad(), conv(), data[::-1], **ONE)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.4, 1.0])
+def test_accumulated_texts_are_those_of_one_large_batch(share) -> None:
+    """The teacher's words count by the padding of the inputs, not by labels that prompts lack."""
+    made = torch.Generator().manual_seed(0)
+    lengths, spoken = torch.tensor([[5, 4], [2, 1]]), torch.tensor([[3, 4], [0, 0]])
+    batches = []
+    for real, prompt in zip(lengths, spoken, strict=True):
+        place = torch.arange(5).expand(2, 5)
+        silent = (place < prompt[:, None]) | (place >= real[:, None])
+        labels = torch.randint(0, 6, (2, 5), generator=made)
+        batches.append({
+            "input_ids": torch.randint(0, 20, (2, 5), generator=made),
+            "attention_mask": (place < real[:, None]).long(),
+            "labels": labels.masked_fill(silent, -100),
+        })  # fmt: skip
+    whole = {name: torch.cat([b[name] for b in batches]) for name in batches[0]}
+    student, teacher = seeded(Text, 1), seeded(lambda: Text(16), 2)
+    options = {**ONE, "loss": KD(2) + FitNet().at("embed"), "label_weight": share}
+    found = distill(teacher, student, batches, accumulate=2, **options)
+    wanted = distill(teacher, student, [whole], **options)
+    assert close(found, wanted)

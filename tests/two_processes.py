@@ -41,7 +41,7 @@ class Unread(nn.Sequential):
     """Nobody reads its last layer, as the pooler of a text model."""
 
     def forward(self, x):
-        return self[:-1](x)
+        return nn.Sequential(*list(self)[:-1])(x)
 
 
 def unread(two):

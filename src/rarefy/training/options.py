@@ -69,10 +69,11 @@ class TrainOptions:
         precision: ``"no"``, ``"bf16"`` or ``"fp16"`` (not on a CPU): mixed precision by autocast,
             the weights stay in float32; None for what Accelerate is configured for.
         accumulate: batches of one optimizer step, at least 1. The last step of an epoch takes what
-            is left. Each batch weighs as much as it holds: labelled positions where the labels are
-            whole numbers, else examples. So the step is that of one large batch for every loss
-            that is a mean over those, also where batches, or the shares of several processes,
-            differ in size; BatchNorm still sees one batch at a time.
+            is left. Each batch weighs as much as it holds: on labels its labelled positions where
+            these are whole numbers, against a teacher the positions that ``attention_mask`` counts
+            where logits are sequences of it, else its examples. So the step is that of one large
+            batch for every loss that is a mean over those, also where batches, or the shares of
+            several processes, differ in size; BatchNorm still sees one batch at a time.
         ema: decay of a moving average of the weights, see
             :class:`~rarefy.training.average.Average`; the average is what ``val`` is evaluated
             with, and what is returned. None for no average.
