@@ -32,7 +32,7 @@ class ReverseKL(Loss):
 
     Raises:
         InputError: the temperature is not a positive number; when called, the shapes of student
-            and teacher differ, or the class dimension is not known.
+            and teacher differ, the class dimension is not known, or there is one class.
 
     Example:
         >>> student, teacher = torch.zeros(1, 2), torch.tensor([[math.log(3.0), 0.0]])
@@ -76,7 +76,7 @@ class JSD(Loss):
 
     Raises:
         InputError: a number is out of range; when called, the shapes of student and teacher differ,
-            or the class dimension is not known.
+            the class dimension is not known, or there is one class.
 
     Example:
         >>> student, teacher = torch.tensor([[0.0, -math.inf]]), torch.tensor([[-math.inf, 0.0]])

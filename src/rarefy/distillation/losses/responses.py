@@ -40,7 +40,7 @@ class KD(Loss):
 
     Raises:
         InputError: the temperature is not a positive number; when called, the shapes of student
-            and teacher differ, or the class dimension is not known.
+            and teacher differ, the class dimension is not known, or there is one class.
 
     Example:
         >>> student, teacher = torch.zeros(1, 2), torch.tensor([[math.log(3.0), 0.0]])
@@ -327,7 +327,7 @@ class DIST(Loss):
 
     Raises:
         InputError: a number is out of range; when called, the shapes of student and teacher differ,
-            or the class dimension is not known.
+            the class dimension is not known, or there is one class.
 
     Example:
         >>> logits = torch.tensor([[1.0, 0.0, 2.0], [0.0, 3.0, 1.0]])
