@@ -94,7 +94,7 @@ class Objective(nn.Module):
         if ours is not None and theirs is not None:
             value = value + of_features(loss, self.heads, ours, theirs, batch.padding)
         if not step:
-            self._require_gradient("loss", value)
+            self._require_gradient(value)
         total = self._mixed(value, label_loss, batch, weights)
         if self.tutor is not None and self.tutor.learns:
             batch = batch.swapped()
@@ -169,11 +169,11 @@ class Objective(nn.Module):
             'Return one number as a tensor: reduction="mean", and no .item()',
         )
 
-    def _require_gradient(self, name: str, value: Tensor) -> None:
+    def _require_gradient(self, value: Tensor) -> None:
         """Refuse a loss that no gradient comes from: the others would be all that is learned."""
         if torch.is_grad_enabled() and not value.requires_grad:
             raise InputError(
-                f"{self.where}({name})",
+                f"{self.where}(loss)",
                 "no gradient comes from it to the student",
                 "Compute it from the student's logits, and detach them neither in the loss nor in "
                 "the network",
