@@ -178,9 +178,10 @@ def _check(
     seed: int,
     ranks: tuple[int, int] | None,
 ) -> None:
-    for name, value in (("mass", mass), ("temperature", temperature)):
-        if not isinstance(value, int | float):
-            raise InputError(f"{WHERE}({name}={value!r})", "it is no number", f"Write {name}=0.9")
+    for option, number in (("mass", mass), ("temperature", temperature)):
+        if not isinstance(number, int | float):
+            where = f"{WHERE}({option}={number!r})"
+            raise InputError(where, "it is no number", f"Write {option}=0.9")
     rules: tuple[tuple[str, object, bool, str], ...] = (
         ("views", views, isinstance(views, int) and views >= 1, "a whole number, at least 1"),
         ("form", form, form is None or isinstance(form, Form), "Dense(), TopK(k) or the like"),
