@@ -25,7 +25,7 @@ from rarefy.distillation.losses import (
 from rarefy.distillation.soft_labels.read import SoftLabels
 from rarefy.distillation.soft_labels.views import Replay
 from rarefy.distillation.soft_labels.write import write_soft_labels
-from rarefy.errors import DataError, InputError
+from rarefy.errors import DataError, InputError, TrainingError
 from rarefy.schedules import Linear
 from rarefy.training.distill import distill
 from rarefy.training.evaluate import evaluate
@@ -517,3 +517,73 @@ def test_data_that_end_early() -> None:
     for empty in ([], [torch.zeros(0, 3, 8, 8)], iter([])):
         with pytest.raises(DataError, match="no example"):
             distill(conv(8), conv(), empty, **ONE)
+
+
+def test_what_is_no_loss() -> None:
+    for loss in ("KD", KD):
+        with pytest.raises(InputError, match="no loss that can be called"):
+            distill(conv(8), conv(), images(), loss=loss, **ONE)
+    with pytest.raises(InputError, match=r"does not say which.*FitNet\(...\).at"):
+        distill(conv(8), conv(), images(), loss=FitNet(), **ONE)
+    with pytest.raises(InputError, match="label_weight='half'"):
+        distill(conv(8), conv(), images(), label_weight="half", **ONE)
+
+
+def test_an_attribute_of_the_users_own_is_kept_beside_a_peer() -> None:
+    student = conv()
+    student.trained = "by me"
+    assert distill(Peer(conv(8)), student, images(), **ONE).trained == "by me"
+
+
+def test_a_teacher_that_changes_is_refused_before_the_first_step() -> None:
+    class Counting(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = conv(8)
+            self.register_buffer("calls", torch.zeros(()))
+
+        def forward(self, x):
+            self.calls += 1
+            return self.net(x)
+
+    steps = []
+    with pytest.raises(TrainingError, match="changed while it only answered"):
+        distill(Counting(), conv(), images(), after_step=steps.append, **ONE)
+    assert not steps
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_answers_that_nobody_can_learn_from(bad) -> None:
+    class Bad(nn.Module):
+        def forward(self, x):
+            return torch.where(x[:, :1, 0, 0] > 90, bad, x.flatten(1)[:, :3])
+
+    data = images()
+    data[2][0][0] = 99.0
+    with pytest.raises(TrainingError, match=r"step 3: the teacher's answers hold NaN or \+inf"):
+        distill(Bad(), conv(), data, **ONE)
+    with pytest.raises(InputError, match=r"3 of the 18 numbers.*first batch"):
+        distill(Bad(), conv(), data[::-1], **ONE)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.4, 1.0])
+def test_accumulated_texts_are_those_of_one_large_batch(share) -> None:
+    """The teacher's words count by the padding of the inputs, not by labels that prompts lack."""
+    made = torch.Generator().manual_seed(0)
+    lengths, spoken = torch.tensor([[5, 4], [2, 1]]), torch.tensor([[3, 4], [0, 0]])
+    batches = []
+    for real, prompt in zip(lengths, spoken, strict=True):
+        place = torch.arange(5).expand(2, 5)
+        silent = (place < prompt[:, None]) | (place >= real[:, None])
+        labels = torch.randint(0, 6, (2, 5), generator=made)
+        batches.append({
+            "input_ids": torch.randint(0, 20, (2, 5), generator=made),
+            "attention_mask": (place < real[:, None]).long(),
+            "labels": labels.masked_fill(silent, -100),
+        })  # fmt: skip
+    whole = {name: torch.cat([b[name] for b in batches]) for name in batches[0]}
+    student, teacher = seeded(Text, 1), seeded(lambda: Text(16), 2)
+    options = {**ONE, "loss": KD(2) + FitNet().at("embed"), "label_weight": share}
+    found = distill(teacher, student, batches, accumulate=2, **options)
+    wanted = distill(teacher, student, [whole], **options)
+    assert close(found, wanted)

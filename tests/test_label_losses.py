@@ -80,6 +80,12 @@ def test_cross_entropy_finds_the_class_dimension_of_maps() -> None:
     logits, _ = pair((2, 5, 3, 4))
     labels = torch.randint(0, 5, (2, 3, 4))
     assert CrossEntropy()(logits, labels).item() == CrossEntropy(dim=1)(logits, labels).item()
+    square, _ = pair((2, 5, 5, 5))  # both dimensions fit: maps have their classes in the first
+    labels = torch.randint(0, 5, (2, 5, 5))
+    assert CrossEntropy()(square, labels).item() == CrossEntropy(dim=1)(square, labels).item()
+    last, _ = pair((2, 4, 3, 5))
+    labels = torch.randint(0, 5, (2, 4, 3))
+    assert CrossEntropy()(last, labels).item() == CrossEntropy(dim=-1)(last, labels).item()
 
 
 @pytest.mark.parametrize("smoothing", [-0.1, 1.0, math.nan])
@@ -100,3 +106,20 @@ def test_labels_that_do_not_fit() -> None:
         CrossEntropy(dim=1)(logits, torch.tensor([0, 1, 2]))
     with pytest.raises(DataError, match="float32"):
         CrossEntropy()(logits, torch.tensor([0.0, 1.0]))
+
+
+@pytest.mark.parametrize(
+    "labels", [[[1.0, 1.0, 0.0], [0.0, 1.0, 0.0]], [[1.5, -0.5, 0.0], [0.0, 0.0, 1.0]]]
+)
+def test_targets_that_are_no_probabilities(labels) -> None:
+    """Multi-label targets and real numbers have the shape of probabilities."""
+    with pytest.raises(DataError, match=r"sum to.*BCEWithLogitsLoss"):
+        CrossEntropy()(torch.zeros(2, 3), torch.tensor(labels))
+    half = torch.full((2, 1000), 0.001, dtype=torch.float16)
+    assert CrossEntropy()(torch.zeros(2, 1000), half).isfinite()
+
+
+@pytest.mark.parametrize("labels", [torch.zeros(4).long(), torch.ones(4, 1)])
+def test_one_class_teaches_nothing(labels) -> None:
+    with pytest.raises(InputError, match="one class"):
+        CrossEntropy()(torch.zeros(4, 1), labels)

@@ -10,7 +10,7 @@ from torch import nn
 from rarefy.distillation.losses import CTC, KD
 from rarefy.errors import InputError
 from rarefy.training.objective import Objective
-from rarefy.training.teachers import Aside, One
+from rarefy.training.teachers import Aside, One, Peer
 
 torch.set_num_threads(1)
 
@@ -135,3 +135,43 @@ def test_a_network_may_give_the_mask_of_its_logits() -> None:
     hard = F.ctc_loss(ours.log_softmax(-1).transpose(0, 1), labels, (2, 1), (1, 1))
     assert torch.allclose(found, 0.5 * soft + 0.5 * hard)
     assert torch.allclose(Objective("train", network, CTC())(PADDED, labels), hard)
+
+
+def test_a_peer_gets_no_gradient_as_the_teacher() -> None:
+    """Whatever the loss does with its second argument: each learns from its own term alone."""
+    student, x = net(), torch.randn(5, 4)
+    tutor = Peer(net()).start(student, "distill(teacher)")
+    objective = Objective("distill", student, F.mse_loss, tutor).eval()
+    objective(x, None).backward()
+    for own, its in ((student, tutor.network), (tutor.network, student)):
+        wanted = copy.deepcopy(own)
+        wanted.zero_grad()
+        F.mse_loss(wanted(x), its(x).detach()).backward()
+        for p, q in zip(own.parameters(), wanted.parameters(), strict=True):
+            assert torch.allclose(p.grad, q.grad)
+
+
+@pytest.mark.parametrize(
+    ("loss", "what"),
+    [
+        (lambda a, b: (a - b).square(), r"a tensor of shape \(5, 3\)"),
+        (lambda a, b: F.mse_loss(a, b).item(), "a float"),
+        (lambda a, b: (F.mse_loss(a, b), a), "a tuple"),
+    ],
+)
+def test_a_loss_is_one_number(loss, what) -> None:
+    """The label loss must not hide that the teacher's says nothing."""
+    x, y = torch.randn(5, 4), torch.zeros(5).long()
+    with pytest.raises(InputError, match=rf"distill\(loss\): it gives {what}"):
+        Objective("distill", net(), loss, tutor(), 0.1)(x, y)
+    with pytest.raises(InputError, match=rf"distill\(label_loss\): it gives {what}"):
+        Objective("distill", net(), KD(), tutor(), 0.1, loss)(x, F.one_hot(y, 3).float())
+
+
+def test_a_loss_without_a_gradient_is_refused_beside_one_of_labels() -> None:
+    x, y = torch.randn(5, 4), torch.zeros(5).long()
+    objective = Objective("distill", net(), lambda a, b: F.mse_loss(a.detach(), b), tutor(), 0.1)
+    with pytest.raises(InputError, match=r"distill\(loss\): no gradient comes from it"):
+        objective(x, y)
+    with torch.no_grad():
+        objective(x, y)

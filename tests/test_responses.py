@@ -15,11 +15,13 @@ from loss_cases import float32_inside, gradients_agree, mask_for, pair, rows
 from rarefy.distillation.losses import (
     DIST,
     DKD,
+    JSD,
     KD,
     MSE,
     NKD,
     SP,
     CrossEntropy,
+    ReverseKL,
     Standardized,
 )
 from rarefy.errors import DataError, InputError
@@ -434,3 +436,12 @@ def test_dist_where_nothing_varies() -> None:
 def test_numbers_of_losses_are_checked(make, value) -> None:
     with pytest.raises(InputError, match=r"must be a number.*Write "):
         make(value)
+
+
+@pytest.mark.parametrize(
+    "loss", [KD(), DKD(), NKD(), DIST(), ReverseKL(), JSD(), Standardized(KD(2))]
+)
+def test_one_class_teaches_nothing(loss) -> None:
+    """The softmax of one logit is 1: such a loss is 0, and so is its gradient."""
+    with pytest.raises(InputError, match=r"one class.*Binary"):
+        loss(*pair((4, 1)))

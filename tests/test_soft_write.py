@@ -23,6 +23,7 @@ from rarefy.distillation.soft_labels.read import SoftLabels
 from rarefy.distillation.soft_labels.records import Dense, Outputs, Sampled, TopK
 from rarefy.distillation.soft_labels.views import Replay
 from rarefy.errors import DataError, InputError, OutputError, TrainingError
+from rarefy.training.teachers import Ensemble
 from soft_label_store import CLASSES, SAMPLES, dataset, expected, images, loader, teacher, write
 
 
@@ -121,7 +122,10 @@ def test_outputs_of_any_fixed_shape(tmp_path: Path, outputs: str, options: dict[
         (teacher(), {"ranks": (0, 2), "overwrite": True}, "Remove the folder"),
         (teacher(), {"seed": -1}, "seed"),
         (teacher(), {"form": TopK(50)}, "11 classes"),
+        (teacher(), {"mass": "most"}, "no number"),
         (nn.Flatten(0), {}, "batch"),
+        (nn.Linear(7, 3), {}, r"write_soft_labels\(teacher\): it does not run on a batch"),
+        (Ensemble([teacher()]), {}, "a Ensemble is no network"),
         (Positions("scores"), {"views": 2}, "Replay"),
     ],
 )

@@ -389,8 +389,15 @@ def test_a_network_that_cannot_be_copied() -> None:
 
 
 def test_losses_that_cannot_be_minimized() -> None:
-    for loss in (lambda a, b: a, lambda a, b: a.sum().detach()):
-        with pytest.raises(InputError, match="no scalar that depends"):
+    with pytest.raises(InputError, match="no scalar that depends"):
+        train(mlp(), random_batches(), loss=lambda a, b: a.sum().detach(), **QUICK)
+    for loss, what in (
+        (lambda a, b: a, r"a tensor of shape \(8, 10\)"),
+        (lambda a, b: a.sum().item(), "a float"),
+        (lambda a, b: {"loss": a.sum()}, "a dict"),
+        (lambda a, b: None, "a NoneType"),
+    ):
+        with pytest.raises(InputError, match=rf"train\(loss\): it gives {what}"):
             train(mlp(), random_batches(), loss=loss, **QUICK)
 
 
@@ -446,6 +453,10 @@ def test_a_last_batch_of_one_example(capsys) -> None:
         {"weight_decay": -1},
         {"schedule": "step"},
         {"warmup": 1},
+        {"warmup": "0.1"},
+        {"momentum": None},
+        {"weight_decay": "none"},
+        {"ema": "0.9"},
         {"clip_norm": 0},
     ],
 )

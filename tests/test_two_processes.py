@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 SCRIPT = Path(__file__).with_name("two_processes.py")
-CASES = ["even", "shuffled", "nan"]
+CASES = ["even", "shuffled", "nan", "unread", "too_few"]
 
 pytestmark = pytest.mark.slow
 
@@ -57,6 +57,18 @@ def test_two_processes_take_the_steps_of_one(found) -> None:
     assert two["train"] == pytest.approx(one["train"], rel=1e-5)
     assert two["steps"] == one["steps"] == 6
     assert two["threads"] == 1
+
+
+def test_parameters_that_no_loss_reads_stay_as_they_are(found) -> None:
+    two, one = found[0]["unread-0"], found[0]["unread-alone"]
+    assert two["weights"] == pytest.approx(one["weights"], abs=1e-6)
+    assert two["unread"] == one["unread"] == [1.0]
+
+
+def test_fewer_batches_than_processes(found) -> None:
+    assert found[0]["too_few-alone"]["steps"] == 2
+    for rank in (0, 1):
+        assert "1 batch for 2 processes" in found[0][f"too_few-{rank}"]["error"]
 
 
 def test_shuffled_data_are_shared(found) -> None:

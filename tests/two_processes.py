@@ -10,10 +10,11 @@ import sys
 from pathlib import Path
 
 import torch
+from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from rarefy.copies import fingerprint
-from rarefy.errors import TrainingError
+from rarefy.errors import DataError, TrainingError
 from rarefy.metrics import Perplexity
 from rarefy.training.train import train
 from training_networks import Unsized, conv, mlp, random_batches
@@ -36,7 +37,24 @@ def nan(two):
     return mlp(), data, {}
 
 
-CASES = {"even": even, "shuffled": shuffled, "nan": nan}
+class Unread(nn.Sequential):
+    """Nobody reads its last layer, as the pooler of a text model."""
+
+    def forward(self, x):
+        return nn.Sequential(*list(self)[:-1])(x)
+
+
+def unread(two):
+    net = Unread(*mlp(), nn.Linear(10, 10))
+    nn.init.ones_(net[-1].weight)
+    return net, random_batches(6), {"accumulate": 1 if two else 2, "metric": Perplexity()}
+
+
+def too_few(two):
+    return mlp(), random_batches(1), {}
+
+
+CASES = {"even": even, "shuffled": shuffled, "nan": nan, "unread": unread, "too_few": too_few}
 
 
 def main(folder, case):
@@ -55,12 +73,13 @@ def main(folder, case):
             checkpoint=where,
             **options,
         )
-    except TrainingError as error:
+    except (DataError, TrainingError) as error:
         found = {"error": str(error)}
     else:
         found = {
             "print": fingerprint(net),
-            "weights": net.state_dict()["2.bias" if case == "even" else "7.bias"].tolist(),
+            "weights": net.state_dict()["7.bias" if case == "shuffled" else "2.bias"].tolist(),
+            "unread": net.state_dict().get("3.weight", torch.ones(1)).unique().tolist(),
             "history": [(e.loss, e.val) for e in net.trained.epochs],
             "before": net.trained.before,
             "train": net.trained.student.train,

@@ -53,7 +53,7 @@ def own_accelerator(precision: str | None = None, **options: Any) -> Iterator[Ac
     with quiet_setup():
         from accelerate import Accelerator
         from accelerate.state import AcceleratorState, GradientState, PartialState
-        from accelerate.utils import GradientAccumulationPlugin
+        from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin
 
     states = [cls._shared_state for cls in (PartialState, AcceleratorState, GradientState)]
     kept, threads = [dict(state) for state in states], torch.get_num_threads()
@@ -67,6 +67,8 @@ def own_accelerator(precision: str | None = None, **options: Any) -> Iterator[Ac
                 # Without this, processes on CPUs would not find each other.
                 cpu="LOCAL_RANK" in os.environ and not torch.accelerator.is_available(),
                 gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+                # A loss of inner features alone, or a pooler that nobody reads, leaves some out.
+                kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
                 **options,
             )
         torch.set_num_threads(threads)

@@ -22,7 +22,7 @@ from rarefy.batches import (
     unchanged,
 )
 from rarefy.copies import own_copy
-from rarefy.distillation.losses import KD
+from rarefy.distillation.losses import KD, FeatureLoss
 from rarefy.distillation.soft_labels.read import SoftLabels
 from rarefy.errors import InputError, RarefyError, first_line
 from rarefy.metrics import Metric, Top1
@@ -30,7 +30,7 @@ from rarefy.process import replayable, set_epoch
 from rarefy.training.job import AfterStep, Job, Penalty, Trackers
 from rarefy.training.loop import fit, require_usable
 from rarefy.training.networks import require_trainable
-from rarefy.training.objective import LossFunction, Objective
+from rarefy.training.objective import LossFunction, Objective, unheard
 from rarefy.training.options import OPTIMIZERS, TrainOptions, with_changes
 from rarefy.training.record import Trained
 from rarefy.training.stored import Joined, require_answerable
@@ -166,9 +166,20 @@ def _require_sensible(student: object, loss: Any, label_weight: float) -> None:
         raise InputError(
             "distill(student)", f"a {type(student).__name__} is no network", "Give an nn.Module"
         )
-    if not 0 <= label_weight <= 1:
+    if not isinstance(label_weight, int | float) or not 0 <= label_weight <= 1:
         raise InputError(
             f"distill(label_weight={label_weight!r})", "it is a share, 0 to 1", "Write 0.1"
+        )
+    if not callable(loss) or isinstance(loss, type):
+        raise InputError(
+            f"distill(loss={loss!r})", "it is no loss that can be called", "Give KD() or MSE()"
+        )
+    if isinstance(loss, FeatureLoss):
+        name = type(loss).__name__
+        raise InputError(
+            f"distill(loss={name}(...))",
+            "it compares features, and does not say which",
+            f"Name the module: KD() + {name}(...).at('layer3'), or leave the pairing to '*'",
         )
     if getattr(loss, "against", "teacher") == "labels":
         raise InputError(
@@ -182,8 +193,8 @@ def _ended(student: nn.Module, tutor: Tutor | None) -> nn.Module:
     """The student, whose record holds a network that was trained along."""
     if tutor is not None:
         tutor.finish("distill(teacher)")
-    if tutor is not None and tutor.learns:
-        record: Trained = student.trained  # type: ignore[assignment]
+    record: Any = student.trained
+    if tutor is not None and tutor.learns and isinstance(record, Trained):
         peer = tutor.network.to(device_of(student))
         student.trained = replace(record, peer=peer)  # type: ignore[assignment]
     return student
@@ -236,16 +247,19 @@ def _objective(
     objective.heads, objective.notes = heads, notes
     with evaluating(objective), unchanged(student):
         objective(inputs, labels)
+    if tutor is not None and not tutor.learns:
+        tutor.finish("distill(teacher)")  # known now, not after hours
     return objective
 
 
 def _require_numbers(tutor: Tutor, inputs: Inputs) -> None:
     answers = _answers("distill(teacher)", tutor, lambda: tutor(inputs), inputs)
-    if answers.isnan().any():
+    wrong = unheard(answers)
+    if wrong.any():
         raise InputError(
             "distill(teacher)",
-            f"{int(answers.isnan().sum())} of the {answers.numel()} numbers that the {tutor.name} "
-            "gives for the first batch are NaN",
+            f"{int(wrong.sum())} of the {answers.numel()} numbers that the {tutor.name} "
+            "gives for the first batch are NaN or +inf",
             "Check the teacher, its precision and the inputs",
         )
 

@@ -152,6 +152,13 @@ class _Loop:
 
     def _require_possible(self, length: int) -> None:
         where, options = self.job.where, self.options
+        whole, parts = operator.length_hint(self.source, 0), self.accelerator.num_processes
+        if whole and not length and parts > 1:
+            raise DataError(
+                f"{where}(data)",
+                f"{whole} {'batch' if whole == 1 else 'batches'} for {parts} processes",
+                "Use smaller batches, or fewer processes",
+            )
         if length and options.accumulate > length:
             raise InputError(
                 f"{where}(accumulate={options.accumulate})",

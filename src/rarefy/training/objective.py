@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import copy
 import inspect
+import math
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeAlias
 
+import torch
 from torch import Tensor, nn
 
-from rarefy.batches import call, logits, map_tensors, mask_of, padding_of
+from rarefy.batches import batch_size, call, logits, map_tensors, mask_of, padding_of
 from rarefy.distillation.losses import CrossEntropy, Loss
 from rarefy.distillation.taps import Taps, taps
 from rarefy.errors import InputError
@@ -22,6 +24,10 @@ from rarefy.types import Inputs
 
 LossFunction: TypeAlias = Callable[..., Tensor]
 """``loss(logits, reference)`` to a scalar, such as those of :mod:`rarefy.distillation.losses`."""
+
+
+Weights: TypeAlias = tuple[float, float]
+"""Of a batch's losses against the teacher and on the labels, among the batches of a step."""
 
 
 class Objective(nn.Module):
@@ -46,6 +52,7 @@ class Objective(nn.Module):
         heads: what terms of features train along, by the number of the term.
         notes: what to tell the user before the first step.
         heard: what the teacher said to the last batch.
+        positions: whether the ``attention_mask`` of the inputs said which of its logits count.
     """
 
     def __init__(
@@ -65,11 +72,14 @@ class Objective(nn.Module):
         self.scheduled = any(at_step(x, 0) is not x for x in (self.loss, self.label_loss))
         self.heads, self.notes = nn.ModuleDict(), tuple[str, ...]()
         self.heard: Tensor | None = None
+        self.positions = False
         places = bindings(loss)
         self.ours = tuple(path for place in places for path in paths_of(place.student))
         self.theirs = tuple(path for place in places for path in paths_of(place.teacher))
 
-    def forward(self, inputs: Inputs, labels: Any, step: int = 0) -> Tensor:
+    def forward(
+        self, inputs: Inputs, labels: Any, step: int = 0, weights: Weights = (1.0, 1.0)
+    ) -> Tensor:
         """The loss of a batch at a step of the optimizer, a scalar."""
         loss, label_loss = self.loss, self.label_loss
         if self.scheduled:
@@ -77,16 +87,19 @@ class Objective(nn.Module):
         if self.tutor is None and not isinstance(labels, Answered):
             student, options = self._answer(inputs)
             options = options if self.masked else {}
-            value: Tensor = loss(student, self._labels(loss, labels, student), **options)
-            return value
+            value = loss(student, self._labels(loss, labels, student), **options)
+            return weights[1] * self._scalar("loss", value)
         batch, ours, theirs = self._run(inputs, labels)
-        value = of_outputs(loss, batch)
+        value = self._scalar("loss", of_outputs(loss, batch.apart()))
         if ours is not None and theirs is not None:
             value = value + of_features(loss, self.heads, ours, theirs, batch.padding)
-        total = self._mixed(value, label_loss, batch)
+        if not step:
+            self._require_gradient(value)
+        total = self._mixed(value, label_loss, batch, weights)
         if self.tutor is not None and self.tutor.learns:
             batch = batch.swapped()
-            total = total + self._mixed(of_outputs(loss, batch), label_loss, batch)
+            value = self._scalar("loss", of_outputs(loss, batch.apart()))
+            total = total + self._mixed(value, label_loss, batch, weights)
         return total
 
     def _run(self, inputs: Inputs, labels: Any) -> tuple[Batch, Taps | None, Taps | None]:
@@ -118,16 +131,53 @@ class Objective(nn.Module):
         """The network's logits, and ``mask=`` of them: its own, else that of the inputs."""
         outputs = call(self.network, inputs)
         student = logits(outputs)
-        masks = (_mask(found, student) for found in (mask_of(outputs), padding_of(inputs)))
-        return student, next(filter(None, masks), {})
+        own, given = (_mask(found, student) for found in (mask_of(outputs), padding_of(inputs)))
+        self.positions = bool(given) and not own
+        return student, own or given
 
-    def _mixed(self, value: Tensor, label_loss: LossFunction, batch: Batch) -> Tensor:
+    def answered(self, inputs: Inputs) -> int:
+        """What the loss against a teacher is a mean over: positions that count, or examples.
+
+        Where the network itself gives the mask, it is not known before it ran: examples.
+        """
+        padding = padding_of(inputs)
+        if self.positions and padding is not None:
+            return int(padding.count_nonzero())
+        return batch_size(inputs)
+
+    def _mixed(
+        self, value: Tensor, label_loss: LossFunction, batch: Batch, weights: Weights
+    ) -> Tensor:
         """The loss against a teacher, and that against the labels where there are some."""
+        value = weights[0] * value
         if batch.labels is None or not self.label_weight:
             return value
         options = batch.options if self.label_masked else {}
-        hard = label_loss(batch.student, batch.labels, **options)
-        return (1 - self.label_weight) * value + self.label_weight * hard
+        hard = self._scalar("label_loss", label_loss(batch.student, batch.labels, **options))
+        return (1 - self.label_weight) * value + self.label_weight * weights[1] * hard
+
+    def _scalar(self, name: str, value: Any) -> Tensor:
+        """The value of a loss, or an error where it is not one number."""
+        if isinstance(value, Tensor) and value.numel() == 1:
+            return value.reshape(())
+        found = type(value).__name__
+        if isinstance(value, Tensor):
+            found = f"tensor of shape {tuple(value.shape)}"
+        raise InputError(
+            f"{self.where}({name})",
+            f"it gives a {found}",
+            'Return one number as a tensor: reduction="mean", and no .item()',
+        )
+
+    def _require_gradient(self, value: Tensor) -> None:
+        """Refuse a loss that no gradient comes from: the others would be all that is learned."""
+        if torch.is_grad_enabled() and not value.requires_grad:
+            raise InputError(
+                f"{self.where}(loss)",
+                "no gradient comes from it to the student",
+                "Compute it from the student's logits, and detach them neither in the loss nor in "
+                "the network",
+            )
 
     def _tapped(self, network: nn.Module, paths: tuple[str, ...]) -> AbstractContextManager[Any]:
         return taps(network, paths, where=f"{self.where}(loss)") if paths else nullcontext()
@@ -149,13 +199,18 @@ class Objective(nn.Module):
             self.tutor.after_step(self.network)
 
     def misheard(self) -> bool:
-        """Whether the last answers of the teacher hold NaN: then no student can learn from them."""
-        return self.heard is not None and bool(self.heard.isnan().any())
+        """Whether no student can learn from the last answers of the teacher."""
+        return self.heard is not None and bool(unheard(self.heard).any())
 
     @property
     def teachers(self) -> Mapping[str, nn.Module]:
         """Name to network of those that it learns from."""
         return {} if self.tutor is None else {self.tutor.name: self.tutor.network}
+
+
+def unheard(answers: Tensor) -> Tensor:
+    """Where answers are NaN or +inf; a logit of -inf rules a class out."""
+    return answers.isnan() | (answers == math.inf)
 
 
 def at_step(loss: LossFunction, step: int) -> LossFunction:

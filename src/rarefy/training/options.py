@@ -69,10 +69,11 @@ class TrainOptions:
         precision: ``"no"``, ``"bf16"`` or ``"fp16"`` (not on a CPU): mixed precision by autocast,
             the weights stay in float32; None for what Accelerate is configured for.
         accumulate: batches of one optimizer step, at least 1. The last step of an epoch takes what
-            is left. Each batch weighs as much as it holds: labelled positions where the labels are
-            whole numbers, else examples. So the step is that of one large batch for every loss
-            that is a mean over those, also where batches, or the shares of several processes,
-            differ in size; BatchNorm still sees one batch at a time.
+            is left. Each batch weighs as much as it holds: on labels its labelled positions where
+            these are whole numbers, against a teacher the positions that ``attention_mask`` counts
+            where logits are sequences of it, else its examples. So the step is that of one large
+            batch for every loss that is a mean over those, also where batches, or the shares of
+            several processes, differ in size; BatchNorm still sees one batch at a time.
         ema: decay of a moving average of the weights, see
             :class:`~rarefy.training.average.Average`; the average is what ``val`` is evaluated
             with, and what is returned. None for no average.
@@ -117,22 +118,32 @@ def _whole(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
+def _number(value: object, holds: Callable[[float], bool]) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and holds(value)
+
+
 def _positive(value: float | None) -> bool:
-    return value is None or (isinstance(value, int | float) and 0 < value < math.inf)
+    return value is None or _number(value, lambda v: 0 < v < math.inf)
 
 
 _RULES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "epochs": (_whole, "a whole number, at least 1"),
     "lr": (_positive, "a number above 0, or None"),
-    "optimizer": (lambda v: v in OPTIMIZERS, f"one of {', '.join(OPTIMIZERS)}"),
-    "momentum": (lambda v: 0 <= v < 1, "at least 0 and below 1"),
-    "weight_decay": (lambda v: 0 <= v < math.inf, "a number, at least 0"),
-    "schedule": (lambda v: v in SCHEDULES, f"one of {', '.join(SCHEDULES)}"),
-    "warmup": (lambda v: 0 <= v < 1, "a share of the training, at least 0 and below 1"),
+    "optimizer": (lambda v: v in tuple(OPTIMIZERS), f"one of {', '.join(OPTIMIZERS)}"),
+    "momentum": (lambda v: _number(v, lambda n: 0 <= n < 1), "at least 0 and below 1"),
+    "weight_decay": (lambda v: _number(v, lambda n: 0 <= n < math.inf), "a number, at least 0"),
+    "schedule": (lambda v: v in tuple(SCHEDULES), f"one of {', '.join(SCHEDULES)}"),
+    "warmup": (
+        lambda v: _number(v, lambda n: 0 <= n < 1),
+        "a share of the training, at least 0 and below 1",
+    ),
     "clip_norm": (_positive, "a number above 0, or None"),
     "precision": (lambda v: v in (None, *PRECISIONS), f"one of {', '.join(PRECISIONS)}, or None"),
     "accumulate": (_whole, "a whole number, at least 1"),
-    "ema": (lambda v: v is None or 0 < v < 1, "above 0 and below 1, or None"),
+    "ema": (
+        lambda v: v is None or _number(v, lambda n: 0 < n < 1),
+        "above 0 and below 1, or None",
+    ),
     "patience": (lambda v: v is None or _whole(v), "a whole number, at least 1, or None"),
     "keep": (lambda v: v in KEEP, f"one of {', '.join(KEEP)}"),
 }

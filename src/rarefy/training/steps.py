@@ -18,7 +18,7 @@ from rarefy.process import quiet_setup, shared_mean
 from rarefy.training.average import Average
 from rarefy.training.job import Job
 from rarefy.training.networks import fill, has_batch_norm, tensors_of
-from rarefy.training.objective import Objective
+from rarefy.training.objective import Objective, Weights
 from rarefy.training.options import optimizer_of, schedule_of
 from rarefy.training.stored import labels_of
 from rarefy.types import Inputs
@@ -83,7 +83,7 @@ class Meter:
             if not math.isfinite(value):
                 where = f"{self.where}, epoch {epoch + 1}, step {step + 1}"
                 if self.misheard():
-                    raise TrainingError(where, "the teacher's answers hold NaN", MISHEARD)
+                    raise TrainingError(where, "the teacher's answers hold NaN or +inf", MISHEARD)
                 raise TrainingError(where, f"the loss is {value}", DIVERGED)
             self.total, self.count, self.last = self.total + value, self.count + 1, value
 
@@ -158,17 +158,14 @@ class Stepper:
         for group in self.built.param_groups:
             group["lr"] = self.peak * self.schedule(done)
 
-    def gradients(
-        self, used: Sequence[tuple[Example, float | None]], epoch: int, index: int
-    ) -> Tensor:
+    def gradients(self, used: Sequence[tuple[Example, Weights]], epoch: int, index: int) -> Tensor:
         """The gradients of the weighted mean of the losses; returns it."""
         found: Tensor | None = None
-        for number, ((inputs, labels), weight) in enumerate(used):
+        for number, ((inputs, labels), weights) in enumerate(used):
             last = number == len(used) - 1
             with nullcontext() if last else self.accelerator.no_sync(self.wrapped):
-                loss = self.wrapped(moved(inputs, self.accelerator.device), labels, step=self.steps)
-                if weight != 1.0:
-                    loss = loss * weight
+                placed = moved(inputs, self.accelerator.device)
+                loss = self.wrapped(placed, labels, step=self.steps, weights=weights)
                 if last and self.job.regularizer is not None:
                     loss = loss + self.job.regularizer(self.model, self.steps)
                 if loss.numel() != 1 or not loss.requires_grad:
@@ -183,32 +180,33 @@ class Stepper:
         assert found is not None
         return found
 
-    def weights(self, group: Sequence[Example]) -> list[float | None]:
-        """The weight of each batch's loss, None for a batch that is left out.
+    def weights(self, group: Sequence[Example]) -> list[Weights | None]:
+        """The weights of each batch's losses, None for a batch that is left out.
 
-        The weights of all batches on all processes have a mean over processes of 1.
+        Each of the two, over all batches on all processes, has a mean over processes of 1.
         """
         sizes = [batch_size(inputs) for inputs, _ in group] if self.needs_two else None
         alone = self.accelerator.num_processes == 1
         if alone and len(group) == 1:
-            return [None if sizes is not None and sizes[0] < 2 else 1.0]
-        counts = [[counted(*batch) for batch in group], sizes or [2] * len(group)]
-        everywhere = torch.tensor([counts], dtype=torch.float32)
+            return [None if sizes is not None and sizes[0] < 2 else (1.0, 1.0)]
+        soft = [self.objective.answered(inputs) for inputs, _ in group]
+        hard = [labelled(*batch) for batch in group]
+        everywhere = torch.tensor([[soft, hard, sizes or [2] * len(group)]], dtype=torch.float32)
         if not alone:
             everywhere = self.accelerator.gather(everywhere.to(self.accelerator.device))
-        used = everywhere[:, 1].amin(0) >= 2
-        total = float(everywhere[:, 0, used].sum())
-        share = self.accelerator.num_processes / max(total, 1.0)
-        own, mine = used.tolist(), counts[0]
-        return [count * share if keep else None for count, keep in zip(mine, own, strict=True)]
+        used = everywhere[:, 2].amin(0) >= 2
+        totals = everywhere[:, :2, used].sum((0, 2)).clamp_min(1.0).tolist()
+        first, second = (self.accelerator.num_processes / total for total in totals)
+        mine = zip(soft, hard, used.tolist(), strict=True)
+        return [(s * first, h * second) if keep else None for s, h, keep in mine]
 
 
-def counted(inputs: Inputs, labels: Tensor | None) -> int:
-    """What a batch's loss is a mean over: its labelled positions, or its examples."""
+def labelled(inputs: Inputs, labels: Tensor | None) -> int:
+    """What a batch's loss on labels is a mean over: its labelled positions, or its examples."""
     labels = labels_of(labels)
     if isinstance(labels, Tensor) and not labels.is_floating_point():
         return int((labels != IGNORE).sum())
-    return batch_size(inputs)
+    return 0 if labels is None else batch_size(inputs)
 
 
 def copied(inputs: Inputs, labels: Any) -> bool:

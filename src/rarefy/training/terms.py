@@ -38,7 +38,11 @@ class Batch:
 
     def swapped(self) -> Batch:
         """The same with the teacher in the place of the student."""
-        return replace(self, student=self.teacher, teacher=self.student.detach())
+        return replace(self, student=self.teacher, teacher=self.student)
+
+    def apart(self) -> Batch:
+        """The same with a teacher that no gradient reaches: one that learns along would follow."""
+        return replace(self, teacher=self.teacher.detach())
 
 
 def bindings(loss: Any) -> tuple[At, ...]:

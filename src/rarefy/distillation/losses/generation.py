@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rarefy.distillation.losses.arithmetic import divergence
 from rarefy.distillation.losses.base import INNER_SHARE, POSITIVE, Against, Loss, Number, require
-from rarefy.distillation.losses.layouts import pair
+from rarefy.distillation.losses.layouts import choices
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class ReverseKL(Loss):
 
     Raises:
         InputError: the temperature is not a positive number; when called, the shapes of student
-            and teacher differ, or the class dimension is not known.
+            and teacher differ, the class dimension is not known, or there is one class.
 
     Example:
         >>> student, teacher = torch.zeros(1, 2), torch.tensor([[math.log(3.0), 0.0]])
@@ -49,7 +49,7 @@ class ReverseKL(Loss):
 
     def __call__(self, logits: Tensor, reference: Tensor, mask: Tensor | None = None) -> Tensor:
         temperature = self.number("temperature")
-        student, teacher = pair("ReverseKL", logits, reference, self.dim, mask)
+        student, teacher = choices("ReverseKL", logits, reference, self.dim, mask)
         log_q, log_p = (F.log_softmax(x / temperature, dim=-1) for x in (student, teacher))
         return temperature**2 * divergence(log_q, log_p).sum() / max(len(log_q), 1)
 
@@ -76,7 +76,7 @@ class JSD(Loss):
 
     Raises:
         InputError: a number is out of range; when called, the shapes of student and teacher differ,
-            or the class dimension is not known.
+            the class dimension is not known, or there is one class.
 
     Example:
         >>> student, teacher = torch.tensor([[0.0, -math.inf]]), torch.tensor([[-math.inf, 0.0]])
@@ -95,7 +95,7 @@ class JSD(Loss):
 
     def __call__(self, logits: Tensor, reference: Tensor, mask: Tensor | None = None) -> Tensor:
         beta, temperature = self.number("beta"), self.number("temperature")
-        student, teacher = pair("JSD", logits, reference, self.dim, mask)
+        student, teacher = choices("JSD", logits, reference, self.dim, mask)
         log_q, log_p = (F.log_softmax(x / temperature, dim=-1) for x in (student, teacher))
         impossible = (log_q == -math.inf) & (log_p == -math.inf)
         log_q, log_p = (x.masked_fill(impossible, 0.0) for x in (log_q, log_p))

@@ -37,18 +37,24 @@ def class_dim(where: str, logits: Tensor, dim: int | None) -> int:
 
 
 def label_dim(where: str, logits: Tensor, labels: Tensor) -> int:
-    """The class dimension of logits that fits class indices: the last, else 1.
+    """The class dimension of logits that fits class indices.
+
+    Of (B, C) and (B, L, C) the last, else 1; of maps (B, C, H, W), and of more dimensions, 1, else
+    the last.
 
     Raises:
         DataError: neither does.
     """
-    for dim in (logits.ndim - 1, 1):
-        if 0 < dim < logits.ndim and without(logits, dim) == tuple(labels.shape):
+    last = logits.ndim - 1
+    for dim in (last, 1) if last < 3 else (1, last):
+        if 0 < dim <= last and without(logits, dim) == tuple(labels.shape):
             return dim
     raise DataError(
         where,
-        f"labels of shape {tuple(labels.shape)} do not fit logits of shape {tuple(logits.shape)}",
-        "Give one class index for each example or position, for example (B,) for (B, C)",
+        f"{str(labels.dtype).removeprefix('torch.')} labels of shape {tuple(labels.shape)} do not "
+        f"fit logits of shape {tuple(logits.shape)}",
+        "Give one class index for each example or position, for example (B,) for (B, C); labels of "
+        "another kind need a loss and a metric of their own",
     )
 
 
@@ -65,6 +71,52 @@ def pair(
     found = class_dim(where, student, dim)
     require_same_logits(where, student, teacher, found)
     return rows(where, student, found, mask), rows(where, teacher.detach(), found, mask)
+
+
+def choices(
+    where: str, student: Tensor, teacher: Tensor, dim: int | None, mask: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """:func:`pair` of logits whose softmax means something: of two classes or more.
+
+    Raises:
+        InputError: there is one class; otherwise as :func:`pair`.
+    """
+    found = pair(where, student, teacher, dim, mask)
+    require_choice(where, found[0])
+    return found
+
+
+def require_choice(where: str, found: Tensor) -> None:
+    """Refuse rows ``(N, 1)``: any loss of their softmax is constant, and nothing is learned.
+
+    Raises:
+        InputError: there is one class.
+    """
+    if found.shape[-1] < 2:
+        raise InputError(
+            where,
+            "the logits have one class, whose probability is 1 whatever the network says",
+            "Use Binary() and nn.BCEWithLogitsLoss() for outputs of a sigmoid, L2() and "
+            "nn.MSELoss() for real numbers",
+        )
+
+
+def require_probabilities(where: str, targets: Tensor) -> None:
+    """Refuse rows ``(N, C)`` that are no probabilities of classes that exclude each other.
+
+    Raises:
+        DataError: numbers are negative, or do not sum to 1.
+    """
+    total = targets.sum(-1)
+    wrong = ((total - 1).abs() > 0.01) | (targets < 0).any(-1)
+    if wrong.any():
+        raise DataError(
+            where,
+            "labels of the shape of the logits are taken for probabilities, and those of one "
+            f"example sum to {float(total[wrong][0]):g}, or are negative",
+            "Give class indices, or probabilities that sum to 1; name the loss for labels of "
+            "another kind, nn.BCEWithLogitsLoss() for multi-label or nn.MSELoss() for real numbers",
+        )
 
 
 def require_same_logits(where: str, student: Tensor, teacher: Tensor, found: int) -> None:

@@ -12,7 +12,13 @@ from torch import Tensor
 
 from rarefy.distillation.losses.arithmetic import centered, divergence
 from rarefy.distillation.losses.base import NOT_NEGATIVE, POSITIVE, Against, Loss, Number, require
-from rarefy.distillation.losses.layouts import IGNORE, indices, pair, require_labels
+from rarefy.distillation.losses.layouts import (
+    IGNORE,
+    choices,
+    indices,
+    pair,
+    require_labels,
+)
 from rarefy.errors import InputError
 
 
@@ -34,7 +40,7 @@ class KD(Loss):
 
     Raises:
         InputError: the temperature is not a positive number; when called, the shapes of student
-            and teacher differ, or the class dimension is not known.
+            and teacher differ, the class dimension is not known, or there is one class.
 
     Example:
         >>> student, teacher = torch.zeros(1, 2), torch.tensor([[math.log(3.0), 0.0]])
@@ -50,7 +56,7 @@ class KD(Loss):
         require(self, POSITIVE, "temperature")
 
     def __call__(self, logits: Tensor, reference: Tensor, mask: Tensor | None = None) -> Tensor:
-        student, teacher = pair("KD", logits, reference, self.dim, mask)
+        student, teacher = choices("KD", logits, reference, self.dim, mask)
         temperature = self.number("temperature")
         log_q = F.log_softmax(student / temperature, dim=-1)
         log_p = F.log_softmax(teacher / temperature, dim=-1)
@@ -289,13 +295,7 @@ def _targeted(
     labels: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Rows of both that count, ``(N, C)``, and their target classes ``(N,)``."""
-    student, teacher = pair(where, logits, reference, dim, mask)
-    if student.shape[-1] < 2:
-        raise InputError(
-            where,
-            f"logits of shape {tuple(logits.shape)} have one class, and no others",
-            "Use Binary() for outputs of a sigmoid",
-        )
+    student, teacher = choices(where, logits, reference, dim, mask)
     if labels is None:
         return student, teacher, teacher.argmax(-1)
     require_labels(where, logits, dim, labels)
@@ -327,7 +327,7 @@ class DIST(Loss):
 
     Raises:
         InputError: a number is out of range; when called, the shapes of student and teacher differ,
-            or the class dimension is not known.
+            the class dimension is not known, or there is one class.
 
     Example:
         >>> logits = torch.tensor([[1.0, 0.0, 2.0], [0.0, 3.0, 1.0]])
@@ -347,7 +347,7 @@ class DIST(Loss):
 
     def __call__(self, logits: Tensor, reference: Tensor, mask: Tensor | None = None) -> Tensor:
         temperature = self.number("temperature")
-        student, teacher = pair("DIST", logits, reference, self.dim, mask)
+        student, teacher = choices("DIST", logits, reference, self.dim, mask)
         if not len(student):
             return student.sum()
         q, p = (F.softmax(x / temperature, dim=-1) for x in (student, teacher))

@@ -8,10 +8,10 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from rarefy.batches import batch_size, call, evaluating, logits, moved, unchanged
+from rarefy.batches import batch_size, call, evaluating, logits, moved, tensors, unchanged
 from rarefy.copies import copied
 from rarefy.distillation.soft_labels.records import Array, Layout
-from rarefy.errors import DataError, InputError
+from rarefy.errors import DataError, InputError, RarefyError, first_line
 from rarefy.types import Inputs
 
 
@@ -31,9 +31,19 @@ def answer(teacher: nn.Module, inputs: Inputs, device: torch.device, where: str)
     """Outputs of the teacher for a batch.
 
     Raises:
-        InputError: they are not of one row for each example.
+        InputError: it does not run, or its outputs are not of one row for each example.
     """
-    outputs = logits(call(teacher, moved(inputs, device)))
+    try:
+        outputs = logits(call(teacher, moved(inputs, device)))
+    except RarefyError:
+        raise
+    except Exception as error:
+        shapes = ", ".join(f"{tuple(t.shape)} {t.dtype}" for t in tensors(inputs))
+        raise InputError(
+            where,
+            f"it does not run on a batch ({shapes.replace('torch.', '')}): {first_line(error)}",
+            "Give a network that takes what the data yield",
+        ) from error
     size = batch_size(inputs)
     if not outputs.ndim or len(outputs) != size:
         raise InputError(

@@ -118,6 +118,12 @@ def write_soft_labels(
         (16, (3,), 'dense')
     """
     _check(views, form, mass, temperature, seed, ranks)
+    if not isinstance(teacher, nn.Module):
+        raise InputError(
+            f"{WHERE}(teacher)",
+            f"a {type(teacher).__name__} is no network",
+            "Give an nn.Module; to store the mean of several, one whose forward returns it",
+        )
     folder = Path(path)
     with ExitStack() as stack:
         stack.enter_context(seeded(seed))
@@ -172,6 +178,10 @@ def _check(
     seed: int,
     ranks: tuple[int, int] | None,
 ) -> None:
+    for option, number in (("mass", mass), ("temperature", temperature)):
+        if not isinstance(number, int | float):
+            where = f"{WHERE}({option}={number!r})"
+            raise InputError(where, "it is no number", f"Write {option}=0.9")
     rules: tuple[tuple[str, object, bool, str], ...] = (
         ("views", views, isinstance(views, int) and views >= 1, "a whole number, at least 1"),
         ("form", form, form is None or isinstance(form, Form), "Dense(), TopK(k) or the like"),
