@@ -28,7 +28,7 @@ from rarefy.pruning.selection import accounts
 from rarefy.pruning.selection.accounts import Account
 from rarefy.pruning.selection.allocation import Allocation, Choices, Lane, knapsack, ranked
 from rarefy.pruning.selection.costs import Costs
-from rarefy.pruning.selection.landing import Landed, given_back, least_removal
+from rarefy.pruning.selection.landing import Landed, closer, least_removal
 from rarefy.pruning.selection.limits import Range, ranges
 from rarefy.pruning.selection.select import LEVELS, Choice
 from rarefy.pruning.structure.depth import BlockError, bypass
@@ -219,7 +219,7 @@ class _Choice:
         found = least_removal(allocate, self.attempt, limit, len(self.lanes))
         if found is None:
             raise self._out_of_reach(self.attempt(allocate(1.0)).share)
-        return given_back(found, self.lanes, self.attempt, limit).plan.blocks
+        return closer(found, self.lanes, self.attempt, limit).plan.blocks
 
     def _counted(self) -> float:
         """The share of the blocks that goes."""

@@ -19,7 +19,7 @@ from rarefy.pruning.selection import accounts
 from rarefy.pruning.selection.accounts import Account
 from rarefy.pruning.selection.allocation import Allocation, Choices, Lane, even, knapsack, ranked
 from rarefy.pruning.selection.costs import Costs
-from rarefy.pruning.selection.landing import Landed, landed
+from rarefy.pruning.selection.landing import Landed, Track, landed
 from rarefy.pruning.selection.limits import Range, ranges
 from rarefy.pruning.structure.sizes import Sizes
 from rarefy.types import Budget
@@ -86,7 +86,10 @@ def select(
     limit = 1 - budget.share if account is None else budget.share
     levels = max(sum(map(len, network.groups)), LEVELS)
     even = budget.scope == "local"
-    found = landed(allocate, choice.lanes, attempt, limit, levels, even=even)
+    together = () if sizes is None else choice.together(sizes)
+    found = landed(
+        allocate, choice.lanes, attempt, limit, levels, even=even, together=together
+    )
     if found is None:
         raise _out_of_reach(budget, attempt(allocate(1.0)).share)
     return found.plan
@@ -160,6 +163,12 @@ class Choice:
         floors = {g: r.size - r.high for g, r in self.allowed.items()}
         step = max(r.step for r in self.allowed.values())
         return sizes.agree(found, self.scores, floors, step, force=self.force)
+
+    def together(self, sizes: Sizes) -> tuple[Track, ...]:
+        """Groups that may have to shrink by one share, by their places among the lanes."""
+        place = {g: i for i, g in enumerate(self.groups)}
+        tracks = (tuple(place[g] for g in groups) for groups in sizes.together(place))
+        return tuple(dict.fromkeys(tracks))
 
     def counts(self, plan: Plan) -> tuple[int, ...]:
         """How many units of each group a plan takes."""
