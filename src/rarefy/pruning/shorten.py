@@ -45,6 +45,7 @@ class Shortened:
         reason: why it is no instance of the user's class, or empty.
         error: the largest difference from masking, relative to the outputs' sensitivity.
         held: blocks that stay since the class does not work without them, each with the reason.
+        left: the share that remains of what the budget counts; None where that is blocks.
     """
 
     model: nn.Module
@@ -52,6 +53,7 @@ class Shortened:
     reason: str = ""
     error: float = 0.0
     held: Mapping[str, str] = field(default_factory=dict)
+    left: float | None = None
 
 
 def shorten(
@@ -99,7 +101,7 @@ def shorten(
         chosen = _Choice(network, judged, importance, budget, still, allowed, account)
         blocks = chosen.among_units() if width else chosen.alone()
         if not blocks:
-            return Shortened(model, held=held)
+            return Shortened(model, held=held, left=None if account is None else 1.0)
         try:
             small, reason, error = bypass(
                 model, example_inputs, network, blocks, keep_class=keep_class
@@ -109,7 +111,8 @@ def shorten(
             if not width and all(network.blocks[n].name in held for n in free):
                 raise
         else:
-            return Shortened(small, blocks, reason, error, held)
+            left = None if account is None else account.share(Plan.without(network, blocks))
+            return Shortened(small, blocks, reason, error, held, left)
 
 
 def _totals(judged: Response) -> list[float]:

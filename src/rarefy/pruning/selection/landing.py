@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from rarefy.pruning.plan import Plan
@@ -18,7 +18,7 @@ PORTION = 0.25
 MOST_STEPS = 8
 """Steps of one track that a swap takes at most."""
 
-MOST_TRIALS = 1000
+MOST_TRIALS = 200
 """Plans that are tried at most to come closer."""
 
 
@@ -88,7 +88,6 @@ def landed(
     """
     best: Landed | None = None
     caps: dict[int, int] = {}
-    trials = iter(range(MOST_TRIALS))
 
     def held(share: float) -> list[int]:
         return [min(n, caps.get(i, n)) for i, n in enumerate(allocate(share))]
@@ -99,23 +98,32 @@ def landed(
             return best
         if even and best is None and is_close(below.share, limit):
             return below
-        found = closer(below, lanes, attempt, limit, together, trials)
+        found = closer(below, lanes, attempt, limit, together)
         best = found if best is None or found.share > best.share else best
         if is_close(best.share, limit) or level == 0:
             return best
-        caps |= _leaping(held((level - 1) / levels), held(level / levels), attempt, caps)
+        pair = held((level - 1) / levels), held(level / levels)
+        caps |= _leaping(*pair, lanes, attempt, caps)
 
 
 def _leaping(
-    few: Sequence[int], more: Sequence[int], attempt: Try, caps: Mapping[int, int]
+    few: Sequence[int],
+    more: Sequence[int],
+    lanes: Sequence[Lane],
+    attempt: Try,
+    caps: Mapping[int, int],
 ) -> dict[int, int]:
-    """What lanes keep to that lose more than they should from one amount of removal to the next."""
+    """What lanes keep to that do not go as asked from one amount of removal to the next.
+
+    Where there are no more of them, those that were to go on keep to what they had.
+    """
     before, after = attempt(few).counts, attempt(more).counts
-    found = {
-        i: before[i]
-        for i in range(len(few))
-        if after[i] - before[i] > more[i] - few[i] and caps.get(i) != before[i]
-    }
+    asked = [
+        lane.range.nearest(n) - lane.range.nearest(m)
+        for lane, m, n in zip(lanes, few, more, strict=True)
+    ]
+    found = {i: before[i] for i, n in enumerate(asked) if after[i] - before[i] != n}
+    found = {i: n for i, n in found.items() if n < caps.get(i, lanes[i].range.size)}
     return found or {i: few[i] for i in range(len(few)) if few[i] < more[i]}
 
 
@@ -125,7 +133,6 @@ def closer(
     attempt: Try,
     limit: float,
     together: Sequence[Track] = (),
-    trials: Iterator[int] | None = None,
 ) -> Landed:
     """A plan that gives back what still fits; where that does not come close, one with a swap.
 
@@ -138,9 +145,8 @@ def closer(
         attempt: makes a plan.
         limit: the share of the cost that may remain.
         together: lanes that may have to go by one share.
-        trials: those that are left.
     """
-    search = _Search(lanes, together, attempt, limit, trials or iter(range(MOST_TRIALS)))
+    search = _Search(lanes, together, attempt, limit)
     found = search.given_back(found)
     while not is_close(found.share, limit):
         swapped = search.swapped(found)
@@ -158,7 +164,6 @@ class _Search:
         together: lanes that may have to go by one share.
         attempt: makes a plan.
         limit: the share of the cost that may remain.
-        trials: those that are left.
     """
 
     def __init__(
@@ -167,9 +172,9 @@ class _Search:
         together: Sequence[Track],
         attempt: Try,
         limit: float,
-        trials: Iterator[int],
     ) -> None:
-        self.lanes, self.attempt, self.limit, self.trials = lanes, attempt, limit, trials
+        self.lanes, self.attempt, self.limit = lanes, attempt, limit
+        self.trials = iter(range(MOST_TRIALS))
         self.tracks = [*((i,) for i in range(len(lanes))), *together]
 
     def given_back(self, found: Landed, closed: Track = ()) -> Landed:
@@ -205,9 +210,7 @@ class _Search:
     def _value(self, found: Landed, track: Track) -> float:
         """The importance of what one step back gives back."""
         fewer = self._fewer(found.counts, track, 1)
-        return sum(
-            float(self.lanes[i].values[fewer[i] : found.counts[i]].sum()) for i in track
-        )
+        return sum(float(self.lanes[i].values[fewer[i] : found.counts[i]].sum()) for i in track)
 
     def _try(self, found: Landed, counts: Sequence[int]) -> Landed | None:
         """What other counts make; None where they are what there is, or enough was tried."""

@@ -154,7 +154,7 @@ class _Cluster:
         return Solution(values, tuple(broken))
 
     def broken(self, removed: Mask) -> tuple[Equation, ...]:
-        """Equations that do not hold without these units; remembered, for plans differ elsewhere."""
+        """Equations that do not hold without these units; remembered by these."""
         key = np.packbits(removed[self._units]).tobytes()
         if key not in self._known:
             self._known[key] = self.solve(Plan.of(self.network, removed)).broken
