@@ -16,6 +16,9 @@ from rarefy.pruning.scoring import compensated as module
 from rarefy.pruning.scoring.compensated import Compensated, respond
 from rarefy.pruning.scoring.surgeon import RIDGE
 
+pytestmark = pytest.mark.filterwarnings("ignore:.* was asked for and .* remain:RuntimeWarning")
+"""Units and blocks of tiny networks leap over budgets, which is not what is tested here."""
+
 SMALL = Compensated(samples=64, shown=40, ratios=(0.25, 0.5, 0.75))
 
 
