@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils.parametrizations import weight_norm
 
 import rarefy as rf
 from rarefy.errors import DataError, InputError
@@ -14,6 +15,9 @@ from rarefy.graph.trace import trace
 from rarefy.pruning.scoring import compensated as module
 from rarefy.pruning.scoring.compensated import Compensated, respond
 from rarefy.pruning.scoring.surgeon import RIDGE
+
+pytestmark = pytest.mark.filterwarnings("ignore:.* was asked for and .* remain:RuntimeWarning")
+"""Units and blocks of tiny networks leap over budgets, which is not what is tested here."""
 
 SMALL = Compensated(samples=64, shown=40, ratios=(0.25, 0.5, 0.75))
 
@@ -226,3 +230,17 @@ def test_budgets_are_met_with_proof(name) -> None:
     small = rf.prune(model, x[:2], rf.Budget(params=0.7), criterion=SMALL, data=[x])
     assert sum(p.numel() for p in small.parameters()) <= 0.7 * size
     assert small.pruned.widths
+
+
+def test_units_of_weight_normed_layers_are_measured() -> None:
+    """The vector of a masked unit must not be divided by its own length of zero."""
+    plain = perceptron()
+    normed = copy.deepcopy(plain)
+    weight_norm(normed[0])
+    x = randn(64, 6)
+    expected, found = (respond(m, trace(m, x[:2]), [x], SMALL) for m in (plain, normed))
+    assert not found.unmeasured
+    shares = np.array([0.25, 0.5, 0.75])
+    assert found.losses[0](shares) == pytest.approx(expected.losses[0](shares), rel=1e-4)
+    small = rf.prune(normed, x[:2], rf.Budget(macs=0.5), criterion="compensated", data=[x])
+    assert small.pruned.left == 0.5

@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils.parametrizations import weight_norm
 
 import rarefy as rf
 from rarefy.errors import BudgetError, InputError
@@ -138,3 +139,28 @@ def test_bad_input_is_refused() -> None:
         GradualPruning(Constant(1.0))(copy.deepcopy(NET))
     with pytest.raises(InputError, match="Did you mean"):
         GradualPruning(Constant(0.5), exclude=["0.wieght"])(copy.deepcopy(NET))
+
+
+@pytest.mark.parametrize("kind", ["weights", "units"])
+def test_weights_that_are_nan_are_named_and_not_the_criterion(kind) -> None:
+    model = copy.deepcopy(NET)
+    gradual = (
+        GradualPruning(Constant(0.5)) if kind == "weights" else GradualUnits(NET, X, Constant(0.5))
+    )
+    with torch.no_grad():
+        model[3].weight[0, 0, 0, 0] = torch.nan
+    with pytest.raises(InputError, match=r"parameter 3\.weight: it holds NaN"):
+        gradual(model)
+
+
+def test_units_of_weight_normed_layers_train_on_at_zero() -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        net = nn.Sequential(weight_norm(nn.Linear(36, 8)), nn.ReLU(), nn.Linear(8, 3))
+    net = nn.Sequential(nn.Flatten(), net)
+    gradual = GradualUnits(net, X, Constant(0.5))
+    after = trained(net, gradual, 4)
+    assert all(p.isfinite().all() for p in after.parameters())
+    small = gradual.finish(after)
+    assert small[1][2].in_features == 4
+    torch.testing.assert_close(small(X), after.eval()(X))

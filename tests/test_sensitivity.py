@@ -10,9 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils.parametrizations import weight_norm
 
 from rarefy.copies import fingerprint
 from rarefy.errors import BudgetError, FormatError, InputError, OutputError
+from rarefy.graph.groups import Group
 from rarefy.graph.trace import trace
 from rarefy.pruning.prune import prune
 from rarefy.pruning.scoring.criteria import CRITERIA, scored
@@ -218,3 +220,23 @@ def test_ratios_that_are_none_are_refused(ratios: tuple) -> None:
 def test_an_evaluation_that_cannot_be_called_is_refused() -> None:
     with pytest.raises(InputError, match="cannot be called"):
         sensitivity(NET, DATA, 0.9)
+
+
+def test_units_of_weight_normed_layers_are_masked_and_not_divided_by_zero() -> None:
+    def in_order(group: Group, evidence: Evidence) -> torch.Tensor:
+        return torch.arange(len(group), dtype=torch.float64)
+
+    def first() -> list[float]:
+        curves = sensitivity(net, DATA, lambda m: m(DATA[0]).mean(), criterion=in_order, **LOSS)
+        return [p.metric for p in curves.points if p.group == "0"]
+
+    net = perceptron().eval()
+    expected = first()
+    weight_norm(net[0])
+    assert first() == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_metric_with_a_gradient_is_its_value() -> None:
+    with_gradient = sensitivity(NET, DATA, lambda m: m(DATA[0]).square().mean(), **LOSS)
+    plain = sensitivity(NET, DATA, lambda m: m(DATA[0]).square().mean().item(), **LOSS)
+    assert with_gradient.points == plain.points

@@ -16,6 +16,9 @@ from rarefy.pruning.scoring.compensated import Compensated
 from rarefy.pruning.structure.depth import BlockError
 from residual_networks import Residual, inputs
 
+pytestmark = pytest.mark.filterwarnings("ignore:.* was asked for and .* remain:RuntimeWarning")
+"""Units and blocks of tiny networks leap over budgets, which is not what is tested here."""
+
 torch.set_num_threads(1)
 KINDS = ("Basic", "Inverted", "PreNorm", "Half", "Gated")
 X = inputs()

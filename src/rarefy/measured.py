@@ -24,13 +24,14 @@ from rarefy.deployment.timing import layer_costs
 from rarefy.errors import BudgetError
 from rarefy.graph.trace import Network
 from rarefy.pruning import prune as pruning
+from rarefy.pruning.narrow import Pruned, noted
 from rarefy.pruning.prune import PruneOptions, removes
 from rarefy.pruning.selection.costs import Costs
 from rarefy.storage.format import save
 from rarefy.types import Budget, Inputs, Measurement, Ratio
 
 CLOSE = 0.02
-"""How far from its budget a measured share may end."""
+"""How far below its budget a measured share may end, as a share of that."""
 
 ROUNDS = 6
 """How many networks are made and measured for a budget, at most."""
@@ -76,6 +77,9 @@ def prune(
 
     The result is compared with the original whose removed units are zeroed at every coupled slice
     (:mod:`rarefy.pruning.structure.proof`) before it is returned. The model itself is untouched.
+
+    Where the nearest choice that was found is more than 2 % below a budget of macs, params or
+    bytes, a warning and ``pruned.missed`` say what remains.
 
     A budget of ``bytes`` is reached by saving what was pruned, one of ``latency`` by timing it
     in the runtime, beside the original, on ``example_inputs``, each with corrections. Units and
@@ -165,8 +169,17 @@ def prune(
     if runtime is not None and budget.latency is None:
         with _workplace(model, example_inputs, runtime, threads) as place:
             place.note(small)
+    _warn_where_far(small, budget)
     _warn_where_slower(small)
     return small
+
+
+def _warn_where_far(small: nn.Module, budget: Budget) -> None:
+    """Warn of a count far below its budget; a latency is known with its noise, in ``served``."""
+    record = small.pruned
+    assert isinstance(record, Pruned)
+    if record.missed and budget.latency is None:
+        warnings.warn(record.missed, RuntimeWarning, stacklevel=3)
 
 
 def _warn_where_slower(small: nn.Module) -> None:
@@ -226,7 +239,7 @@ def reach(budget: Budget, make: Make) -> nn.Module:
             refused.append(asked)
         else:
             tried.append(_Tried(asked, found, small))
-            if wanted - CLOSE <= found.value <= wanted + slack:
+            if wanted * (1 - CLOSE) <= found.value <= wanted + slack:
                 break
         following = _next(tried, refused, wanted)
         if following is None:
@@ -238,7 +251,7 @@ def reach(budget: Budget, make: Make) -> nn.Module:
     raise _missed(budget, [one.found for one in tried], refusal)
 
 
-NOISE = {"bytes": 0.0, "latency": CLOSE}
+NOISE = {"bytes": 0.0, "latency": 0.02}
 """How far above its budget a measured share may end."""
 
 LEAST_STEP = 1e-3
@@ -300,14 +313,16 @@ def _maker(
         def by_bytes(share: float) -> tuple[nn.Module, Ratio]:
             counted = replace(budget, bytes=None, params=share)
             small = pruning.prune(model, example_inputs, counted, **options)
-            return small, Ratio.exact(place.saved(small) / whole)
+            found = Ratio.exact(place.saved(small) / whole)
+            return noted(small, budget, found.value), found
 
         return by_bytes
 
     def by_latency(share: float) -> tuple[nn.Module, Ratio]:
         asked = replace(budget, latency=share)
         small = pruning.prune(model, example_inputs, asked, costs=place.costs, **options)
-        return small, place.note(small)
+        found = place.note(small)
+        return noted(small, budget, found.value), found
 
     return by_latency
 

@@ -90,6 +90,8 @@ def _pruned(job: Job, before: Mapping[str, nn.Module]) -> Made:
     notes += (f"proven against masking, largest difference {record.error:.0e}",)
     if record.kind == "graph":
         notes += (f"returned as a rewritten graph, not as your class: {record.reason}",)
+    if record.missed:
+        notes += (record.missed,)
     return small, notes
 
 

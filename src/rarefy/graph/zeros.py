@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from rarefy.graph.flow import Flow, every
-from rarefy.graph.program import Node, shares_memory, writes
+from rarefy.graph.program import Graph, Node, shares_memory, writes
 from rarefy.graph.rules import ZEROS
 
 
@@ -24,3 +24,17 @@ def vanishes(flow: Flow, node: Node) -> bool:
         return False
     rule = ZEROS.get(node.kind.removesuffix("_"))
     return rule is not None and rule(flow, node)
+
+
+def directions(graph: Graph) -> frozenset[tuple[str, int]]:
+    """(parameter, dimension) of the vectors that a weight norm divides by their length.
+
+    A vector of a masked unit keeps its values: zeros would be divided by zero, and the length that
+    the unit has beside it, a parameter of its own, is masked already.
+    """
+    found = set()
+    for node in graph.calls:
+        vectors = graph.by_name[node.inputs[0]] if node.kind == "_weight_norm" else node
+        if vectors.op == "tensor":
+            found.add((vectors.path, int(node.argument("dim"))))
+    return frozenset(found)

@@ -24,6 +24,8 @@ from torch import Tensor, nn
 from rarefy.errors import BudgetError, InputError
 from rarefy.graph.capture import capture
 from rarefy.graph.trace import trace
+from rarefy.graph.zeros import directions
+from rarefy.pruning.checks import check_finite
 from rarefy.pruning.narrow import operate, stated
 from rarefy.pruning.plan import Plan
 from rarefy.pruning.scoring import criteria
@@ -161,6 +163,7 @@ class GradualPruning(_Gradual):
         share = self._advance()
         if share is None:
             return
+        check_finite(model)
         layers = self._layers(model)
         evidence = Evidence(dict(model.named_parameters()))
         scores = [elements.scored(self._rule, layer.path, evidence) for layer in layers]
@@ -224,6 +227,7 @@ class GradualUnits(_Gradual):
         self.exclude, self._inputs = exclude, example_inputs
         self._criterion = criteria.named(criterion)
         self._sizes = Sizes(self.network, stated(model, self.network, example_inputs))
+        self._directions = directions(self.network.captured.graph)
         self._plan = Plan.of(self.network, np.zeros(self.network.coupling.units, np.bool_))
 
     def __call__(self, model: nn.Module) -> None:
@@ -232,11 +236,12 @@ class GradualUnits(_Gradual):
         share = self._advance()
         if share is None:
             return
+        check_finite(model)
         self._plan = self._selected(model, share)
         parameters = dict(model.named_parameters(remove_duplicate=False))
         keep: dict[str, Tensor] = {}
         for (path, dim), entries in kept_entries(self.network, self._plan).items():
-            if path in parameters:
+            if path in parameters and (path, dim) not in self._directions:
                 stays = torch.zeros(parameters[path].shape[dim], dtype=torch.bool)
                 stays[torch.from_numpy(entries)] = True
                 shape = [-1 if d == dim else 1 for d in range(parameters[path].ndim)]

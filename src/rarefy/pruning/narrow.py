@@ -4,7 +4,7 @@ graph."""
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import inf
 from typing import Any
 
@@ -21,6 +21,7 @@ from rarefy.graph.trace import Frozen, Network
 from rarefy.pruning.plan import Plan, Scores
 from rarefy.pruning.scoring.compensated import Response
 from rarefy.pruning.selection.costs import Costs
+from rarefy.pruning.selection.landing import is_close
 from rarefy.pruning.selection.select import select
 from rarefy.pruning.structure.expressions import Equation
 from rarefy.pruning.structure.proof import Build, ClassError, Comparison, Masking, breaking, prove
@@ -44,6 +45,9 @@ class Pruned:
         error: largest difference from masking, relative to the outputs' sensitivity.
         blocks: residual blocks that were removed, by name.
         held: blocks that stay since the class does not work without them, each with the reason.
+        left: the share that remains of what the budget is about; None where that is a number of
+            units or of blocks.
+        missed: how far below the budget that is where units and blocks leap over it, or empty.
     """
 
     kind: str
@@ -54,6 +58,8 @@ class Pruned:
     error: float
     blocks: tuple[str, ...] = ()
     held: Mapping[str, str] = field(default_factory=dict)
+    left: float | None = None
+    missed: str = ""
 
 
 def narrow(
@@ -200,9 +206,26 @@ def operate(
         *_untrained(model, small, example_inputs, network, kept),
     )
     small.pruned = Pruned(  # type: ignore[assignment]
-        kind, reason, widths(model, kept), kept, frozen, error
+        kind, reason, widths(model, kept), kept, frozen, error, left=plan.left
     )
     return small
+
+
+def noted(small: nn.Module, budget: Budget, left: float | None) -> nn.Module:
+    """Note on the record what remains of what a budget is about, and whether that is far below."""
+    missed = ""
+    if left is not None and budget.kind in SHARES and not is_close(left, budget.share):
+        missed = (
+            f"{budget.kind}={budget.share:g} was asked for and {left:.3f} remain, since units and "
+            "blocks that go in one piece leap over what lies between"
+        )
+    record: Any = small.pruned
+    small.pruned = replace(record, left=left, missed=missed)
+    return small
+
+
+SHARES = ("macs", "params", "bytes", "latency")
+"""Kinds of budgets that say which share of a cost may remain."""
 
 
 def _reason(broken: Sequence[Equation], fault: str) -> str:

@@ -27,12 +27,14 @@ class Plan:
             number, each with the reason.
         blocks: residual blocks that are bypassed. Where a plan has any, only they are taken out:
             the units beside them are counted, and chosen anew in the network without the blocks.
+        left: the share that remains of what the budget counts; None where that was not counted.
     """
 
     removed: Mask
     gone: Mask
     whole: Mapping[int, str] = field(default_factory=dict)
     blocks: tuple[Block, ...] = ()
+    left: float | None = None
 
     @classmethod
     def of(cls, network: Network, removed: Mask, whole: Mapping[int, str] | None = None) -> Plan:

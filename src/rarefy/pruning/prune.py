@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from math import prod
 from typing import Any, TypedDict, cast
 
 from torch import nn
@@ -16,7 +17,7 @@ from rarefy.graph.capture import check_runs
 from rarefy.graph.program import GraphModel
 from rarefy.graph.trace import Network, trace
 from rarefy.pruning.checks import check_arguments, check_copies, check_finite
-from rarefy.pruning.narrow import Pruned, narrow, widths
+from rarefy.pruning.narrow import Pruned, narrow, noted, widths
 from rarefy.pruning.repair import repair
 from rarefy.pruning.scoring.compensated import Compensated, Response
 from rarefy.pruning.scoring.criteria import Criterion
@@ -125,6 +126,8 @@ def prune(
         small = recorded(model, network, short, small)
     else:
         small = narrow(model, example_inputs, network, budget, response, costs=timed, **options)
+    record: Any = small.pruned
+    small = noted(small, budget, record.left)
     return small if data is None or not heal else repair(model, small, data)
 
 
@@ -247,6 +250,7 @@ def _left(network: Network, model: nn.Module, budget: Budget, costs: Costs | Non
 def recorded(model: nn.Module, network: Network, short: Shortened, small: nn.Module) -> nn.Module:
     """The result with the record of what went from ``model``, blocks and units."""
     held: Any = small.pruned if small is not short.model else None
+    shares = [share for share in (short.left, held and held.left) if share is not None]
     small = copied(model).eval() if small is model else small  # nothing went
     kept = held.kept if held else {}
     left = {path for path, _ in small.named_parameters(remove_duplicate=False)}
@@ -259,5 +263,6 @@ def recorded(model: nn.Module, network: Network, short: Shortened, small: nn.Mod
         error=max(short.error, held.error if held else 0.0),
         blocks=tuple(block.name for block in short.blocks),
         held=short.held,
+        left=prod(shares) if shares else None,
     )
     return small

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
-from torch import nn
+from torch import Tensor, nn
 
 from rarefy.batches import batches, seeded, take
 from rarefy.copies import copied, fingerprint
@@ -30,8 +30,8 @@ RATIOS = (0.1, 0.25, 0.5, 0.75)
 EXAMPLES = 8
 """Examples of the first batch that the network is traced with."""
 
-Evaluate = Callable[[nn.Module], float]
-"""(network in eval mode) -> the user's metric."""
+Evaluate = Callable[[nn.Module], float | Tensor]
+"""(network in eval mode) -> the user's metric, a number or a tensor of one."""
 
 
 class EvaluationError(InputError):
@@ -203,7 +203,8 @@ class _Run:
         remedy = f"Mend the evaluation{kept}; what was measured before is kept"
         try:
             with seeded(self.seed):
-                metric = float(self.evaluate(network.eval()))
+                found = self.evaluate(network.eval())
+            metric = float(found.detach() if isinstance(found, Tensor) else found)
         except Exception as error:
             raise EvaluationError(where, f"it raised {first_line(error)}", remedy) from error
         if not math.isfinite(metric):

@@ -28,7 +28,7 @@ from rarefy.pruning.selection import accounts
 from rarefy.pruning.selection.accounts import Account
 from rarefy.pruning.selection.allocation import Allocation, Choices, Lane, knapsack, ranked
 from rarefy.pruning.selection.costs import Costs
-from rarefy.pruning.selection.landing import Landed, given_back, least_removal
+from rarefy.pruning.selection.landing import Landed, closer, least_removal
 from rarefy.pruning.selection.limits import Range, ranges
 from rarefy.pruning.selection.select import LEVELS, Choice
 from rarefy.pruning.structure.depth import BlockError, bypass
@@ -45,6 +45,7 @@ class Shortened:
         reason: why it is no instance of the user's class, or empty.
         error: the largest difference from masking, relative to the outputs' sensitivity.
         held: blocks that stay since the class does not work without them, each with the reason.
+        left: the share that remains of what the budget counts; None where that is blocks.
     """
 
     model: nn.Module
@@ -52,6 +53,7 @@ class Shortened:
     reason: str = ""
     error: float = 0.0
     held: Mapping[str, str] = field(default_factory=dict)
+    left: float | None = None
 
 
 def shorten(
@@ -99,7 +101,7 @@ def shorten(
         chosen = _Choice(network, judged, importance, budget, still, allowed, account)
         blocks = chosen.among_units() if width else chosen.alone()
         if not blocks:
-            return Shortened(model, held=held)
+            return Shortened(model, held=held, left=None if account is None else 1.0)
         try:
             small, reason, error = bypass(
                 model, example_inputs, network, blocks, keep_class=keep_class
@@ -109,7 +111,8 @@ def shorten(
             if not width and all(network.blocks[n].name in held for n in free):
                 raise
         else:
-            return Shortened(small, blocks, reason, error, held)
+            left = None if account is None else account.share(Plan.without(network, blocks))
+            return Shortened(small, blocks, reason, error, held, left)
 
 
 def _totals(judged: Response) -> list[float]:
@@ -219,7 +222,7 @@ class _Choice:
         found = least_removal(allocate, self.attempt, limit, len(self.lanes))
         if found is None:
             raise self._out_of_reach(self.attempt(allocate(1.0)).share)
-        return given_back(found, self.lanes, self.attempt, limit).plan.blocks
+        return closer(found, self.lanes, self.attempt, limit).plan.blocks
 
     def _counted(self) -> float:
         """The share of the blocks that goes."""

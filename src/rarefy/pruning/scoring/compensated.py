@@ -27,6 +27,7 @@ from rarefy.graph.count import count
 from rarefy.graph.groups import Group
 from rarefy.graph.program import Graph, GraphModel
 from rarefy.graph.trace import Network
+from rarefy.graph.zeros import directions
 from rarefy.pruning.plan import Scores
 from rarefy.pruning.running.examples import affordable, collect, distance
 from rarefy.pruning.running.lockstep import Run
@@ -273,13 +274,13 @@ def _without(
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Tensors without some units, and shifts of the results of the layers that read them."""
     weights: dict[str, Tensor] = {}
-    paths = running.graph.tensor_paths
+    paths, kept = running.graph.tensor_paths, directions(running.graph)
     for place in found:
         weight = _own(running, weights, place.path)
         own = adapted(place.reader, place.reader.columns[number], gone)
         weight.view(-1)[place.positions] = own.to(weight.dtype).to(weight.device)
     for member in network.groups[number].members:
-        if member.path not in paths:
+        if member.path not in paths or (member.path, member.dim) in kept:
             continue  # another name of a tensor that the graph reads under its first
         held = _own(running, weights, member.path)
         entries = torch.from_numpy(member.indices[gone].ravel()).to(held.device)

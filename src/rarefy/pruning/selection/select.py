@@ -12,6 +12,7 @@ from torch import nn
 from rarefy.errors import BudgetError, InputError
 from rarefy.graph.flow import every
 from rarefy.graph.groups import Mask
+from rarefy.graph.labels import Atoms
 from rarefy.graph.trace import Network
 from rarefy.pruning.plan import Plan, Scores
 from rarefy.pruning.scoring.curves import Losses
@@ -19,7 +20,7 @@ from rarefy.pruning.selection import accounts
 from rarefy.pruning.selection.accounts import Account
 from rarefy.pruning.selection.allocation import Allocation, Choices, Lane, even, knapsack, ranked
 from rarefy.pruning.selection.costs import Costs
-from rarefy.pruning.selection.landing import Landed, landed
+from rarefy.pruning.selection.landing import Landed, Track, landed
 from rarefy.pruning.selection.limits import Range, ranges
 from rarefy.pruning.structure.sizes import Sizes
 from rarefy.types import Budget
@@ -86,10 +87,11 @@ def select(
     limit = 1 - budget.share if account is None else budget.share
     levels = max(sum(map(len, network.groups)), LEVELS)
     even = budget.scope == "local"
-    found = landed(allocate, choice.lanes, attempt, limit, levels, even=even)
+    together = () if sizes is None else choice.together(sizes)
+    found = landed(allocate, choice.lanes, attempt, limit, levels, even=even, together=together)
     if found is None:
         raise _out_of_reach(budget, attempt(allocate(1.0)).share)
-    return found.plan
+    return replace(found.plan, left=found.share)
 
 
 LEVELS = 1000
@@ -143,6 +145,7 @@ class Choice:
         self.network, self.scores, self.allowed = network, scores, allowed
         self.account, self.force = account, force
         self.groups = tuple(allowed)
+        self.dimensions = _Dimensions(network)
         self.order = {g: np.argsort(scores[g], kind="stable") for g in self.groups}
         self.lanes = tuple(
             Lane(np.sort(scores[g]), self._saved_by_one(g), allowed[g]) for g in self.groups
@@ -154,12 +157,20 @@ class Choice:
         for g, count in zip(self.groups, counts, strict=True):
             first = self.order[g][: self.allowed[g].nearest(count)]
             removed[self.network.groups[g].units[first]] = True
-        found = replace(_keep_alive(self.network, removed, self.scores), whole=closed)
+        found = replace(
+            _keep_alive(self.network, self.dimensions, removed, self.scores), whole=closed
+        )
         if sizes is None:
             return found
         floors = {g: r.size - r.high for g, r in self.allowed.items()}
         step = max(r.step for r in self.allowed.values())
         return sizes.agree(found, self.scores, floors, step, force=self.force)
+
+    def together(self, sizes: Sizes) -> tuple[Track, ...]:
+        """Groups that may have to shrink by one share, by their places among the lanes."""
+        place = {g: i for i, g in enumerate(self.groups)}
+        tracks = (tuple(place[g] for g in groups) for groups in sizes.together(place))
+        return tuple(dict.fromkeys(tracks))
 
     def counts(self, plan: Plan) -> tuple[int, ...]:
         """How many units of each group a plan takes."""
@@ -217,24 +228,39 @@ class Choice:
         return self.account.before - self.account(Plan.of(self.network, removed))
 
 
-def _keep_alive(network: Network, removed: Mask, scores: Scores) -> Plan:
+class _Dimensions:
+    """The labels of all dimensions, each distinct one once, to tell which would be left empty."""
+
+    def __init__(self, network: Network) -> None:
+        labels = (atoms for found in network.flow.labels.values() for atoms in every(found))
+        self._labels = list({id(atoms): atoms for atoms in labels if len(atoms)}.values())
+        lengths = np.array([len(atoms) for atoms in self._labels], np.int64)
+        self._start = np.cumsum(lengths) - lengths
+        self._atoms = np.concatenate(self._labels) if self._labels else np.zeros(0, np.int64)
+
+    def empty(self, plan: Plan) -> list[Atoms]:
+        """Those of which a plan leaves nothing."""
+        if not self._labels:
+            return []
+        empty = np.logical_and.reduceat(plan.gone[self._atoms], self._start)
+        return [self._labels[i] for i in np.flatnonzero(empty)]
+
+
+def _keep_alive(network: Network, dimensions: _Dimensions, removed: Mask, scores: Scores) -> Plan:
     """Give back units until every dimension of every tensor keeps an entry."""
     plan = Plan.of(network, removed)
     value = np.zeros(network.coupling.units)
     for group, score in zip(network.groups, scores, strict=True):
         value[group.units] = score
-    seen: set[int] = set()
-    for labels in network.flow.labels.values():
-        for atoms in every(labels):
-            if not len(atoms) or id(atoms) in seen or not plan.gone[atoms].all():
-                continue
-            seen.add(id(atoms))
-            units = np.unique(network.coupling.pairs(atoms)[0])
-            held = units[plan.removed[units]]
-            best = held[np.argmax(value[held])]
-            entries = network.coupling.pairs(atoms)
-            again = plan.removed.copy()
-            entry = entries[1][entries[0] == best][0]
-            again[entries[0][entries[1] == entry]] = False
-            plan = Plan.of(network, again)
+    for atoms in dimensions.empty(plan):
+        if not plan.gone[atoms].all():
+            continue
+        units = np.unique(network.coupling.pairs(atoms)[0])
+        held = units[plan.removed[units]]
+        best = held[np.argmax(value[held])]
+        entries = network.coupling.pairs(atoms)
+        again = plan.removed.copy()
+        entry = entries[1][entries[0] == best][0]
+        again[entries[0][entries[1] == entry]] = False
+        plan = Plan.of(network, again)
     return plan

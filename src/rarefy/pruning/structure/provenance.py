@@ -22,6 +22,7 @@ from torch.nn.functional import multi_head_attention_forward
 from torch.overrides import TorchFunctionMode
 
 from rarefy.batches import call, evaluating, map_tensors, unchanged
+from rarefy.graph.capture import plain_attention
 from rarefy.graph.program import Graph, Node, Spec, Value
 from rarefy.pruning.structure.attributes import is_plain
 from rarefy.pruning.structure.expressions import Apply, Attribute, Equation, Extent, Number, leaves
@@ -42,9 +43,10 @@ def equations(model: nn.Module, graph: Graph, inputs: Inputs) -> tuple[Equation,
         graph: its capture.
         inputs: what it is called with, of the batch size of the capture.
     """
-    found = _stated(model, graph, inputs)
-    with _exporting():
-        exported = _stated(model, graph, inputs)
+    with plain_attention(model):  # what decides for a fast path does not matter
+        found = _stated(model, graph, inputs)
+        with _exporting():
+            exported = _stated(model, graph, inputs)
     return tuple(dict.fromkeys((*found, *exported)))
 
 

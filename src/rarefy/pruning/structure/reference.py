@@ -32,6 +32,7 @@ from rarefy.graph.labels import Atoms
 from rarefy.graph.ops import edit
 from rarefy.graph.program import GraphModel, Node, Ref, resolve, substitute
 from rarefy.graph.trace import Network
+from rarefy.graph.zeros import directions
 from rarefy.pruning.plan import Plan
 from rarefy.pruning.structure.surgery import kept_entries
 
@@ -39,10 +40,12 @@ from rarefy.pruning.structure.surgery import kept_entries
 def masked(model: nn.Module, network: Network, plan: Plan) -> nn.Module:
     """A copy of the model with every coupled slice of the removed units set to zero.
 
+    Vectors that a weight norm divides by their length keep their values, for that is set to zero.
     Constants made in ``forward`` are no parameters: they keep their values. Parameters that lose
     nothing are those of the model itself, to save their memory.
     """
-    zeros = [(path, dim, kept) for (path, dim), kept in kept_entries(network, plan).items()]
+    entries, same = kept_entries(network, plan), directions(network.captured.graph)
+    zeros = [(*place, kept) for place, kept in entries.items() if place not in same]
     lost = {path for path, _, _ in zeros}
     parameters = list(model.named_parameters(remove_duplicate=False))
     changed = {id(tensor) for path, tensor in parameters if path in lost}

@@ -8,7 +8,7 @@ share, and those that cannot follow are left whole.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import combinations
@@ -105,16 +105,23 @@ class Sizes:
             force: leave units in place also where the code states a plain number.
         """
         for cluster in self.clusters:
-            broken = cluster.solve(plan).broken
+            broken = cluster.broken(plan.removed)
             if not broken:
                 continue
             if force or not any(_is_hard(e) for e in broken):
                 plan = cluster.settle(plan, scores, floors, round_to, broken[0])
                 continue
             found = cluster.yielding.settle(plan, scores, floors, round_to, broken[0])
-            if not cluster.solve(found).broken:  # what else has to stay holds the number, too
+            if not cluster.broken(found.removed):  # what else has to stay holds the number, too
                 plan = found
         return plan
+
+    def together(self, groups: Collection[int]) -> Iterator[tuple[int, ...]]:
+        """Of these, groups that may have to shrink by one share for the forward to hold."""
+        for cluster in self.clusters:
+            for shrinking in cluster.kinds(groups):
+                if len(shrinking) > 1:
+                    yield shrinking
 
 
 class _Cluster:
@@ -124,6 +131,7 @@ class _Cluster:
         self.network = network
         self.equations = tuple(equations)
         self.groups = tuple(groups)
+        self._known: dict[bytes, tuple[Equation, ...]] = {}
 
     @cached_property
     def yielding(self) -> _Cluster:
@@ -144,6 +152,13 @@ class _Cluster:
                 values[least] = least.value
             pending = later
         return Solution(values, tuple(broken))
+
+    def broken(self, removed: Mask) -> tuple[Equation, ...]:
+        """Equations that do not hold without these units; remembered by these."""
+        key = np.packbits(removed[self._units]).tobytes()
+        if key not in self._known:
+            self._known[key] = self.solve(Plan.of(self.network, removed)).broken
+        return self._known[key]
 
     def _settled(
         self, equation: Equation, plan: Plan, values: dict[Attribute, int], broken: list[Equation]
@@ -222,18 +237,26 @@ class _Cluster:
         round_to: int,
         cause: Equation,
     ) -> Plan:
-        """The first plan that holds: all groups by one share, or without those of some kind."""
+        """The first plan that holds: all groups by one share, or without those of some kind.
+
+        Plans to which one without any of these units would be nearer are passed over.
+        """
         share = float(plan.removed[self._units].mean())
-        for whole in self._left_whole():
-            shrinking = [g for g in self.groups if self._kind(g) not in whole and g in floors]
+        for shrinking in self.kinds(floors):
             for gone in _shares([self._size(g) for g in shrinking], share):
                 counts = {g: round(self._size(g) * gone) for g in shrinking}
-                if not self._allowed(counts, floors, round_to):
+                far = sum(counts.values()) > 2 * share * len(self._units) + 1e-9
+                if far or not self._allowed(counts, floors, round_to):
                     continue
-                candidate = self._with(plan, counts, scores, cause)
-                if not self.solve(candidate).broken:
-                    return candidate
+                removed = self._without(plan, counts, scores)
+                if not self.broken(removed):
+                    return self._plan(plan, removed, counts, cause)
         return plan
+
+    def kinds(self, groups: Collection[int]) -> Iterator[tuple[int, ...]]:
+        """Of these groups, those that shrink where groups of some kinds stay whole."""
+        for whole in self._left_whole():
+            yield tuple(g for g in self.groups if self._kind(g) not in whole and g in groups)
 
     def _allowed(self, counts: Mapping[int, int], floors: Mapping[int, int], to: int) -> bool:
         """Whether groups keep what they must, in multiples where these are asked for."""
@@ -268,20 +291,26 @@ class _Cluster:
         apart = int(indices[0, 1] - indices[0, 0]) if indices.shape[1] > 1 else 0
         return self._size(group), apart, len(members)
 
-    def _with(self, plan: Plan, counts: Mapping[int, int], scores: Scores, cause: Equation) -> Plan:
-        """The plan with this many units of each group removed, those of the least scores."""
+    def _without(self, plan: Plan, counts: Mapping[int, int], scores: Scores) -> Mask:
+        """This many units of each group removed, those of the least scores."""
         removed: Mask = plan.removed.copy()
         removed[self._units] = False
         for g, count in counts.items():
             order = np.argsort(scores[g], kind="stable")
             removed[self.network.groups[g].units[order[:count]]] = True
+        return removed
+
+    def _plan(
+        self, before: Plan, removed: Mask, counts: Mapping[int, int], cause: Equation
+    ) -> Plan:
+        """The plan without these units, and why groups that were to shrink stay whole."""
         reason = "has to fit other sizes in the forward"
         if cause.source:
             reason += f" (at {cause.source})"
         whole = {
-            g: reason for g in self.groups if not counts.get(g) and _any(plan, self.network, g)
+            g: reason for g in self.groups if not counts.get(g) and _any(before, self.network, g)
         }
-        return Plan.of(self.network, removed, {**plan.whole, **whole})
+        return Plan.of(self.network, removed, {**before.whole, **whole})
 
 
 def _any(plan: Plan, network: Network, group: int) -> bool:
