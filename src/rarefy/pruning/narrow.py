@@ -215,9 +215,12 @@ def noted(small: nn.Module, budget: Budget, left: float | None) -> nn.Module:
     """Note on the record what remains of what a budget is about, and whether that is far below."""
     missed = ""
     if left is not None and budget.kind in SHARES and not is_close(left, budget.share):
+        whole = "units and blocks that go in one piece"
+        if budget.round_to != 1:
+            whole = f"rounding widths to multiples of {budget.round_to}, and {whole},"
         missed = (
-            f"{budget.kind}={budget.share:g} was asked for and {left:.3f} remain, since units and "
-            "blocks that go in one piece leap over what lies between"
+            f"{budget.kind}={budget.share:g} was asked for and {left:.3f} remain: {whole} leap over "
+            "what lies between"
         )
     record: Any = small.pruned
     small.pruned = replace(record, left=left, missed=missed)
