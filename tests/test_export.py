@@ -365,3 +365,35 @@ def test_what_onnx_cannot_leave_free_is_written_for_the_batch_given(tmp_path):
     model, x = PerExample(), torch.randn(2, 6, 8, 8)
     path = export(model, tmp_path / "net.onnx", x)
     assert onnx.load(path).graph.input[0].type.tensor_type.shape.dim[0].dim_value == 2
+
+
+class Joined(nn.Module):
+    """What was pooled beside what a layer made of it, normalized by a norm that only scales."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.layer = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+        self.first, self.norm = nn.BatchNorm2d(8), nn.BatchNorm2d(16)
+        self.head = nn.Conv2d(16, 8, 1)
+        for norm in (self.first, self.norm):
+            nn.init.uniform_(norm.weight, 0.5, 2)
+            nn.init.uniform_(norm.running_var, 0.01, 1)
+
+    def forward(self, x):
+        x = nn.functional.max_pool2d(self.stem(x), 2)
+        return self.head(self.norm(torch.cat([x, self.layer(self.first(x).relu())], 1)).relu())
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_norms_that_shift_nothing_are_computed_alike(seed, tmp_path):
+    openvino = pytest.importorskip("openvino")
+    torch.manual_seed(seed)
+    model, x = Joined().eval(), torch.rand(2, 3, 16, 16)
+    small = quantize(model, [torch.rand(24, 3, 16, 16)])
+    path = export(small, tmp_path / "net.onnx", x)
+    settings = {"INFERENCE_PRECISION_HINT": "f32"}
+    compiled = openvino.Core().compile_model(path, "CPU", settings)
+    found = torch.from_numpy(compiled([x.numpy()])[compiled.output(0)].copy())
+    expected = small(x).detach()
+    # a step of the output's 256 or two
+    assert float((found - expected).abs().max()) < 0.02 * float(expected.abs().max())

@@ -219,8 +219,8 @@ def noted(small: nn.Module, budget: Budget, left: float | None) -> nn.Module:
         if budget.round_to != 1:
             whole = f"rounding widths to multiples of {budget.round_to}, and {whole},"
         missed = (
-            f"{budget.kind}={budget.share:g} was asked for and {left:.3f} remain: {whole} leap over "
-            "what lies between"
+            f"{budget.kind}={budget.share:g} was asked for and {left:.3f} remain: {whole} leap "
+            "over what lies between"
         )
     record: Any = small.pruned
     small.pruned = replace(record, left=left, missed=missed)
