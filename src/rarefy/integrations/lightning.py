@@ -50,16 +50,18 @@ class AfterStep(Callback):
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Several may be in one trainer, which are told apart by their order."""
-        if hasattr(self.function, "state_dict"):
-            checkpoint[self._key(trainer)] = self.function.state_dict()
+        function: Any = self.function
+        if hasattr(function, "state_dict"):
+            checkpoint[self._key(trainer)] = function.state_dict()
 
     def on_load_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """A checkpoint that was made without the function leaves it as it is."""
-        if hasattr(self.function, "load_state_dict") and self._key(trainer) in checkpoint:
-            self.function.load_state_dict(checkpoint[self._key(trainer)])
+        function: Any = self.function
+        if hasattr(function, "load_state_dict") and self._key(trainer) in checkpoint:
+            function.load_state_dict(checkpoint[self._key(trainer)])
 
-    def _key(self, trainer: Trainer) -> str:
-        held: list[Any] = [c for c in trainer.callbacks if isinstance(c, AfterStep)]  # type: ignore[attr-defined]
+    def _key(self, trainer: Any) -> str:
+        held = [callback for callback in trainer.callbacks if isinstance(callback, AfterStep)]
         return f"rarefy.AfterStep.{held.index(self)}"

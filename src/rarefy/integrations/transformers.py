@@ -47,9 +47,9 @@ class AfterStep(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Checkpoints have no place for tensors; all but the step is in the network's zeros."""
-        if state.global_step and hasattr(self.function, "resume"):
-            assert model is not None
-            self.function.resume(model, state.global_step)
+        function: Any = self.function
+        if state.global_step and hasattr(function, "resume"):
+            function.resume(model, state.global_step)
 
     def on_step_end(
         self,

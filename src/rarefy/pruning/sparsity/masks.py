@@ -35,7 +35,7 @@ class Masks(Mapping[str, Tensor]):
     """
 
     def __init__(self, keep: Mapping[str, Tensor]) -> None:
-        wrong = (
+        wrong: list[Any] = (
             [keep] if not isinstance(keep, Mapping)
             else [value for value in keep.values() if not isinstance(value, Tensor)]
         )  # fmt: skip
