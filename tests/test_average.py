@@ -47,9 +47,11 @@ def test_the_average_is_the_weighted_sum_of_all_it_saw(decay) -> None:
     assert not average.model[0].weight.requires_grad
 
 
+@pytest.mark.parametrize("trainable", [True, False])
 @pytest.mark.parametrize("zeros", [False, True])
-def test_what_is_zero_in_the_network_is_zero_in_the_average_where_asked(zeros) -> None:
+def test_what_is_zero_in_the_network_is_zero_in_the_average_where_asked(zeros, trainable) -> None:
     network = net(0)
+    network[0].weight.requires_grad_(trainable)
     average = Average(network, 0.9, zeros=zeros)
     with torch.no_grad():
         network[0].weight[:, 0] = 0

@@ -122,6 +122,62 @@ def test_units_that_are_zero_are_never_taken_back() -> None:
     assert plans[-1].any()
 
 
+@pytest.mark.parametrize("way", ["state", "network"])
+def test_units_that_are_zero_go_also_after_a_resumption(way) -> None:
+    make = lambda: GradualUnits(  # noqa: E731
+        NET, X, Constant(0.5), every=4, criterion=lambda g, t: torch.rand(len(g))
+    )
+    gradual, again = make(), make()
+    model = trained(NET, gradual, 4)
+    if way == "state":
+        again.load_state_dict(copy.deepcopy(gradual.state_dict()))
+    else:
+        again.resume(model, 4)
+    assert again._plan.removed.any()
+    assert again.masks.keys() == gradual.masks.keys()
+    assert all(torch.equal(again.masks[path], gradual.masks[path]) for path in gradual.masks)
+    after = trained(model, again, 3).eval()  # no selection is due
+    small = again.finish(after)
+    for layer in (0, 3):
+        left = int((after[layer].weight != 0).flatten(1).any(1).sum())
+        assert small[layer].out_channels == left < NET[layer].out_channels
+    torch.testing.assert_close(small(X), after(X), rtol=1e-4, atol=1e-5)
+    trained(after, again, 1)
+    assert (again._plan.removed == gradual._plan.removed).all()
+
+
+def test_layers_that_start_at_zero_are_not_taken_for_removed() -> None:
+    net = copy.deepcopy(NET)
+    with torch.no_grad():
+        net[3].weight.zero_()
+        net[3].bias.zero_()
+        net[4].weight.zero_()
+    gradual = GradualUnits(net, X, Constant(0.5))
+    gradual.resume(net, 7)
+    assert not gradual._plan.removed.any()
+    assert not gradual.masks
+
+
+def test_zeros_stay_whatever_the_criterion() -> None:
+    gradual = GradualPruning(
+        Cubic(0.8, steps=8), criterion=lambda w: torch.rand_like(w), exclude=["8"]
+    )
+    before = [torch.zeros(12, 4, 3, 3, dtype=torch.bool)]
+
+    def grown(model: nn.Module) -> None:
+        now = model[3].weight == 0
+        assert now[before[-1]].all()
+        before.append(now)
+
+    model = trained(NET, gradual, 6, grown)
+    again = GradualPruning(Cubic(0.8, steps=8), criterion=gradual._rule, exclude=["8"])
+    again.resume(model, 6)
+    assert set(again.masks) == {"0.weight", "3.weight"}
+    trained(model, again, 3, grown)
+    assert again.step == 9
+    assert before[6].any()
+
+
 def test_bad_input_is_refused() -> None:
     with pytest.raises(InputError, match="N:M fixes the share"):
         GradualPruning(Constant(0.5), structure="2:4")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import warnings
+from itertools import pairwise
 
 import pytest
 import torch
@@ -72,6 +73,41 @@ def test_lightning(accumulate, tmp_path) -> None:
     run(dense, GradualPruning(Constant(0.5)))
     assert sparsity(dense) == 0.5
 
+    # a training that is resumed by other objects goes on with the masks and the step of before
+    def part(epochs: int, net: nn.Module, gradual: GradualPruning, seen: list, path=None) -> None:
+        other = GradualPruning(Constant(0.5), exclude=["0", "2"], every=100)
+        trainer = lightning.Trainer(
+            max_epochs=epochs, accelerator="cpu", logger=False, enable_checkpointing=False,
+            enable_progress_bar=False, enable_model_summary=False, default_root_dir=tmp_path,
+            accumulate_grad_batches=accumulate,
+            callbacks=[
+                AfterStep(other, "net"),
+                AfterStep(gradual, "net"),
+                AfterStep(lambda model: seen.append(zeros(model)), "net"),
+            ],
+        )  # fmt: skip
+        trainer.fit(Task(net), DataLoader(TensorDataset(X, Y), 4), ckpt_path=path)
+        trainer.save_checkpoint(tmp_path / f"{epochs}.ckpt")
+        assert other.step == gradual.step
+
+    check_resumed(part, tmp_path / "1.ckpt", accumulate)
+
+
+def check_resumed(part, path, accumulate: int) -> None:
+    """Two epochs in two parts: zeros at every step hold those before, and follow the schedule."""
+    steps, seen = 12 // accumulate, list[list[torch.Tensor]]()
+    first, second = (
+        GradualPruning(lambda step: 0.75 * step / steps, every=steps // 2) for _ in range(2)
+    )
+    part(1, network(), first, seen)
+    assert first.step == steps // 2
+    part(2, network(), second, seen, str(path))
+    assert second.step == len(seen) == steps
+    for before, after in pairwise(seen):
+        assert all(bool(b[a].all()) for a, b in zip(before, after, strict=True))
+    numbers = [sum(int(z.sum()) for z in found) for found in seen]
+    assert numbers == [0] * (steps // 2 - 1) + [27] * (steps // 2) + [54]
+
 
 class Rows(Dataset):
     """Examples as transformers wants them."""
@@ -124,3 +160,16 @@ def test_transformers(accumulate, tmp_path) -> None:
     dense = Classifier(network())
     run(dense, GradualPruning(Constant(0.5)))
     assert sparsity(dense) == 0.5
+
+    def part(epochs: int, net: nn.Module, gradual: GradualPruning, seen: list, path=None) -> None:
+        arguments = transformers.TrainingArguments(
+            str(tmp_path), num_train_epochs=epochs, per_device_train_batch_size=4, use_cpu=True,
+            gradient_accumulation_steps=accumulate, learning_rate=0.01, weight_decay=0.1,
+            report_to=[], save_strategy="epoch", logging_strategy="no", disable_tqdm=True,
+        )  # fmt: skip
+        callbacks = [AfterStep(gradual), AfterStep(lambda model: seen.append(zeros(model)))]
+        transformers.Trainer(
+            Classifier(net), arguments, train_dataset=Rows(), callbacks=callbacks
+        ).train(resume_from_checkpoint=path)
+
+    check_resumed(part, tmp_path / f"checkpoint-{6 // accumulate}", accumulate)

@@ -107,6 +107,19 @@ def test_masks_of_another_network_are_refused() -> None:
         masks.apply(nn.Sequential(nn.Linear(3, 3)))
 
 
+def test_masks_may_be_a_mapping_of_numbers() -> None:
+    model = sparsify(DENSE, Budget(sparsity=0.5))
+    kept = {path: (mask * 1.0) for path, mask in Masks.of(model).items()}
+    dense = copy.deepcopy(DENSE)
+    hold(dense, kept)()
+    assert same(zero_places(dense), zero_places(model))
+    assert same(zero_places(rewind(DENSE, DENSE.state_dict(), kept)), zero_places(model))
+    with pytest.raises(InputError, match="a list was given"):
+        hold(dense, [kept])
+    with pytest.raises(InputError, match="a float was given"):
+        hold(dense, {"0.weight": 0.5})
+
+
 class Wrapper(nn.Module):
     def __init__(self, net: nn.Module) -> None:
         super().__init__()
@@ -125,3 +138,5 @@ def test_a_ticket_has_the_first_weights_and_the_last_zeros() -> None:
     assert not torch.equal(sparse[0].weight, ticket[0].weight)
     with pytest.raises(InputError, match="not a state of this network"):
         rewind(sparse, {})
+    with pytest.raises(InputError, match="not a state of this network"):
+        rewind(sparse, trained)

@@ -136,3 +136,9 @@ def test_bad_input_is_refused() -> None:
         Slimming(0.1)(nn.Linear(2, 2))
     with pytest.raises(InputError, match="nothing that it concerns"):
         GroupLasso(NETWORK, 0.1)(nn.ReLU())
+    with pytest.raises(InputError, match="strength"):
+        L1("1e-5")
+    with pytest.raises(InputError, match="trace"):
+        GroupLasso(NET, 0.1)
+    with pytest.raises(InputError, match="masks"):
+        GrowingL2({"0.weight": 0.5}, 0.1)

@@ -16,6 +16,10 @@ except ImportError as error:
 class AfterStep(Callback):
     """Calls a function with the network after every optimizer step.
 
+    What a function with ``state_dict`` and ``load_state_dict`` holds is kept in Lightning's
+    checkpoints, so that a training goes on where it was. Callbacks are called in their order: put
+    this one before those that average weights.
+
     Args:
         function: for example :func:`~rarefy.pruning.sparsity.masks.hold` of the network, or a
             :class:`~rarefy.pruning.gradual.GradualPruning`.
@@ -41,3 +45,23 @@ class AfterStep(Callback):
         if trainer.global_step > self._done:
             self._done = trainer.global_step
             self.function(pl_module.get_submodule(self.network))
+
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Several may be in one trainer, which are told apart by their order."""
+        function: Any = self.function
+        if hasattr(function, "state_dict"):
+            checkpoint[self._key(trainer)] = function.state_dict()
+
+    def on_load_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """A checkpoint that was made without the function leaves it as it is."""
+        function: Any = self.function
+        if hasattr(function, "load_state_dict") and self._key(trainer) in checkpoint:
+            function.load_state_dict(checkpoint[self._key(trainer)])
+
+    def _key(self, trainer: Any) -> str:
+        held = [callback for callback in trainer.callbacks if isinstance(callback, AfterStep)]
+        return f"rarefy.AfterStep.{held.index(self)}"

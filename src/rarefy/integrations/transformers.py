@@ -23,6 +23,9 @@ except ImportError as error:
 class AfterStep(TrainerCallback):
     """Calls a function with the network after every optimizer step.
 
+    A training that goes on from a checkpoint calls ``function.resume(model, step)`` first, where
+    the function has that.
+
     Args:
         function: for example :func:`~rarefy.pruning.sparsity.masks.hold` of the network, or a
             :class:`~rarefy.pruning.gradual.GradualPruning`.
@@ -34,6 +37,19 @@ class AfterStep(TrainerCallback):
 
     def __init__(self, function: Function) -> None:
         self.function = function
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Checkpoints have no place for tensors; all but the step is in the network's zeros."""
+        function: Any = self.function
+        if state.global_step and hasattr(function, "resume"):
+            function.resume(model, state.global_step)
 
     def on_step_end(
         self,

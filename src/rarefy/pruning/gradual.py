@@ -37,7 +37,7 @@ from rarefy.pruning.sparsity import elements
 from rarefy.pruning.sparsity.elements import ElementCriterion
 from rarefy.pruning.sparsity.masks import Masks
 from rarefy.pruning.sparsity.patterns import NM, Pattern, Unstructured, named, shorthand
-from rarefy.pruning.sparsity.weights import Layer, choose, oriented, prunable
+from rarefy.pruning.sparsity.weights import Layer, checked, choose, oriented, prunable
 from rarefy.pruning.structure.sizes import Sizes
 from rarefy.pruning.structure.surgery import kept_entries
 from rarefy.schedules import Schedule
@@ -90,13 +90,21 @@ class _Gradual:
         """Go on from :meth:`state_dict`."""
         self.step, self.masks = int(state["step"]), Masks(state["masks"])
 
+    def resume(self, model: nn.Module, step: int) -> None:
+        """Go on without a state: after so many steps, with what is zero in the network now."""
+        self.load_state_dict({"step": step, "masks": self._zeros(model)})
+
+    def _zeros(self, model: nn.Module) -> Mapping[str, Tensor]:
+        """Where the network's weights that are to be pruned are not zero."""
+        raise NotImplementedError
+
 
 class GradualPruning(_Gradual):
     """Sets the least important weights to zero along a schedule, while a network is trained.
 
     Every ``every`` steps the share that the schedule gives is selected anew; weights that are zero
-    already have the smallest magnitude and stay so. After every step all of them are set to zero
-    again. Zhu and Gupta 2017 (https://arxiv.org/abs/1710.01878) with
+    already go first, whatever the criterion. After every step all of them are set to zero again.
+    Zhu and Gupta 2017 (https://arxiv.org/abs/1710.01878) with
     :class:`~rarefy.schedules.Cubic`; one-shot with ``Constant``, in rounds with ``Iterative``.
 
     Args:
@@ -166,10 +174,24 @@ class GradualPruning(_Gradual):
         check_finite(model)
         layers = self._layers(model)
         evidence = Evidence(dict(model.named_parameters()))
-        scores = [elements.scored(self._rule, layer.path, evidence) for layer in layers]
+        scores = self._zeros_first(
+            layers,
+            [checked(elements.scored(self._rule, layer.path, evidence), layer) for layer in layers],
+        )
         gone = choose(layers, scores, self.pattern, share, together=self.together)
         self.masks = Masks({x.path: ~g for x, g in zip(layers, gone, strict=True)})
         self.masks.apply(model)
+
+    def _zeros_first(self, layers: Sequence[Layer], scores: Sequence[Tensor]) -> list[Tensor]:
+        """The scores, lower than all others where a weight is zero already."""
+        lowest = min((float(s.min()) for s in scores if s.numel()), default=0.0) - 1.0
+        return [
+            s.masked_fill(~self.masks[x.path].to(s.device), lowest) if x.path in self.masks else s
+            for x, s in zip(layers, scores, strict=True)
+        ]
+
+    def _zeros(self, model: nn.Module) -> Mapping[str, Tensor]:
+        return {path: weight.detach() != 0 for path, weight in prunable(model, self.exclude)}
 
     def _layers(self, model: nn.Module) -> list[Layer]:
         if not self._dims:
@@ -229,6 +251,7 @@ class GradualUnits(_Gradual):
         self._sizes = Sizes(self.network, stated(model, self.network, example_inputs))
         self._directions = directions(self.network.captured.graph)
         self._plan = Plan.of(self.network, np.zeros(self.network.coupling.units, np.bool_))
+        self._paths = frozenset(path for path, _ in model.named_parameters(remove_duplicate=False))
 
     def __call__(self, model: nn.Module) -> None:
         """To be called after every optimizer step; changes the network in place."""
@@ -238,17 +261,13 @@ class GradualUnits(_Gradual):
             return
         check_finite(model)
         self._plan = self._selected(model, share)
-        parameters = dict(model.named_parameters(remove_duplicate=False))
-        keep: dict[str, Tensor] = {}
-        for (path, dim), entries in kept_entries(self.network, self._plan).items():
-            if path in parameters and (path, dim) not in self._directions:
-                stays = torch.zeros(parameters[path].shape[dim], dtype=torch.bool)
-                stays[torch.from_numpy(entries)] = True
-                shape = [-1 if d == dim else 1 for d in range(parameters[path].ndim)]
-                before = keep.get(path, torch.ones(parameters[path].shape, dtype=torch.bool))
-                keep[path] = before & stays.view(shape)
-        self.masks = Masks(keep)
+        self.masks = self._masks(model)
         self.masks.apply(model)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from :meth:`state_dict`."""
+        super().load_state_dict(state)
+        self._plan = self._planned(self.masks)
 
     def finish(self, model: nn.Module) -> nn.Module:
         """A smaller network without the units that are zero now; ``model`` is not changed.
@@ -259,6 +278,41 @@ class GradualUnits(_Gradual):
         zeroed = copy.deepcopy(model)
         self.masks.apply(zeroed)
         return operate(zeroed, self._inputs, self.network, self._plan, self._sizes)
+
+    def _zeros(self, model: nn.Module) -> Mapping[str, Tensor]:
+        every = model.named_parameters(remove_duplicate=False)
+        self._plan = self._planned({path: weight.detach() != 0 for path, weight in every})
+        return self._masks(model)
+
+    def _masks(self, model: nn.Module) -> Masks:
+        """What a plan leaves of all parameters that it concerns."""
+        parameters = dict(model.named_parameters(remove_duplicate=False))
+        keep: dict[str, Tensor] = {}
+        for (path, dim), entries in kept_entries(self.network, self._plan).items():
+            if path in parameters and (path, dim) not in self._directions:
+                stays = torch.zeros(parameters[path].shape[dim], dtype=torch.bool)
+                stays[torch.from_numpy(entries)] = True
+                shape = [-1 if d == dim else 1 for d in range(parameters[path].ndim)]
+                before = keep.get(path, torch.ones(parameters[path].shape, dtype=torch.bool))
+                keep[path] = before & stays.view(shape)
+        return Masks(keep)
+
+    def _planned(self, keep: Mapping[str, Tensor]) -> Plan:
+        """The plan of all units of which nothing stays; groups of which no unit stays are whole."""
+        removed = np.zeros(self.network.coupling.units, np.bool_)
+        for group in self.network.groups:
+            gone = np.ones(len(group), np.bool_)
+            for m in group.members:
+                if m.path not in self._paths or (m.path, m.dim) in self._directions:
+                    continue
+                if m.path not in keep:  # nothing of it is zero
+                    gone[:] = False
+                    continue
+                entries = keep[m.path].cpu().movedim(m.dim, 0)
+                stays = entries.reshape(len(entries), -1).any(1).numpy()
+                gone &= ~stays[m.indices].any(1)
+            removed[group.units] = gone & ~gone.all()
+        return Plan.of(self.network, removed)
 
     def _selected(self, model: nn.Module, share: float) -> Plan:
         """The plan of a share, which holds all units that are zero already."""

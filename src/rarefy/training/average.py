@@ -30,14 +30,14 @@ class Average:
     def __init__(self, model: nn.Module, decay: float, *, zeros: bool) -> None:
         self.source, self.decay, self.zeros = model, decay, zeros
         self.model = copy.deepcopy(model).requires_grad_(False)
-        self.learned = [n for n, p in model.named_parameters() if p.requires_grad]
+        self.names = [name for name, _ in model.named_parameters()]  # frozen ones are pruned, too
 
     @torch.no_grad()
     def update(self, step: int) -> None:
         """Move towards the network after its so-many-th step, from 1."""
         follow(self.model, self.source, 1 - min(self.decay, (1 + step) / (10 + step)))
         ours, theirs = dict(tensors_of(self.model)), dict(tensors_of(self.source))
-        for name in self.learned if self.zeros else ():
+        for name in self.names if self.zeros else ():
             ours[name].masked_fill_(theirs[name] == 0, 0.0)
 
     def state_dict(self) -> Mapping[str, Tensor]:

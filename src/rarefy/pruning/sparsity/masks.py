@@ -22,7 +22,10 @@ class Masks(Mapping[str, Tensor]):
     """Path of a parameter -> boolean tensor of its shape, True where the weight stays.
 
     Args:
-        keep: the masks.
+        keep: the masks; numbers count as True where they are not zero.
+
+    Raises:
+        InputError: it is no mapping from paths to tensors.
 
     Example:
         >>> layer = nn.Linear(2, 1, bias=False)
@@ -32,7 +35,17 @@ class Masks(Mapping[str, Tensor]):
     """
 
     def __init__(self, keep: Mapping[str, Tensor]) -> None:
-        self._keep = dict(keep)
+        wrong: list[Any] = (
+            [keep] if not isinstance(keep, Mapping)
+            else [value for value in keep.values() if not isinstance(value, Tensor)]
+        )  # fmt: skip
+        if wrong:
+            raise InputError(
+                "masks",
+                f"a {type(wrong[0]).__name__} was given",
+                "Give path of a parameter -> tensor of its shape, True where the weight stays",
+            )
+        self._keep = {path: mask.bool() for path, mask in keep.items()}
 
     @classmethod
     def of(cls, model: nn.Module) -> Masks:
@@ -119,7 +132,7 @@ class Hold:
         self.detach()
 
 
-def hold(model: nn.Module, masks: Masks | None = None) -> Hold:
+def hold(model: nn.Module, masks: Mapping[str, Tensor] | None = None) -> Hold:
     """Keep weights that are zero now at exactly zero while a network is trained.
 
     In a loop of one's own, either call it after every step, or attach it to the optimizer::
@@ -137,7 +150,10 @@ def hold(model: nn.Module, masks: Masks | None = None) -> Hold:
 
     Args:
         model: the sparse network. Frozen parameters are held, too; shared ones once.
-        masks: what stays; None for :meth:`Masks.of` the network.
+        masks: what stays (:class:`Masks`); None for :meth:`Masks.of` the network.
+
+    Raises:
+        InputError: the masks are no tensors by path.
 
     Example:
         >>> layer = nn.Linear(2, 1, bias=False)
@@ -148,10 +164,12 @@ def hold(model: nn.Module, masks: Masks | None = None) -> Hold:
         >>> layer.weight.tolist()
         [[0.0, 2.0]]
     """
-    return Hold(model, Masks.of(model) if masks is None else masks)
+    return Hold(model, Masks.of(model) if masks is None else Masks(masks))
 
 
-def rewind(model: nn.Module, state: Mapping[str, Tensor], masks: Masks | None = None) -> nn.Module:
+def rewind(
+    model: nn.Module, state: Mapping[str, Tensor], masks: Mapping[str, Tensor] | None = None
+) -> nn.Module:
     """The network as it was at an earlier time, with the zeros of now: a lottery ticket.
 
     Frankle and Carbin 2019 (https://arxiv.org/abs/1803.03635) rewind to the initial weights,
@@ -167,19 +185,19 @@ def rewind(model: nn.Module, state: Mapping[str, Tensor], masks: Masks | None = 
     Args:
         model: the sparse network; it is not changed.
         state: an earlier ``state_dict`` of it, buffers included.
-        masks: what stays; None for :meth:`Masks.of` the network.
+        masks: what stays (:class:`Masks`); None for :meth:`Masks.of` the network.
 
     Returns:
         A new network.
 
     Raises:
-        InputError: the state is not one of this network.
+        InputError: the state is not one of this network, or the masks are no tensors by path.
     """
-    kept = Masks.of(model) if masks is None else masks
+    kept = Masks.of(model) if masks is None else Masks(masks)
     found = copy.deepcopy(model)
     try:
         found.load_state_dict(state)
-    except RuntimeError as error:
+    except (RuntimeError, TypeError) as error:
         raise InputError(
             "rewind(state)",
             f"it is not a state of this network: {str(error).splitlines()[-1].strip()}",

@@ -106,6 +106,12 @@ class GroupLasso:
 
     def __post_init__(self) -> None:
         _check(self, self.strength)
+        if not isinstance(self.network, Network):
+            raise InputError(
+                f"GroupLasso(network={type(self.network).__name__})",
+                "which weights go with a unit is in the trace of a network",
+                "Write GroupLasso(rarefy.trace(model, example_inputs), 1e-4)",
+            )
 
     def __call__(self, model: nn.Module, step: int = 0) -> Tensor:
         """The penalty, a scalar on the network's device."""
@@ -135,11 +141,12 @@ class GrowingL2:
         8.0
     """
 
-    masks: Masks = field(repr=False)
+    masks: Mapping[str, Tensor] = field(repr=False)
     strength: Strength
 
     def __post_init__(self) -> None:
         _check(self, self.strength)
+        object.__setattr__(self, "masks", Masks(self.masks))  # frozen
 
     def __call__(self, model: nn.Module, step: int = 0) -> Tensor:
         """The penalty, a scalar on the network's device."""
@@ -162,7 +169,8 @@ def at(strength: Strength, step: int) -> float:
 
 
 def _check(owner: object, strength: Strength) -> None:
-    if not callable(strength) and not 0 <= strength < float("inf"):
+    number = isinstance(strength, int | float) and 0 <= strength < float("inf")
+    if not callable(strength) and not number:
         raise InputError(
             f"{type(owner).__name__}(strength={strength!r})",
             "a strength is a number, at least 0, or a schedule",

@@ -88,7 +88,7 @@ def choose(
         together: rank the units of all layers together.
     """
     matrices = [
-        as_matrix(_checked(s, layer), layer.input_dim, pattern)
+        as_matrix(checked(s, layer), layer.input_dim, pattern)
         for s, layer in zip(scores, layers, strict=True)
     ]
     if isinstance(pattern, NM):
@@ -101,7 +101,12 @@ def choose(
     ]
 
 
-def _checked(scores: Tensor, layer: Layer) -> Tensor:
+def checked(scores: Tensor, layer: Layer) -> Tensor:
+    """The scores, where they are one finite number for every entry of the weight.
+
+    Raises:
+        InputError: they are not.
+    """
     if scores.shape != layer.weight.shape or not bool(torch.isfinite(scores).all()):
         raise InputError(
             f"criterion, weight {layer.path!r}",
