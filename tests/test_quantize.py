@@ -117,6 +117,18 @@ def test_tied_weight_read_in_float_keeps_its_values():
     assert torch.equal(net.tensor("embed.weight"), model.embed.weight)
 
 
+def test_a_weight_that_is_joined_with_another_keeps_its_values_there():
+    class Joined(nn.Linear):
+        def forward(self, x):
+            joined = torch.cat([self.weight, self.weight[:1]])
+            return nn.functional.linear(x, self.weight, self.bias).relu() + joined.square().sum()
+
+    model = Joined(8, 8)
+    net = quantize(model, [torch.randn(16, 8)])
+    assert list(net.quantization.layers)
+    assert torch.equal(net.tensor("weight"), model.weight)
+
+
 def test_calibration_that_cannot_be_used_is_refused():
     model, data = build("mlp")
     with pytest.raises(DataError):

@@ -80,6 +80,12 @@ def test_a_table_that_a_layer_shares_is_stored_once(tmp_path):
     assert stored(path)[TensorProto.INT8] < 1.1 * model.table.weight.numel()
 
 
+def test_a_table_is_stored_once_where_the_layer_reads_it_as_it_is(tmp_path):
+    model, ids = Words(rows=3000, tied=True).eval(), torch.randint(3000, (4,))
+    path = rf.export(rf.quantize(model, [ids]), tmp_path / "net.onnx", ids)
+    assert stored(path)[TensorProto.INT8] < 1.1 * model.table.weight.numel()
+
+
 @pytest.mark.parametrize("activations", ["static", "dynamic"])
 def test_a_layer_of_many_outputs_is_stored_in_integers(activations, tmp_path):
     model, x = nn.Linear(8, 20_000).eval(), torch.randn(4, 8)
@@ -119,6 +125,23 @@ def test_a_table_that_something_reads_in_float_stays_in_float():
 def test_a_table_can_be_left_alone_by_name():
     small = rf.quantize(Words().eval(), [torch.randint(40, (8, 5))], rf.Int8(skip=("table",)))
     assert small.quantization.left["table"] == "left in float by choice"
+
+
+@pytest.mark.parametrize("name", ["table", "head", "hea?"])
+def test_a_shared_weight_can_be_left_alone_by_each_of_its_names(name):
+    model = Words(tied=True).eval()
+    small = rf.quantize(model, [torch.randint(40, (8, 5))], rf.Int8(skip=(name,)))
+    assert small.quantization.left == {"table": "left in float by choice"}
+    assert sorted(small.quantization.layers) == ["inner"]
+
+
+def test_sums_of_rows_are_named_and_written_in_float(tmp_path):
+    model = nn.Sequential(nn.EmbeddingBag(40, 16), nn.Linear(16, 4)).eval()
+    ids = torch.randint(40, (8, 5))
+    small = rf.quantize(model, [ids])
+    assert small.quantization.left == {"0": "runtimes have no int8 sums of rows"}
+    path = rf.export(small, tmp_path / "net.onnx", ids)  # the exporter writes a loop
+    torch.testing.assert_close(ExactOnnxSession(path)(ids)[0], small(ids), rtol=1e-4, atol=1e-4)
 
 
 def test_a_table_that_is_not_finite_is_named():

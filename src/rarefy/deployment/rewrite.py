@@ -280,10 +280,9 @@ def strip(model: Any) -> None:
 
 
 def drop_unused(model: Any) -> None:
-    """Drop constants that nothing reads."""
-    used = {value for node in model.graph for value in node.inputs} | set(model.graph.outputs)
-    for name in list(model.graph.initializers):
-        if model.graph.initializers[name] not in used:
+    """Drop constants that nothing reads, in loops and branches neither."""
+    for name, value in list(model.graph.initializers.items()):
+        if not _is_read(value):
             del model.graph.initializers[name]
 
 

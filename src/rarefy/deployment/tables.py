@@ -44,7 +44,7 @@ class _Table:
     """A matrix of integers of one byte.
 
     Attributes:
-        name: of the initializer.
+        source: the initializer.
         codes: shape (rows, columns), or (rows, blocks, columns of a block) where blocks of a row
             have scales of their own.
         scale: likewise with one column, or () where it is the same everywhere.
@@ -52,7 +52,7 @@ class _Table:
         packed: whether the codes are 0 to 15.
     """
 
-    name: str
+    source: Any
     codes: Array
     scale: Array
     zero: Array
@@ -82,7 +82,7 @@ class _Table:
         codes, scale, zero = (h.reshape(shape) if h.ndim else h for h in (codes, scale, zero))
         if packed and codes.shape[-1] % 2:
             return None
-        return cls(source.inputs[0].name, codes, scale, zero, packed)
+        return cls(source.inputs[0], codes, scale, zero, packed)
 
 
 def _looked_up(model: Any, node: Any, table: _Table) -> Any:
@@ -94,7 +94,7 @@ def _looked_up(model: Any, node: Any, table: _Table) -> Any:
         return insert(model, node, op_type, list(inputs), attributes)
 
     def held(suffix: str, array: Array) -> Any:
-        return add_constant(model, f"{table.name}_{suffix}", np.ascontiguousarray(array))
+        return add_constant(model, f"{table.source.name}_{suffix}", np.ascontiguousarray(array))
 
     def rows(suffix: str, array: Array) -> Any:
         whole = held(suffix, array)
@@ -108,11 +108,13 @@ def _looked_up(model: Any, node: Any, table: _Table) -> Any:
         real = add("Concat", add("Sub", both, upper), second, axis=-1)
     else:
         turned = _turned(model, table.codes)
-        if turned is None:
-            found = rows("rows", table.codes)
-        else:
+        if turned is not None:
             last = add("Gather", turned, index, axis=1)
             found = add("Transpose", last, perm=[*range(1, rank + 1), 0])
+        elif table.codes.ndim == 2:
+            found = add("Gather", table.source, index, axis=0)
+        else:
+            found = rows("rows", table.codes)
         real = add("Cast", found, to=1)
     if zero.any():
         alike = (zero == zero.flat[0]).all()

@@ -159,9 +159,10 @@ def _weight_scales(
     """Scales of one weight, wide enough that the biases of its layers fit in 32 bits."""
     scales = channel_scales(net.tensor(weight.path))
     for user in net.graph.users[weight.name]:
-        bias = user.argument("bias") if user.name in placement.layers else None
+        if user.name not in placement.layers:
+            continue
+        bias, step = user.argument("bias"), steps.get(user.args[0].name)
         node = net.graph.by_name[bias.name] if isinstance(bias, Ref) else None
-        step = steps.get(user.args[0].name)
         if node is not None and node.op == "tensor" and step is not None:
             values = net.tensor(node.path).detach().abs()
             scales = torch.maximum(scales, values / (step * BIAS_LIMIT))

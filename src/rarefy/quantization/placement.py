@@ -72,6 +72,10 @@ LEFT: Mapping[str, str] = {
         )
         for kind in sorted(RECURRENT)
     },
+    **{
+        f"aten.embedding_bag.{overload}": "runtimes have no int8 sums of rows"
+        for overload in ("default", "padding_idx")
+    },
     "aten.matmul.default": "a product of two computed tensors runs in float",
     "aten.bmm.default": "a product of two computed tensors runs in float",
     "aten.scaled_dot_product_attention.default": "attention between activations runs in float",

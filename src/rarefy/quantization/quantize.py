@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import TypedDict
 
@@ -112,7 +112,7 @@ def quantize(
     net = fold_batch_norms(_captured(model, first))
     if scheme.functions == "split":
         net = split_silu(net)
-    skipped = _skipped(net, scheme.skip)
+    skipped = _skipped(model, net, scheme.skip)
     if scheme.smooth is not None:
         net = smooth(net, calibration, scheme.smooth)
     if scheme.equalize:
@@ -160,18 +160,36 @@ def _check_finite(net: GraphModel) -> None:
             check_finite(node.path, net.tensor(node.path))
 
 
-def _skipped(net: GraphModel, patterns: tuple[str, ...]) -> dict[str, str]:
+def _skipped(model: nn.Module, net: GraphModel, patterns: tuple[str, ...]) -> dict[str, str]:
     """Layers that the user leaves in float, by their own paths or those of modules around them.
+
+    A layer whose weight several modules share has the paths of them all.
 
     Raises:
         InputError: a pattern matches nothing.
     """
     found = place(net.graph)
-    layers = {*found.readers.values(), *found.left}
-    parts = [layer.split(".") for layer in layers]
+    layers = {layer: {layer} for layer in (*found.readers.values(), *found.left)}
+    for sharing in _sharing(model):
+        for layer in layers.keys() & sharing:
+            layers[layer] |= sharing
+    parts = [name.split(".") for names in layers.values() for name in names]
     known = {".".join(names[:count]) for names in parts for count in range(1, len(names) + 1)}
     chosen = [path for p in patterns for path in matching(p, known, "Int8(skip=...)")]
-    return {layer: "left in float by choice" for layer in layers if within(layer, chosen)}
+    return {
+        layer: "left in float by choice"
+        for layer, names in layers.items()
+        if any(within(name, chosen) for name in names)
+    }
+
+
+def _sharing(model: nn.Module) -> Iterable[set[str]]:
+    """Paths of the modules that hold a weight, for each weight."""
+    found: dict[int, set[str]] = {}
+    for path, tensor in model.named_parameters(remove_duplicate=False):
+        if tensor.ndim > 1:
+            found.setdefault(id(tensor), set()).add(path.rpartition(".")[0] or path)
+    return found.values()
 
 
 @dataclass(frozen=True)
