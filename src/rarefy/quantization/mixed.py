@@ -178,8 +178,8 @@ def _bisected(trials: _Trials, order: Sequence[str]) -> int:
             f"quantize(max_drop={trials.allowance.max_drop:g})",
             f"the metric of the float network is {trials.base:.4g}; with all layers in int8 but "
             f"for any number of the most sensitive ones it falls by {best:.4g} or more",
-            "Allow a larger drop, give more calibration data, or train the quantized network "
-            "(rarefy.distill)",
+            "Allow a larger drop, give more calibration data, leave tables in float, too "
+            "(Int8(skip=...)), or train the quantized network (rarefy.distill)",
         )
     return high
 
