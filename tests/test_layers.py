@@ -65,7 +65,7 @@ QUANTIZATION = (
 ).split()
 DEPLOYMENT = (
     "cache ratios modules executorch_session runtimes refusals tracing proof translations rewrite "
-    "counts rounded tables recurrent onnx_file editing decoding program_file xnnpack "
+    "counts rounded look_ups recurrent onnx_file editing decoding program_file xnnpack "
     "executorch_file export opening memory measure bench timing"
 ).split()
 STORAGE = (

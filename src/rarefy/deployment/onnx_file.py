@@ -14,13 +14,13 @@ from torch.utils import _pytree as pytree
 
 from rarefy.batches import call, map_tensors, tensors
 from rarefy.deployment.counts import counted
+from rarefy.deployment.look_ups import look_ups
 from rarefy.deployment.proof import Run
 from rarefy.deployment.recurrent import integer_lstms
 from rarefy.deployment.refusals import unrunnable, unwritable
 from rarefy.deployment.rewrite import rewrite
 from rarefy.deployment.rounded import fold_grids, opset, rounded_weights
 from rarefy.deployment.runtimes import ExactOnnxSession, load_onnx, load_onnxruntime
-from rarefy.deployment.tables import look_ups
 from rarefy.deployment.tracing import WAYS, Traced, trace_flat
 from rarefy.deployment.translations import translations
 from rarefy.errors import ExportError, FormatError, MissingExtraError, RarefyError, first_line

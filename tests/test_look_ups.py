@@ -10,8 +10,8 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
 import rarefy as rf
+from rarefy.deployment.look_ups import look_ups
 from rarefy.deployment.runtimes import ExactOnnxSession, OpenVinoSession
-from rarefy.deployment.tables import look_ups
 from rarefy.errors import InputError
 
 ir = pytest.importorskip("onnx_ir")
