@@ -11,10 +11,10 @@ demo: $(VENV)/.installed-demo  ## the main job on real data; replaces what the l
 	$(BIN)/rarefy demo --out $(OUT) $(if $(filter rarefy-demo,$(OUT)),--overwrite)
 
 test: lint  ## lint, types and the whole test suite
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --max-worker-restart 0
 
 fast: $(VENV)/.installed-dev  ## the quick tests only
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow"
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --max-worker-restart 0 -m "not slow"
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check src tests examples benchmarks

@@ -194,7 +194,7 @@ def test_bad_input_is_refused() -> None:
     with pytest.raises(BudgetError, match=r"gives 1\.0"):
         GradualPruning(Constant(1.0))(copy.deepcopy(NET))
     with pytest.raises(InputError, match="Did you mean"):
-        GradualPruning(Constant(0.5), exclude=["0.wieght"])(copy.deepcopy(NET))
+        GradualPruning(Constant(0.5), every=100, exclude=["0.wieght"])(copy.deepcopy(NET))
 
 
 @pytest.mark.parametrize("kind", ["weights", "units"])

@@ -183,6 +183,13 @@ def test_automatic_widths_are_those_of_the_runtime() -> None:
     assert {m.out_features % 16 for m in small if isinstance(m, nn.Linear)} == {0, 4}
 
 
+def test_what_layers_take_whatever_the_budget_is_told() -> None:
+    budget = Budget(params=0.9, layers={"0": 0.75})
+    with pytest.warns(RuntimeWarning, match="layers= takes"):
+        small = rf.prune(wide(), X, budget)
+    assert small.pruned.left < 0.8
+
+
 def test_measured_budgets_need_the_measuring_prune() -> None:
     for kind in ("bytes", "latency"):
         with pytest.raises(BudgetError, match=r"rarefy\.prune"):

@@ -171,14 +171,14 @@ class Cubic:
     value changes only each so many steps, the paper's delta t.
 
     Args:
-        final: sparsity at the end, 0 to 1 (a share that is zero).
+        final: sparsity at the end, the share of zeros: at least 0 and below 1.
         steps: length of the rise in steps, at least 1 (the paper's n times delta t).
         begin: step at which the rise begins.
-        initial: sparsity at the beginning, 0 to 1.
+        initial: sparsity at the beginning, likewise.
         every: steps between two changes, at least 1.
 
     Raises:
-        InputError: a sparsity is outside 0 to 1, or a number of steps is out of range.
+        InputError: a sparsity or a number of steps is out of range.
 
     Example:
         >>> round(Cubic(final=0.8, steps=100)(50), 6)
@@ -194,10 +194,10 @@ class Cubic:
     def __post_init__(self) -> None:
         for name in ("final", "initial"):
             value = getattr(self, name)
-            if not 0 <= value <= 1:
+            if not 0 <= value < 1:
                 raise InputError(
                     f"Cubic({name}={value!r})",
-                    "a sparsity is the share of zeros, from 0 to 1",
+                    "a sparsity is the share of zeros, at least 0 and below 1",
                     f"Write {name}=0.9 for 90 %",
                 )
         _at_least(self, 1, steps=self.steps, every=self.every)

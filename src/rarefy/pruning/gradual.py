@@ -168,11 +168,11 @@ class GradualPruning(_Gradual):
     def __call__(self, model: nn.Module) -> None:
         """To be called after every optimizer step; changes the network in place."""
         self.masks.apply(model)
+        layers = self._layers(model)  # at the first step, too: names that match nothing
         share = self._advance()
         if share is None:
             return
         check_finite(model)
-        layers = self._layers(model)
         evidence = Evidence(dict(model.named_parameters()))
         scores = self._zeros_first(
             layers,

@@ -47,7 +47,7 @@ class Pruned:
         held: blocks that stay since the class does not work without them, each with the reason.
         left: the share that remains of what the budget is about; None where that is a number of
             units or of blocks.
-        missed: how far below the budget that is where units and blocks leap over it, or empty.
+        missed: how far below the budget that is, and what leaps over it, or empty.
     """
 
     kind: str
@@ -215,12 +215,14 @@ def noted(small: nn.Module, budget: Budget, left: float | None) -> nn.Module:
     """Note on the record what remains of what a budget is about, and whether that is far below."""
     missed = ""
     if left is not None and budget.kind in SHARES and not is_close(left, budget.share):
-        whole = "units and blocks that go in one piece"
+        reasons = ["units and blocks that go in one piece"]
         if budget.round_to != 1:
-            whole = f"rounding widths to multiples of {budget.round_to}, and {whole},"
+            reasons.insert(0, f"rounding widths to multiples of {budget.round_to}")
+        if any(limit.sparsity is not None for _, limit in budget.limits):
+            reasons.insert(0, "what layers= takes whatever the budget")
         missed = (
-            f"{budget.kind}={budget.share:g} was asked for and {left:.3f} remain: {whole} leap "
-            "over what lies between"
+            f"{budget.kind}={budget.share:g} was asked for and {left:.3f} remain, the most that "
+            f"was found with {', and '.join(reasons)}"
         )
     record: Any = small.pruned
     small.pruned = replace(record, left=left, missed=missed)
