@@ -17,13 +17,13 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from rarefy.copies import fingerprint
+from rarefy.distillation.ensemble import Ensemble
 from rarefy.distillation.soft_labels import shards
 from rarefy.distillation.soft_labels import write as writing
 from rarefy.distillation.soft_labels.read import SoftLabels
 from rarefy.distillation.soft_labels.records import Dense, Outputs, Sampled, TopK
 from rarefy.distillation.soft_labels.views import Replay
 from rarefy.errors import DataError, InputError, OutputError, TrainingError
-from rarefy.training.teachers import Ensemble
 from soft_label_store import CLASSES, SAMPLES, dataset, expected, images, loader, teacher, write
 
 
@@ -125,7 +125,7 @@ def test_outputs_of_any_fixed_shape(tmp_path: Path, outputs: str, options: dict[
         (teacher(), {"mass": "most"}, "no number"),
         (nn.Flatten(0), {}, "batch"),
         (nn.Linear(7, 3), {}, r"write_soft_labels\(teacher\): it does not run on a batch"),
-        (Ensemble([teacher()]), {}, "a Ensemble is no network"),
+        ([teacher()], {}, "a list is no network.*Ensemble"),
         (Positions("scores"), {"views": 2}, "Replay"),
     ],
 )
@@ -134,6 +134,18 @@ def test_options_out_of_range(tmp_path: Path, model, options, words: str) -> Non
     with pytest.raises(InputError, match=words):
         write(folder, model=model, **options)
     assert not folder.exists()
+
+
+def test_what_several_networks_answer_is_stored_as_one(tmp_path: Path) -> None:
+    parts = [teacher().train(), nn.Sequential(nn.Flatten(), nn.Linear(48, 11))]
+    write(tmp_path, model=Ensemble(parts, weights=[3, 1]))
+    wanted = [expected(part, images()) for part in parts]
+    assert parts[0].training
+    labels = SoftLabels(tmp_path)
+    mean = (0.75 * wanted[0] + 0.25 * wanted[1]).log_softmax(-1)
+    assert torch.allclose(labels.answers(), mean, rtol=1e-3, atol=1e-2)
+    with pytest.raises(OutputError, match="give the teacher that wrote it"):
+        write(tmp_path, model=Ensemble(parts))
 
 
 def test_outputs_that_change_their_shape_are_refused(tmp_path: Path) -> None:

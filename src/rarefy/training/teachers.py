@@ -6,22 +6,22 @@ A :class:`Teacher` is what the user gives, a value. At the beginning of a traini
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from rarefy.batches import call, logits, map_tensors
 from rarefy.copies import fingerprint, own_copy
-from rarefy.distillation.losses import class_dim
+from rarefy.distillation.ensemble import Ensemble
 from rarefy.errors import InputError, TrainingError
 from rarefy.training.average import follow
 from rarefy.training.networks import require_finite
 from rarefy.types import Inputs
+
+__all__ = ["Earlier", "Ensemble", "Peer", "Teacher"]
 
 
 class Teacher(ABC):
@@ -106,17 +106,15 @@ class Aside(nn.Module):
 
 
 class Frozen(Tutor):
-    """Networks that only answer. That they did not change is seen by their fingerprints.
+    """A network that only answers. That it did not change is seen by its fingerprint.
 
     Args:
         network: of our own, which answers.
-        parts: name to network of what it is made of.
     """
 
-    def __init__(self, network: nn.Module, parts: Mapping[str, nn.Module]) -> None:
+    def __init__(self, network: nn.Module) -> None:
         super().__init__()
-        self.aside, self.parts = Aside(network), (parts,)
-        self.prints = {name: fingerprint(part) for name, part in parts.items()}
+        self.aside, self.print = Aside(network), fingerprint(network)
 
     @property
     def network(self) -> nn.Module:
@@ -127,16 +125,14 @@ class Frozen(Tutor):
         """Compare the fingerprints.
 
         Raises:
-            TrainingError: a network changed.
+            TrainingError: the network changed.
         """
-        for name, part in self.parts[0].items():
-            if fingerprint(part) != self.prints[name]:
-                raise TrainingError(
-                    where,
-                    f"the {name}'s weights or buffers changed while it only answered",
-                    "Take out of its forward what writes to them, such as statistics kept in eval "
-                    "mode",
-                )
+        if fingerprint(self.network) != self.print:
+            raise TrainingError(
+                where,
+                "the teacher's weights or buffers changed while it only answered",
+                "Take out of its forward what writes to them, such as statistics kept in eval mode",
+            )
 
 
 def as_teacher(given: Any, where: str) -> Teacher:
@@ -165,121 +161,7 @@ class One(Teacher):
 
     def start(self, student: nn.Module, where: str) -> Tutor:
         require_finite(self.network, where, InputError, "Check the checkpoint")
-        own = own_copy(self.network, where)
-        return Frozen(own, {"teacher": own})
-
-
-# --- several -----------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Ensemble(Teacher):
-    """Several networks, whose answers are averaged with weights.
-
-    Averaged logits are, as probabilities, the normalized geometric mean of the networks'
-    distributions, averaged probabilities their arithmetic mean (both in Hinton et al. 2015,
-    "Distilling the Knowledge in a Neural Network", section 3). Logits can be averaged whatever they
-    mean, also where outputs are no classes. With probabilities the answers are the logarithms of
-    the means, from which any temperature can be taken.
-
-    A loss of features names modules of the first network as ``"networks.0.layer3"``, of the second
-    as ``"networks.1.layer3"``, and so on.
-
-    Args:
-        networks: at least one; none is changed.
-        weights: of each, above 0; they are divided by their sum. None for equal ones.
-        average: ``"logits"`` or ``"probabilities"``.
-        dim: with probabilities, the dimension of the classes; None for the last of (B, C) and
-            (B, L, C).
-
-    Raises:
-        InputError: there is no network, or the weights do not fit.
-
-    Example:
-        >>> teacher = Ensemble([nn.Linear(4, 2), nn.Linear(4, 2)], weights=[3, 1])
-        >>> teacher.shares
-        (0.75, 0.25)
-    """
-
-    networks: Sequence[nn.Module]
-    weights: Sequence[float] | None = None
-    average: Literal["logits", "probabilities"] = "logits"
-    dim: int | None = None
-
-    def __post_init__(self) -> None:
-        strange = [n for n in self.networks if not isinstance(n, nn.Module)]
-        if strange or not self.networks:
-            what = f"a {type(strange[0]).__name__} is no network" if strange else "it is empty"
-            remedy = "Give a list of networks, and their weights as weights=[...]"
-            raise InputError("Ensemble(networks)", what, remedy)
-        weights = self.weights
-        fits = weights is None or len(weights) == len(self.networks)
-        if not fits or not all(0 < w < math.inf for w in weights or ()):
-            raise InputError(
-                f"Ensemble(weights={weights!r})",
-                f"{len(self.networks)} networks need as many weights above 0",
-                "Give for example weights=[0.7, 0.3], or none for equal ones",
-            )
-        if self.average not in ("logits", "probabilities"):
-            raise InputError(
-                f"Ensemble(average={self.average!r})",
-                "it is neither 'logits' nor 'probabilities'",
-                "Write average='logits'",
-            )
-
-    @property
-    def shares(self) -> tuple[float, ...]:
-        """The weights, with sum 1."""
-        weights = self.weights or [1.0] * len(self.networks)
-        return tuple(weight / sum(weights) for weight in weights)
-
-    def start(self, student: nn.Module, where: str) -> Tutor:
-        names = [f"network {number} of the teacher" for number in range(len(self.networks))]
-        parts = {}
-        for name, network in zip(names, self.networks, strict=True):
-            require_finite(network, f"{where}, {name}", InputError, "Check the checkpoint")
-            parts[name] = own_copy(network, f"{where}, {name}")
-        dim = self.dim if self.average == "probabilities" else None
-        mean = Mean(list(parts.values()), self.shares, self.average == "probabilities", dim)
-        return Frozen(mean, parts)
-
-
-class Mean(nn.Module):
-    """The weighted mean of what several networks answer.
-
-    Args:
-        networks: those.
-        shares: the weight of each.
-        probabilities: whether probabilities are averaged, and their logarithms returned.
-        dim: dimension of the classes then.
-    """
-
-    def __init__(
-        self,
-        networks: Sequence[nn.Module],
-        shares: Sequence[float],
-        probabilities: bool,
-        dim: int | None,
-    ) -> None:
-        super().__init__()
-        self.networks, self.shares = nn.ModuleList(networks), tuple(shares)
-        self.probabilities, self.dim = probabilities, dim
-
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        """The mean, in float32 or better."""
-        answers = [logits(network(*args, **kwargs)) for network in self.networks]
-        if len({answer.shape for answer in answers}) > 1:
-            raise InputError(
-                "Ensemble(networks)",
-                f"their answers have shapes {[tuple(answer.shape) for answer in answers]}",
-                "Give networks with the same classes, in the same order",
-            )
-        wide = [a if a.dtype == torch.float64 else a.float() for a in answers]
-        if not self.probabilities:
-            return torch.stack([s * a for s, a in zip(self.shares, wide, strict=True)]).sum(0)
-        dim = class_dim("Ensemble", wide[0], self.dim)
-        logs = [math.log(s) + a.log_softmax(dim) for s, a in zip(self.shares, wide, strict=True)]
-        return torch.stack(logs).logsumexp(0)
+        return Frozen(own_copy(self.network, where))
 
 
 # --- the student itself, and others that learn -------------------------------------------------

@@ -76,7 +76,8 @@ def write_soft_labels(
     process writes its own shards; so do independent processes that are told their ``ranks``.
 
     Args:
-        teacher: the network; it is not changed, and answers in eval mode without gradients.
+        teacher: the network, or an ``Ensemble`` of several; it is not changed, and answers in eval
+            mode without gradients.
         data: batches, see :mod:`rarefy.batches`, that can be read more than once.
         path: a folder, made if there is none.
         views: answers to each example, at least 1: for more than one, ``data`` must be a
@@ -122,7 +123,7 @@ def write_soft_labels(
         raise InputError(
             f"{WHERE}(teacher)",
             f"a {type(teacher).__name__} is no network",
-            "Give an nn.Module; to store the mean of several, one whose forward returns it",
+            "Give an nn.Module; Ensemble([...]) of rf.teachers for the mean of several",
         )
     folder = Path(path)
     with ExitStack() as stack:
