@@ -1,7 +1,6 @@
 """Curves of the user's metric: exact, resumable, kept when the evaluation fails, used to select."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -166,7 +165,9 @@ sensitivity(NET, DATA, evaluate, path={path!r}, **LOSS)
 def test_a_kill_loses_one_measurement_at_most(tmp_path: Path) -> None:
     path = tmp_path / "curves.jsonl"
     code = KILLED.format(tests=str(Path(__file__).parent), path=str(path))
-    ended = subprocess.run([sys.executable, "-c", code], env=os.environ, check=False, timeout=120)
+    ended = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, check=False, timeout=120
+    )
     assert ended.returncode == -signal.SIGKILL
     assert len(path.read_text().splitlines()) == 3
     with path.open("a") as file:
