@@ -571,7 +571,7 @@ def equations(draw) -> Einsum:
 
 
 @settings(
-    max_examples=40,
+    max_examples=25,
     deadline=None,
     derandomize=True,
     database=None,

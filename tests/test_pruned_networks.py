@@ -137,14 +137,14 @@ PATIENT = {
 }
 
 
-@settings(max_examples=25, **PATIENT)
+@settings(max_examples=20, **PATIENT)
 @given(*EXAMPLE)
 def test_pruning_random_networks_equals_masking_them(network, budget, seed, train) -> None:
     check_everything(*network, budget, seed, train)
 
 
 @pytest.mark.slow
-@settings(max_examples=50, **{**PATIENT, "derandomize": False})
+@settings(max_examples=30, **{**PATIENT, "derandomize": False})
 @given(*EXAMPLE)
 def test_pruning_many_random_networks_equals_masking_them(network, budget, seed, train) -> None:
     check_everything(*network, budget, seed, train)
