@@ -97,15 +97,13 @@ def prune(
     check_arguments(model, budget, exclude, Budget if removed else Budget | None)
     check_finite(model)
     check_copies(model)
+    _check_sensitivity(structure, sensitivity)
     data = _leading(data, samples)
     if not removed:
-        _check_sensitivity(structure, sensitivity)
         given: dict[str, Any] = {"criterion": criterion, "data": data, "loss": loss}
         given |= {"example_inputs": example_inputs, "exclude": exclude}
         return sparsify(model, budget, cast("str | Pattern", structure), **given)
     assert budget is not None
-    if "depth" in removed:
-        _check_sensitivity(structure, sensitivity)
     check_fit(structure, budget)
     network = trace(model, example_inputs)
     check_runs(model, example_inputs)
@@ -164,7 +162,15 @@ def removes(structure: object) -> frozenset[str]:
 
 
 def _check_sensitivity(structure: object, sensitivity: object) -> None:
-    if sensitivity is not None:
+    if sensitivity is None:
+        return
+    if not isinstance(sensitivity, Sensitivity):
+        raise InputError(
+            f"prune(sensitivity={sensitivity!r})",
+            f"it is a {type(sensitivity).__name__}",
+            "Give what rarefy.sensitivity returned, or rarefy.Sensitivity.load(path)",
+        )
+    if removes(structure) != {"channel"}:
         raise InputError(
             f"prune(structure={structure!r}, sensitivity=...)",
             "sensitivity was measured for units, and others than units are to be removed",
