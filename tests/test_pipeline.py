@@ -124,13 +124,9 @@ def texts(*lengths: int) -> list[tuple[dict[str, Tensor], Tensor]]:
     return [({"input_ids": i, "attention_mask": torch.ones_like(i)}, i[:, 0] % 3) for i in ids]
 
 
+@pytest.mark.slow
 def test_texts_are_padded_to_the_longest_of_all_data(tmp_path: Path) -> None:
-    stages = Stages(
-        prune=PruneStage(macs=0.7),
-        repair=None,
-        distill=DistillStage(epochs=1),
-        quantize=QuantizeStage(),
-    )
+    stages = Stages(prune=PruneStage(macs=0.7), repair=None, distill=None)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = Texts()
@@ -139,7 +135,6 @@ def test_texts_are_padded_to_the_longest_of_all_data(tmp_path: Path) -> None:
     session = OnnxSession(found.folder / "quantized.onnx")
     ((padded, _),) = texts(9)
     assert session(padded)[0].shape == (4, 3)
-    assert [stage.name for stage in found.report.stages] == NAMES
 
 
 def test_every_figure_is_of_the_file_on_disk(finished: Compressed) -> None:
