@@ -164,17 +164,17 @@ def removes(structure: object) -> frozenset[str]:
 def _check_sensitivity(structure: object, sensitivity: object) -> None:
     if sensitivity is None:
         return
-    if not isinstance(sensitivity, Sensitivity):
-        raise InputError(
-            f"prune(sensitivity={sensitivity!r})",
-            f"it is a {type(sensitivity).__name__}",
-            "Give what rarefy.sensitivity returned, or rarefy.Sensitivity.load(path)",
-        )
     if removes(structure) != {"channel"}:
         raise InputError(
             f"prune(structure={structure!r}, sensitivity=...)",
             "sensitivity was measured for units, and others than units are to be removed",
             "Leave sensitivity out",
+        )
+    if not isinstance(sensitivity, Sensitivity):
+        raise InputError(
+            f"prune(sensitivity={sensitivity!r})",
+            f"it is a {type(sensitivity).__name__}",
+            "Give what rarefy.sensitivity returned, or rarefy.Sensitivity.load(path)",
         )
 
 
