@@ -1,5 +1,6 @@
 """The data convention."""
 
+import operator
 import random
 from collections import namedtuple
 from types import SimpleNamespace
@@ -9,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.data import DataLoader
 
 from rarefy.batches import (
     batch_size,
@@ -26,6 +28,7 @@ from rarefy.batches import (
     unchanged,
 )
 from rarefy.errors import DataError, InputError
+from rarefy.process import generators, replayable
 
 X, Y = torch.zeros(3, 2), torch.ones(3)
 
@@ -185,6 +188,15 @@ def test_sequences_with_a_mask_are_padded_to_one_length():
     assert first["age"].shape == (2,)
     assert torch.equal(second["input_ids"], sequences(6)["input_ids"])
     assert labels is not None
+
+
+def test_padded_loaders_draw_and_count_as_before():
+    loader = DataLoader(range(9), 1, shuffle=True, collate_fn=lambda n: sequences(3 + n[0] % 2))
+    padded = of_one_length(loader, "f(data)")
+    assert operator.length_hint(padded) == 9
+    with replayable(padded):
+        assert generators(padded) == generators(loader)
+        assert {len(batch["input_ids"][0]) for batch, _ in padded} == {4}
 
 
 @pytest.mark.parametrize("data", [[X, X], [(X, Y)], [{"x": X}], [sequences(4), sequences(4)]])

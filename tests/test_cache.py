@@ -1,6 +1,7 @@
 """Latencies are kept between runs, and a file that is damaged or foreign does no harm."""
 
 import json
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -45,7 +46,7 @@ def test_another_version_or_number_of_threads_is_measured_anew(tmp_path: Path, o
 
 @pytest.mark.parametrize(
     "text",
-    ["", "{", "[]", "null", '{"environment": [], "ms": {}}', '{"environment": 1}'],
+    ["", "{", "[]", "null", "[" * 100_000, '{"environment": [], "ms": {}}', '{"environment": 1}'],
 )
 def test_a_damaged_file_is_replaced(tmp_path: Path, text: str) -> None:
     own = cache(tmp_path)
@@ -87,3 +88,13 @@ def test_the_folder_is_the_users_own(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     assert cache_folder() == tmp_path / "rarefy"
     monkeypatch.setenv("RAREFY_CACHE", str(tmp_path / "own"))
     assert cache_folder() == tmp_path / "own"
+
+
+def test_users_without_a_home_have_a_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    def homeless() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    for name in ("RAREFY_CACHE", "XDG_CACHE_HOME", "LOCALAPPDATA"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(Path, "home", homeless)
+    assert cache_folder() == Path(tempfile.gettempdir()) / "rarefy"

@@ -145,6 +145,21 @@ def test_modules_that_return_tuples() -> None:
     close(small(T), model.a(T))
 
 
+@pytest.mark.parametrize("first", [False, True])
+def test_layers_of_pytorch_run_without_their_perceptrons(first) -> None:
+    layers = [nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, norm_first=first)] * 2
+    net = nn.Sequential(*map(copy.deepcopy, layers)).eval()
+    x = torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(0))
+    network = trace(net, x)
+    (block,) = [block for block in network.blocks if block.name == "1.linear1"]
+    small, reason, _ = bypass(net, x, network, [block])
+    assert not reason
+    assert type(small[1]) is nn.TransformerEncoderLayer
+    plain = small(x)
+    with torch.no_grad():  # where the fast path is open
+        torch.testing.assert_close(small(x), plain)
+
+
 def test_modules_that_are_called_by_keyword() -> None:
     model = Own(lambda m, x: m.a(x + m.b(input=m.c(input=x))))
     small, _, _ = remove_all(model)

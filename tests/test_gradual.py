@@ -12,6 +12,7 @@ from torch.nn.utils.parametrizations import weight_norm
 import rarefy as rf
 from rarefy.errors import BudgetError, InputError
 from rarefy.pruning.gradual import GradualPruning, GradualUnits
+from rarefy.pruning.scoring.movement import Movement
 from rarefy.pruning.sparsity.masks import sparsity
 from rarefy.pruning.sparsity.patterns import Block
 from rarefy.schedules import Constant, Cubic, Iterative
@@ -183,6 +184,8 @@ def test_bad_input_is_refused() -> None:
         GradualPruning(Constant(0.5), structure="2:4")
     with pytest.raises(InputError, match="calibration data"):
         GradualPruning(Constant(0.5), criterion="wanda")
+    with pytest.raises(InputError, match=r"GradualUnits\(criterion='fisher'\): .*calibration data"):
+        GradualUnits(NET, X, Constant(0.5), criterion="fisher")
     with pytest.raises(InputError, match="example_inputs"):
         GradualPruning(Constant(0.5), structure="1x4")
     with pytest.raises(InputError, match="every"):
@@ -195,6 +198,45 @@ def test_bad_input_is_refused() -> None:
         GradualPruning(Constant(1.0))(copy.deepcopy(NET))
     with pytest.raises(InputError, match="Did you mean"):
         GradualPruning(Constant(0.5), every=100, exclude=["0.wieght"])(copy.deepcopy(NET))
+
+
+@pytest.mark.parametrize("wrap", [lambda m: torch.compile(m, backend="eager"), nn.DataParallel])
+@pytest.mark.parametrize("kind", ["weights", "units"])
+def test_networks_are_pruned_within_wrappers(kind, wrap) -> None:
+    def made():
+        if kind == "units":
+            return GradualUnits(NET, X, Cubic(0.5, steps=4))
+        return GradualPruning(Cubic(0.5, steps=4), structure="1x4", example_inputs=X)
+
+    plain, within = made(), made()
+    model = trained(NET, plain, 6)
+    same = trained(NET, lambda m: within(wrap(m)), 6)
+    assert same.state_dict().keys() == model.state_dict().keys()
+    assert all(torch.equal(same.state_dict()[k], v) for k, v in model.state_dict().items())
+    assert sparsity(same) > 0.3
+    if kind == "units":
+        smaller, found = plain.finish(model), within.finish(wrap(same))
+        assert type(found) is nn.Sequential
+        torch.testing.assert_close(found(X), smaller(X))
+
+
+@pytest.mark.parametrize("kind", ["weights", "units"])
+def test_movement_may_choose_along_a_schedule(kind) -> None:
+    model = copy.deepcopy(NET)
+    track = Movement(model)
+    gradual = (
+        GradualPruning(Cubic(0.5, steps=4), criterion=track.element)
+        if kind == "weights"
+        else GradualUnits(model, X, Cubic(0.5, steps=4), criterion=track.criterion)
+    )
+    optimizer = torch.optim.SGD(model.parameters(), 0.05)
+    for _ in range(4):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(X), Y).backward()
+        track()
+        optimizer.step()
+        gradual(model)
+    assert 0.4 < sparsity(model) < 0.9
 
 
 @pytest.mark.parametrize("kind", ["weights", "units"])

@@ -116,3 +116,34 @@ def test_data_that_do_not_fit_are_refused(traced) -> None:
         influences(model, network, [torch.zeros(2, 5)])
     with pytest.raises(DataError):
         influences(model, network, [])
+
+
+class Texts(nn.Module):
+    """Two residual blocks over words at positions, whose graph holds the length."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.places = nn.Embedding(9, 4), nn.Parameter(torch.randn(8, 4))
+        self.blocks = nn.ModuleList(nn.Linear(4, 4) for _ in range(2))
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        x = self.words(input_ids) + self.places[: input_ids.shape[1]]
+        for block in self.blocks:
+            x = x + block(x * attention_mask[..., None])
+        return x
+
+
+def test_texts_may_be_of_other_lengths_than_the_example() -> None:
+    def batch(length: int) -> dict[str, torch.Tensor]:
+        ids = torch.arange(2 * length).view(2, length) % 9
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = Texts().eval()
+    short, long = (trace(model, batch(length)) for length in (5, 7))
+    data = [batch(7), batch(7)]
+    assert np.allclose(influences(model, short, data), influences(model, long, data))
+    both = influences(model, short, [batch(4), batch(7)])
+    assert both.shape == (2,)
+    assert (both > 0).all()

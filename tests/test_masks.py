@@ -120,6 +120,35 @@ def test_masks_may_be_a_mapping_of_numbers() -> None:
         hold(dense, {"0.weight": 0.5})
 
 
+WRAPPERS = {
+    "compiled": lambda model: torch.compile(model, backend="eager"),
+    "parallel": nn.DataParallel,
+    "average": AveragedModel,
+}
+
+
+@pytest.mark.parametrize("name", WRAPPERS)
+def test_networks_are_held_within_wrappers(name) -> None:
+    sparse = sparsify(DENSE, Budget(sparsity=0.5))
+    wrapped, before = WRAPPERS[name](sparse), zero_places(sparse)
+    assert set(Masks.of(wrapped)) == set(Masks.of(sparse))
+    for again in (hold(wrapped), hold(sparse)):
+        for parameter in wrapped.parameters():
+            parameter.data.add_(1)
+        again(wrapped)
+        zeros = zero_places(wrapped)
+        assert all(zeros[next(p for p in zeros if p.endswith(k))].equal(before[k]) for k in before)
+
+
+def test_optimizers_that_take_no_hooks_are_refused() -> None:
+    class Prepared(torch.optim.Optimizer):
+        def __init__(self) -> None:
+            pass
+
+    with pytest.raises(InputError, match=r"attach\(Prepared\): it takes no hooks.*call what hold"):
+        hold(sparsify(DENSE, Budget(sparsity=0.5))).attach(Prepared())
+
+
 class Wrapper(nn.Module):
     def __init__(self, net: nn.Module) -> None:
         super().__init__()

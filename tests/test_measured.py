@@ -69,13 +69,15 @@ def test_a_share_that_overshoots_is_corrected_upwards() -> None:
 
 
 def test_where_all_miss_the_error_says_what_was_measured() -> None:
-    with pytest.raises(BudgetError, match=r"smallest share that was measured is 0\.8"):
+    with pytest.raises(BudgetError, match=r"measured is 0\.8.* latency=0\.8\d* or more"):
         reach(Budget(latency=0.5), lambda s: (made(s), Ratio.exact(0.8 + 0.2 * s)))
 
 
 def test_where_nothing_is_faster_the_error_says_so() -> None:
     with pytest.raises(BudgetError, match="no smaller network is faster"):
         reach(Budget(latency=0.5), lambda s: (made(s), Ratio.exact(1.1)))
+    with pytest.raises(BudgetError, match=r"no smaller network is faster\. Ask for a larger share"):
+        reach(Budget(latency=0.5), lambda s: (made(s), Ratio(0.99, 0.98, 1.01)))
 
 
 def test_where_pruning_refuses_the_error_says_why() -> None:
@@ -84,7 +86,8 @@ def test_where_pruning_refuses_the_error_says_why() -> None:
             raise BudgetError("prune", "the smallest share that can remain is 0.700", "Keep more")
         return made(share), Ratio.exact(share)
 
-    with pytest.raises(BudgetError, match=r"can remain is 0\.700") as caught:
+    message = r"; by its parameters alone, the smallest share that can remain is 0\.700"
+    with pytest.raises(BudgetError, match=message) as caught:
         reach(Budget(bytes=0.5), refuses)
     assert "measured is 0.7" in caught.value.what or "measured is 0.8" in caught.value.what
 

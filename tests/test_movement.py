@@ -78,7 +78,7 @@ def test_before_any_step_and_with_broken_gradients_it_says_so() -> None:
     net = network()
     track = Movement(net)
     with pytest.raises(InputError, match="no step"):
-        _ = track.criterion
+        rf.prune(net, X, rf.Budget(sparsity=0.5), criterion=track.criterion)
     net(X).sum().backward()
     net[2].weight.grad[0, 0] = torch.inf
     with pytest.raises(InputError, match=r"2.weight.*NaN or infinite"):

@@ -102,6 +102,41 @@ def full_disk(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str, str], 
 # --- what a run leaves
 
 
+class Texts(nn.Module):
+    """Words at positions; its graphs hold the length."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.places = nn.Embedding(9, 8), nn.Parameter(torch.zeros(12, 8))
+        self.body = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8))
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        x = self.words(input_ids) + self.places[: input_ids.shape[1]]
+        x = self.body(x) * attention_mask[..., None]
+        return self.head(x.sum(1) / attention_mask.sum(1)[:, None])
+
+
+def texts(*lengths: int) -> list[tuple[dict[str, Tensor], Tensor]]:
+    """A batch of each length."""
+    generator = torch.Generator().manual_seed(0)
+    ids = [torch.randint(1, 9, (4, length), generator=generator) for length in lengths]
+    return [({"input_ids": i, "attention_mask": torch.ones_like(i)}, i[:, 0] % 3) for i in ids]
+
+
+@pytest.mark.slow
+def test_texts_are_padded_to_the_longest_of_all_data(tmp_path: Path) -> None:
+    stages = Stages(prune=PruneStage(macs=0.7), repair=None, distill=None)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = Texts()
+    data = {"train": texts(5, 7), "val": texts(6), "test": texts(4, 9)}
+    found = run(tmp_path / "run", model, stages=stages, **data)
+    session = OnnxSession(found.folder / "quantized.onnx")
+    ((padded, _),) = texts(9)
+    assert session(padded)[0].shape == (4, 3)
+
+
 def test_every_figure_is_of_the_file_on_disk(finished: Compressed) -> None:
     assert [stage.name for stage in finished.report.stages] == NAMES
     for stage in finished.report.stages:

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -212,7 +213,44 @@ def test_curves_of_another_network_are_refused() -> None:
         prune(other, DATA[0], Budget(macs=0.5), sensitivity=curves)
 
 
-@pytest.mark.parametrize("ratios", [(), (0.5, 1.0), (0,), (True,), ("half",)])
+def test_a_file_instead_of_curves_is_refused() -> None:
+    with pytest.raises(InputError, match=r"it is a str.*Sensitivity\.load\(path\)"):
+        prune(NET, DATA[0], Budget(macs=0.5), sensitivity="curves.json")
+
+
+def test_what_is_excluded_is_no_part_of_curves_from_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "curves.jsonl"
+    every = sensitivity(NET, DATA, distance, path=path, **LOSS)
+    fewer = sensitivity(NET, DATA, distance, path=path, exclude=["0"], **LOSS)
+    assert set(fewer.groups) == set(every.groups) - {"0"}
+    assert sensitivity(NET, DATA, distance, path=path, **LOSS) == every
+
+
+def test_shares_that_are_the_same_units_leave_the_slope_beyond_them() -> None:
+    def losses(*ratios: float) -> np.ndarray:
+        curves = sensitivity(NET, DATA, distance, **{**LOSS, "ratios": ratios})
+        (found, *_) = curves.losses(trace(NET, DATA[0]).groups).values()
+        return found(np.array([0.25, 0.5, 0.9]))
+
+    assert losses(0.25, 0.5, 0.501, 0.5) == pytest.approx(losses(0.25, 0.5))
+    assert losses(0.25, 0.5)[2] > losses(0.25, 0.5)[1]
+
+
+@pytest.mark.parametrize(
+    "value", [None, {"accuracy": 0.5}, torch.ones(2), np.ones(2), 1j, torch.tensor(1j)]
+)
+def test_what_is_not_one_number_is_refused(value: object) -> None:
+    with pytest.raises(EvaluationError, match=r"it returned a \w+ that is not one number"):
+        sensitivity(NET, DATA, lambda _: value, progress=False)
+
+
+def test_ratios_may_be_an_array() -> None:
+    shares = np.array([0.25, 0.5])
+    found = sensitivity(NET, DATA, distance, **{**LOSS, "ratios": shares})
+    assert found == sensitivity(NET, DATA, distance, **{**LOSS, "ratios": tuple(shares.tolist())})
+
+
+@pytest.mark.parametrize("ratios", [(), (0.5, 1.0), (0,), (True,), ("half",), 0.5])
 def test_ratios_that_are_none_are_refused(ratios: tuple) -> None:
     with pytest.raises(InputError, match="ratios"):
         sensitivity(NET, DATA, distance, ratios=ratios)

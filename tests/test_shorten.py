@@ -106,6 +106,22 @@ def test_blocks_and_units_share_a_budget(model, name, share) -> None:
         assert state[path].shape[dim] == len(entries)
 
 
+@pytest.mark.filterwarnings("error")
+def test_blocks_come_back_where_units_leap_over_a_budget_without_them() -> None:
+    torch.manual_seed(0)
+    options = {"batch_first": True, "norm_first": True}
+    layers = [nn.TransformerEncoderLayer(16, 4, 32, **options) for _ in range(2)]
+    for layer in layers:
+        layer.linear2.weight.data *= 0.01  # go first, and only heads are left then
+        layer.linear2.bias.data *= 0.01
+    net = nn.Sequential(nn.Linear(12, 16), *layers, nn.Linear(16, 4)).eval()
+    small = rf.prune(net, torch.randn(2, 6, 12), rf.Budget(macs=0.5), structure=BOTH)
+    assert small.pruned.left == pytest.approx(0.5, abs=0.01)
+    assert small.pruned.left <= 0.5
+    assert small.pruned.blocks == ("2.linear1",)
+    assert not small.pruned.missed
+
+
 def test_a_network_of_equally_good_blocks_loses_units_first(model) -> None:
     small = rf.prune(model, X, rf.Budget(macs=0.97), structure=BOTH)
     assert not gone(small)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import operator
 import random
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -309,6 +310,14 @@ class Lengthened:
     length: int
     where: str
 
+    @property
+    def origin(self) -> Data:
+        """The data that are padded."""
+        return self.data
+
+    def __length_hint__(self) -> int:
+        return operator.length_hint(self.data, 0)
+
     def __iter__(self) -> Iterator[tuple[Inputs, Any]]:
         for inputs, targets in batches(self.data, self.where):
             yield lengthened(inputs, self.length), targets
@@ -323,10 +332,19 @@ def of_one_length(data: Data, where: str) -> Data:
     Raises:
         DataError: the data yield nothing.
     """
+    found = lengths(data, where)
+    return Lengthened(data, max(found), where) if len(found) > 1 else data
+
+
+def lengths(data: Data, where: str) -> set[int]:
+    """Lengths of the sequences with an ``attention_mask``; of data without one 0 alone.
+
+    Raises:
+        DataError: the data yield nothing.
+    """
     if not length_of(next(batches(data, where))[0]):
-        return data
-    lengths = {length_of(inputs) for inputs, _ in batches(data, where)}
-    return Lengthened(data, max(lengths), where) if len(lengths) > 1 else data
+        return {0}
+    return {length_of(inputs) for inputs, _ in batches(data, where)}
 
 
 @contextmanager

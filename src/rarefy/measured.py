@@ -3,6 +3,7 @@ latency are reached by pruning, measuring what would be shipped, and correcting.
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -290,12 +291,16 @@ def _missed(budget: Budget, measured: list[Ratio], refusal: BudgetError | None) 
     where = f"prune(budget=Budget({budget.kind}={budget.share:g}))"
     smallest = min(measured, key=lambda ratio: ratio.value, default=None)
     least = f"the smallest share that was measured is {smallest}" if smallest else ""
-    reason = f"{refusal.where}: {refusal.what}" if refusal is not None else ""
-    slower = budget.kind == "latency" and smallest is not None and smallest.value >= 1
+    counted = "parameters" if budget.kind == "bytes" else "layers"
+    reason = f"by its {counted} alone, {refusal.what}" if refusal is not None else ""
+    slower = budget.kind == "latency" and smallest is not None and smallest.high >= 1
+    share = "a larger share"
+    if smallest is not None and smallest.value < 1 and not slower:
+        share = f"{budget.kind}={math.ceil(smallest.value * 1000) / 1000:g} or more"
     return BudgetError(
         where,
         "; ".join(filter(None, (least, "no smaller network is faster" if slower else "", reason))),
-        "Ask for a larger share, or relax min_keep, max_drop, round_to, layers and exclude",
+        f"Ask for {share}, or relax min_keep, max_drop, round_to, layers and exclude",
     )
 
 

@@ -1,14 +1,34 @@
-"""Names that a user writes -> paths of modules and parameters."""
+"""Names that a user writes -> paths of modules and parameters, those of the network itself."""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 
 from torch import nn
 
 from rarefy.errors import InputError
+
+WRAPPERS: Mapping[str, str] = {
+    "OptimizedModule": "_orig_mod",
+    "DataParallel": "module",
+    "DistributedDataParallel": "module",
+    "AveragedModel": "module",
+}
+"""Class of a wrapper -> its attribute that holds the network itself."""
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The network within wrappers that compile it, spread it over devices or average it.
+
+    Example:
+        >>> unwrapped(nn.DataParallel(nn.ReLU()))
+        ReLU()
+    """
+    names = (kind.__name__ for kind in type(model).__mro__)
+    attribute = next((WRAPPERS[name] for name in names if name in WRAPPERS), None)
+    return model if attribute is None else unwrapped(getattr(model, attribute))
 
 
 def paths(model: nn.Module) -> frozenset[str]:

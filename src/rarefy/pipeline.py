@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +13,7 @@ import numpy as np
 from rich.console import Console
 from torch import Tensor, nn
 
-from rarefy.batches import seeded, take
+from rarefy.batches import Lengthened, length_of, lengthened, lengths, seeded, take
 from rarefy.copies import fingerprint
 from rarefy.deployment.export import export
 from rarefy.deployment.measure import settled, speedup
@@ -118,6 +118,8 @@ def compress(
     test = val if test is None else test
     with _repeatable(seed, train, val, test):
         example_inputs = _checked(model, train, val, test, example_inputs, stages)
+        given = {"train": train, "val": val, "test": test}
+        (train, val, test), example_inputs = _of_one_length(given, example_inputs)
     console = Console(stderr=True, quiet=not progress, markup=False, highlight=False)
     job = Job(model, train, val, test, example_inputs, target, stages, seed, console)
     identity = _identity(model, stages, target, seed)
@@ -170,6 +172,17 @@ def _checked(
         return first_inputs(train, "compress(train)", EXAMPLES)
     check_inputs(model, example_inputs, "compress(example_inputs)")
     return example_inputs
+
+
+def _of_one_length(given: Mapping[str, Data], example_inputs: Inputs) -> tuple[list[Data], Inputs]:
+    """Data and example with sequences padded to the longest, as int8 networks and files need."""
+    found = {name: lengths(data, f"compress({name})") for name, data in given.items()}
+    longest = max(length_of(example_inputs), *map(max, found.values()))
+    padded = [
+        data if found[name] == {longest} else Lengthened(data, longest, f"compress({name})")
+        for name, data in given.items()
+    ]
+    return padded if longest else list(given.values()), lengthened(example_inputs, longest)
 
 
 class _Run:

@@ -23,16 +23,10 @@ from rarefy.batches import (
 )
 from rarefy.distillation.losses import IGNORE, label_dim
 from rarefy.errors import DataError, InputError
+from rarefy.paths import WRAPPERS
 from rarefy.recipe.options import Stages
 from rarefy.schemes import Int8
 from rarefy.types import Data, Inputs, Target
-
-_WRAPPERS: Mapping[str, str] = {
-    "OptimizedModule": "_orig_mod",
-    "DataParallel": "module",
-    "DistributedDataParallel": "module",
-}
-"""Class of a wrapper -> its attribute that holds the network itself."""
 
 
 def check_options(stages: object, target: object, seed: object) -> None:
@@ -61,7 +55,7 @@ def check_model(model: nn.Module) -> None:
     if not isinstance(model, nn.Module):
         what = f"a {type(model).__name__} is no torch.nn.Module"
         raise InputError(where, what, "Give the network itself")
-    inner = _WRAPPERS.get(type(model).__name__)
+    inner = WRAPPERS.get(type(model).__name__)
     if inner is not None:
         what = f"{type(model).__name__} is a wrapper around the network"
         raise InputError(where, what, f"Give the network inside it: model.{inner}")

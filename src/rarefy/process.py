@@ -115,6 +115,8 @@ def set_epoch(data: Data, epoch: int) -> None:
 
 def _epochs(data: Data | None) -> list[Any]:
     """Data and their parts that can be told of an epoch."""
+    if not callable(getattr(data, "set_epoch", None)):
+        data = getattr(data, "origin", data)
     parts = [data, *(getattr(data, name, None) for name in ("batch_sampler", "sampler"))]
     waiting = [getattr(data, "dataset", None)]
     while waiting:

@@ -15,6 +15,7 @@ from contextlib import suppress
 from dataclasses import astuple, dataclass
 from math import isfinite
 from pathlib import Path
+from tempfile import gettempdir
 
 from rarefy.environment import processor
 from rarefy.files import replacing
@@ -22,12 +23,16 @@ from rarefy.graph.layer import Layer
 
 
 def cache_folder() -> Path:
-    """``$RAREFY_CACHE``, or ``rarefy`` in the user's folder for caches."""
+    """``$RAREFY_CACHE``, or ``rarefy`` in the user's folder for caches, or in that for what is
+    temporary where the user has no home."""
     own = os.environ.get("RAREFY_CACHE")
     if own:
         return Path(own)
     base = os.environ.get("XDG_CACHE_HOME") or os.environ.get("LOCALAPPDATA")
-    return (Path(base) if base else Path.home() / ".cache") / "rarefy"
+    try:
+        return (Path(base) if base else Path.home() / ".cache") / "rarefy"
+    except RuntimeError:
+        return Path(gettempdir()) / "rarefy"
 
 
 @dataclass(frozen=True)
@@ -68,7 +73,7 @@ class Cache:
             if held["environment"] != list(self.environment):
                 return {}
             return {str(k): float(v) for k, v in held["ms"].items() if isfinite(v) and v > 0}
-        except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
             return {}
 
     def _write(self, ms: dict[str, float]) -> None:

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from rarefy.batches import call, evaluating, seeded
 from rarefy.distillation.losses import layer_map
-from rarefy.distillation.taps import unwrapped
 from rarefy.errors import InputError
 from rarefy.graph.program import GraphModel
+from rarefy.paths import unwrapped
 from rarefy.types import Inputs
 
 

@@ -12,14 +12,11 @@ from torch import Tensor, nn
 from rarefy.batches import tensors
 from rarefy.errors import InputError
 from rarefy.graph.program import GraphModel, Node
-from rarefy.paths import remedy
+from rarefy.paths import remedy, unwrapped
 
 _INDEXED = re.compile(r"(?P<module>.+)\[(?P<key>[^\[\]]+)\]")
 
 Found = TypeVar("Found")
-
-_INNER = ("module", "_orig_mod")
-"""Where wrappers keep the network: those of several devices, and that of ``torch.compile``."""
 
 
 class Taps:
@@ -124,15 +121,6 @@ def taps(model: nn.Module, paths: Iterable[str], *, where: str = "taps") -> Iter
                 module, key = _located(path, _finder(network), lambda: _names(network), where)
                 stack.callback(module.register_forward_hook(_hook(found, path, key)).remove)
         yield found
-
-
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The network within wrappers that hold nothing else."""
-    while True:
-        inner = [m for name, m in model._modules.items() if name in _INNER and m is not None]
-        if len(inner) != 1 or len(model._modules) != 1:
-            return model
-        (model,) = inner
 
 
 def _located(

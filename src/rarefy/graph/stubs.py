@@ -28,7 +28,8 @@ Gives: TypeAlias = Literal["zeros", "input"]
 class Stub(nn.Module):
     """Stands in for a module of which nothing is left.
 
-    It keeps the plain numbers, flags and texts of that module, which other code may read.
+    It keeps the plain numbers, flags and texts of that module, which other code may read. A hook
+    that does nothing keeps ``nn.TransformerEncoderLayer`` from its fast path, which reads weights.
 
     Args:
         replaced: the module that it stands for.
@@ -51,6 +52,7 @@ class Stub(nn.Module):
         self.stub_gives = gives
         self.stub_outputs = outputs
         self.train(replaced.training)
+        self.register_forward_pre_hook(_nothing)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The first tensor among the arguments, or zeros like it."""
@@ -62,6 +64,10 @@ class Stub(nn.Module):
     def extra_repr(self) -> str:
         """What it gives."""
         return repr(self.stub_gives)
+
+
+def _nothing(module: nn.Module, args: tuple[Any, ...]) -> None:
+    """A hook before a call."""
 
 
 GIVES: tuple[Gives, ...] = get_args(Gives)

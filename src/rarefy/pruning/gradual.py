@@ -25,6 +25,7 @@ from rarefy.errors import BudgetError, InputError
 from rarefy.graph.capture import capture
 from rarefy.graph.trace import trace
 from rarefy.graph.zeros import directions
+from rarefy.paths import unwrapped
 from rarefy.pruning.checks import check_finite
 from rarefy.pruning.narrow import operate, stated
 from rarefy.pruning.plan import Plan
@@ -92,11 +93,20 @@ class _Gradual:
 
     def resume(self, model: nn.Module, step: int) -> None:
         """Go on without a state: after so many steps, with what is zero in the network now."""
-        self.load_state_dict({"step": step, "masks": self._zeros(model)})
+        self.load_state_dict({"step": step, "masks": self._zeros(unwrapped(model))})
 
     def _zeros(self, model: nn.Module) -> Mapping[str, Tensor]:
         """Where the network's weights that are to be pruned are not zero."""
         raise NotImplementedError
+
+
+def _no_data(gradual: _Gradual, criterion: object, instead: str) -> InputError:
+    """The error of a criterion that a training loop has no data for."""
+    return InputError(
+        f"{type(gradual).__name__}(criterion={criterion!r})",
+        "it needs calibration data, and a training loop selects by the weights alone",
+        f"Use {instead}",
+    )
 
 
 class GradualPruning(_Gradual):
@@ -151,11 +161,7 @@ class GradualPruning(_Gradual):
                 "Prune once with prune(structure=...), and train with after_step=hold(pruned)",
             )
         if not isinstance(rule, Element) or rule.needs:
-            raise InputError(
-                f"GradualPruning(criterion={criterion!r})",
-                "it needs calibration data, and a training loop selects by the weights alone",
-                "Use 'magnitude', 'lamp' or a function weight -> scores",
-            )
+            raise _no_data(self, criterion, "'magnitude', 'lamp' or a function weight -> scores")
         if not isinstance(self.pattern, Unstructured) and example_inputs is None:
             raise InputError(
                 f"GradualPruning(structure={shorthand(self.pattern)!r})",
@@ -167,6 +173,7 @@ class GradualPruning(_Gradual):
 
     def __call__(self, model: nn.Module) -> None:
         """To be called after every optimizer step; changes the network in place."""
+        model = unwrapped(model)
         self.masks.apply(model)
         layers = self._layers(model)  # at the first step, too: names that match nothing
         share = self._advance()
@@ -244,10 +251,15 @@ class GradualUnits(_Gradual):
         exclude: Sequence[str] = (),
     ) -> None:
         super().__init__(schedule, every)
+        model, rule = unwrapped(model), criteria.named(criterion)
+        if needs(rule):
+            raise _no_data(
+                self, criterion, "'magnitude', 'lamp' or a function (group, evidence) -> scores"
+            )
         self.network = trace(model, example_inputs)
         self.budget = Budget(sparsity=0.0, scope=scope)
         self.exclude, self._inputs = exclude, example_inputs
-        self._criterion = criteria.named(criterion)
+        self._criterion = rule
         self._sizes = Sizes(self.network, stated(model, self.network, example_inputs))
         self._directions = directions(self.network.captured.graph)
         self._plan = Plan.of(self.network, np.zeros(self.network.coupling.units, np.bool_))
@@ -255,6 +267,7 @@ class GradualUnits(_Gradual):
 
     def __call__(self, model: nn.Module) -> None:
         """To be called after every optimizer step; changes the network in place."""
+        model = unwrapped(model)
         self.masks.apply(model)
         share = self._advance()
         if share is None:
@@ -275,7 +288,7 @@ class GradualUnits(_Gradual):
         Raises:
             ProofError: the smaller network differs from the masked one.
         """
-        zeroed = copy.deepcopy(model)
+        zeroed = copy.deepcopy(unwrapped(model))
         self.masks.apply(zeroed)
         return operate(zeroed, self._inputs, self.network, self._plan, self._sizes)
 

@@ -95,6 +95,7 @@ class Journal:
         if head.get("fingerprint") != self.fingerprint:
             raise OutputError(
                 str(path),
-                "its measurements are of another network, or were made with other options",
+                "its measurements are of another network, or were made with other options, or with "
+                "data in another order where the criterion asks for data",
                 "Give another path, or remove the file to measure again",
             )

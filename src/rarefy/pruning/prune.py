@@ -26,6 +26,7 @@ from rarefy.pruning.scoring.gather import LossFunction
 from rarefy.pruning.scoring.judging import Rule, judged
 from rarefy.pruning.selection.accounts import account
 from rarefy.pruning.selection.costs import Costs
+from rarefy.pruning.selection.landing import is_close
 from rarefy.pruning.selection.limits import concerning
 from rarefy.pruning.shorten import Shortened, shorten
 from rarefy.pruning.sparsity.elements import ElementCriterion
@@ -96,15 +97,13 @@ def prune(
     check_arguments(model, budget, exclude, Budget if removed else Budget | None)
     check_finite(model)
     check_copies(model)
+    _check_sensitivity(structure, sensitivity)
     data = _leading(data, samples)
     if not removed:
-        _check_sensitivity(structure, sensitivity)
         given: dict[str, Any] = {"criterion": criterion, "data": data, "loss": loss}
         given |= {"example_inputs": example_inputs, "exclude": exclude}
         return sparsify(model, budget, cast("str | Pattern", structure), **given)
     assert budget is not None
-    if "depth" in removed:
-        _check_sensitivity(structure, sensitivity)
     check_fit(structure, budget)
     network = trace(model, example_inputs)
     check_runs(model, example_inputs)
@@ -116,14 +115,20 @@ def prune(
     timed = None if costs is None else costs(model, network)
     if "depth" in removed:
         width = "channel" in removed
-        short = shorten(
-            model, example_inputs, network, response, budget,
-            width=width, data=data, costs=timed, **options,
-        )  # fmt: skip
-        small = short.model
-        if width:
-            small = _narrowed(model, example_inputs, network, budget, short, judge, costs, options)
-        small = recorded(model, network, short, small)
+
+        def without(spared: int) -> nn.Module:
+            short = shorten(
+                model, example_inputs, network, response, budget,
+                width=width, data=data, costs=timed, spared=spared, **options,
+            )  # fmt: skip
+            if not width:
+                return recorded(model, network, short, short.model)
+            given = (model, example_inputs, network, budget, short, judge, costs, options)
+            return recorded(model, network, short, _narrowed(*given))
+
+        small = without(0)
+        if width and costs is None:
+            small = _nearest(small, budget, without)
     else:
         small = narrow(model, example_inputs, network, budget, response, costs=timed, **options)
     record: Any = small.pruned
@@ -157,11 +162,19 @@ def removes(structure: object) -> frozenset[str]:
 
 
 def _check_sensitivity(structure: object, sensitivity: object) -> None:
-    if sensitivity is not None:
+    if sensitivity is None:
+        return
+    if removes(structure) != {"channel"}:
         raise InputError(
             f"prune(structure={structure!r}, sensitivity=...)",
             "sensitivity was measured for units, and others than units are to be removed",
             "Leave sensitivity out",
+        )
+    if not isinstance(sensitivity, Sensitivity):
+        raise InputError(
+            f"prune(sensitivity={sensitivity!r})",
+            f"it is a {type(sensitivity).__name__}",
+            "Give what rarefy.sensitivity returned, or rarefy.Sensitivity.load(path)",
         )
 
 
@@ -238,6 +251,25 @@ def _narrowed(
             f"Ask for more {budget.kind}, or relax min_keep, max_drop, round_to, layers and "
             "exclude",
         ) from error
+
+
+SPARED = 3
+"""How many of the blocks that go come back at most so that units can land on the budget."""
+
+
+def _nearest(small: nn.Module, budget: Budget, without: Callable[[int], nn.Module]) -> nn.Module:
+    """The network that comes nearest to its budget as more and more blocks are spared."""
+    for spared in range(1, SPARED + 1):
+        record: Any = small.pruned
+        if is_close(record.left, budget.share) or len(record.blocks) < spared:
+            break
+        try:
+            other = without(spared)
+        except BudgetError:
+            break
+        found: Any = other.pruned
+        small = other if found.left > record.left else small
+    return small
 
 
 def _left(network: Network, model: nn.Module, budget: Budget, costs: Costs | None) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -111,14 +111,17 @@ def sensitivity(
 
     def result() -> Sensitivity:
         base = math.nan if journal.base is None else journal.base
-        return Sensitivity(base, tuple(journal.points), name, higher_is_better, identity)
+        own = {run.labels[g] for g in groups}
+        points = tuple(p for p in journal.points if p.group in own)
+        return Sensitivity(base, points, name, higher_is_better, identity)
 
-    with Bar("sensitivity", 1 + len(groups) * len(ratios), progress) as bar:
+    shares = sorted({float(ratio) for ratio in ratios})
+    with Bar("sensitivity", 1 + len(groups) * len(shares), progress) as bar:
         try:
             run.whole()
             bar.step()
             for g in groups:
-                for ratio in sorted(ratios):
+                for ratio in shares:
                     run.part(g, ratio)
                     bar.step()
         except EvaluationError as error:
@@ -134,11 +137,12 @@ def _check(ratios: Sequence[float], evaluate: object) -> None:
             f"a {type(evaluate).__name__} cannot be called",
             "Give a function of the network, e.g. lambda m: rarefy.evaluate(m, val)",
         )
-    wrong = [r for r in ratios if not (isinstance(r, float) and 0 < r < 1)]
-    if wrong or not ratios:
+    given = list(ratios) if isinstance(ratios, Iterable) else [ratios]
+    wrong = [r for r in given if not (isinstance(r, float) and 0 < r < 1)]
+    if wrong or not given or not isinstance(ratios, Iterable):
         raise InputError(
             f"sensitivity(ratios={ratios!r})",
-            f"{wrong[0]!r} is no share between 0 and 1" if wrong else "there is none",
+            f"{wrong[0]!r} is no share between 0 and 1" if wrong else "it holds no shares",
             "Give shares of units to remove, such as (0.25, 0.5)",
         )
 
@@ -204,9 +208,13 @@ class _Run:
         try:
             with seeded(self.seed):
                 found = self.evaluate(network.eval())
-            metric = float(found.detach() if isinstance(found, Tensor) else found)
         except Exception as error:
             raise EvaluationError(where, f"it raised {first_line(error)}", remedy) from error
+        try:
+            metric = float(found.detach() if isinstance(found, Tensor) else found)
+        except (TypeError, ValueError, RuntimeError) as error:
+            what = f"it returned a {type(found).__name__} that is not one number"
+            raise EvaluationError(where, what, remedy) from error
         if not math.isfinite(metric):
             raise EvaluationError(where, f"it returned {metric}", remedy)
         return metric

@@ -66,6 +66,7 @@ def shorten(
     width: bool,
     data: Data | None = None,
     costs: Costs | None = None,
+    spared: int = 0,
     exclude: Sequence[str] = (),
     keep_class: bool = False,
 ) -> Shortened:
@@ -80,6 +81,7 @@ def shorten(
         width: whether units go as well, so that blocks compete with them.
         data: batches on which the influence of blocks is measured.
         costs: latencies of the layers, for a budget of latency.
+        spared: how many of the blocks that would go stay, the most important, where units go, too.
         exclude: paths or patterns of modules and parameters; blocks with any of them stay.
         keep_class: never return a rewritten graph.
 
@@ -99,7 +101,7 @@ def shorten(
     while True:
         still = [n for n in free if network.blocks[n].name not in held]
         chosen = _Choice(network, judged, importance, budget, still, allowed, account)
-        blocks = chosen.among_units() if width else chosen.alone()
+        blocks = chosen.among_units(spared) if width else chosen.alone()
         if not blocks:
             return Shortened(model, held=held, left=None if account is None else 1.0)
         try:
@@ -238,7 +240,7 @@ class _Choice:
             )
         return count / max(most, 1)
 
-    def among_units(self) -> tuple[Block, ...]:
+    def among_units(self, spared: int) -> tuple[Block, ...]:
         """The blocks that go where units go, too; units give what blocks alone need not."""
         limit, items = self.budget.share, sum(len(lane.values) for lane in self.lanes)
         allocate = self._allocation()
@@ -256,6 +258,8 @@ class _Choice:
                 break
             if self.attempt([*all_units, *fewer]).share <= limit:
                 going = fewer
+        for number in [n for n in by_value if going[n]][:spared]:
+            going[number] = 0
         return self.attempt([*none, *going]).plan.blocks
 
     def _allocation(self) -> Allocation:

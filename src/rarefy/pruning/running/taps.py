@@ -92,6 +92,7 @@ class Runner:
     ) -> None:
         self._model, self._network, self._where = model, network, where
         self._attach, self._trainable = attach, trainable
+        self._traces: dict[tuple[Any, ...], Network] = {}
         self._ready: dict[tuple[Any, ...], Watched] = {}
 
     def of(self, inputs: Inputs) -> Watched:
@@ -102,10 +103,21 @@ class Runner:
         """
         form = _form(inputs)
         if form not in self._ready:
+            self._ready[form] = self._made(self.trace(inputs), inputs)
+        return self._ready[form]
+
+    def trace(self, inputs: Inputs) -> Network:
+        """The trace for inputs of this form.
+
+        Raises:
+            DataError: the network runs on none such.
+        """
+        form = _form(inputs)
+        if form not in self._traces:
             known = _form_of(self._network.captured.graph)
             suits = form == known and any(map(self._runs, (take(inputs, 1), inputs)))
-            self._ready[form] = self._made(self._network if suits else self._again(inputs), inputs)
-        return self._ready[form]
+            self._traces[form] = self._network if suits else self._again(inputs)
+        return self._traces[form]
 
     def _runs(self, inputs: Inputs) -> bool:
         try:

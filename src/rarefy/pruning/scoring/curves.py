@@ -97,8 +97,8 @@ class Sensitivity:
                     f"one, or has other than {curve[0].units} units",
                     "Measure this network with rarefy.sensitivity",
                 )
-            shares = np.array([0.0, *(p.removed / p.units for p in curve)])
-            drops = np.maximum.accumulate([0.0, *(self.drop(p) for p in curve)])
+            known = {0.0: 0.0} | {p.removed / p.units: self.drop(p) for p in curve}
+            shares, drops = np.array([*known]), np.maximum.accumulate([*known.values()])
             found[g] = interpolated(shares, drops)
         return found
 

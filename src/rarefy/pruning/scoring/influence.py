@@ -22,12 +22,25 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from rarefy.batches import answering, batch_size, batches, call, evaluating, take
+from rarefy.batches import (
+    answering,
+    batch_size,
+    call,
+    evaluating,
+    length_of,
+    lengthened,
+    take,
+)
+from rarefy.errors import DataError
 from rarefy.graph.blocks import Block
 from rarefy.graph.capture import graph_model
 from rarefy.graph.program import GraphModel, Node
 from rarefy.graph.trace import Network
+from rarefy.pruning.running.examples import leading
+from rarefy.pruning.running.taps import Runner
 from rarefy.types import Data
+
+WHERE = "prune(data)"
 
 SAMPLES = 512
 """Examples on which the influence of blocks is measured."""
@@ -99,21 +112,30 @@ def influences(model: nn.Module, network: Network, data: Data) -> NDArray[np.flo
     Raises:
         DataError: the network does not run on the data.
     """
-    watched = _Watched(graph_model(model, network.captured), network.blocks)
-    seen = 0
-    with evaluating(watched):
-        for inputs, _ in batches(data, "prune(data)"):
-            part = take(inputs, SAMPLES - seen)
+    held = leading(data, SAMPLES, WHERE)
+    length = max(map(length_of, held))
+    runner = Runner(model, network, where=WHERE)
+    turned, rows, seen = np.zeros(len(network.blocks)), np.zeros(len(network.blocks)), 0
+    for inputs in (lengthened(inputs, length) for inputs in held):
+        found = runner.trace(inputs)
+        if [block.name for block in found.blocks] != [block.name for block in network.blocks]:
+            raise DataError(
+                WHERE,
+                "for inputs of these shapes other blocks of the network can be bypassed",
+                "Trace the network with example inputs of the shapes of the data",
+            )
+        part = take(inputs, SAMPLES - seen)
+        watched = _Watched(graph_model(model, found.captured), found.blocks)
+        with evaluating(watched):
             try:
                 call(watched, part)
             except Exception:  # noqa: BLE001 - a graph of one batch size takes a batch as it comes
-                with answering("prune(data)"):
+                with answering(WHERE):
                     call(watched, inputs)
-            seen += batch_size(part)
-            if seen >= SAMPLES:
-                break
-    found = [watched.turned[block.add] / watched.rows[block.add] for block in network.blocks]
-    return np.array(found)
+        turned += [watched.turned[block.add] for block in found.blocks]
+        rows += [watched.rows[block.add] for block in found.blocks]
+        seen += batch_size(part)
+    return turned / rows
 
 
 class _Watched(GraphModel):

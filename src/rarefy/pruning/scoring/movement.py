@@ -15,14 +15,17 @@ import torch
 from torch import Tensor, nn
 
 from rarefy.errors import InputError
+from rarefy.paths import unwrapped
 from rarefy.pruning.scoring.criteria import Coupled, Element, movement
+from rarefy.pruning.scoring.evidence import Evidence
 
 
 class Movement:
     """Sums ``-g w`` over the steps of a training: weights that move away from zero score high.
 
     Call it after every ``backward()``, before the optimizer's step. Then its
-    :attr:`criterion` scores units, its :attr:`element` single weights.
+    :attr:`criterion` scores units, its :attr:`element` single weights; both may be given to
+    ``GradualUnits`` and ``GradualPruning`` before the training.
 
     Sanh et al. 2020, https://arxiv.org/abs/2005.07683.
 
@@ -47,11 +50,11 @@ class Movement:
     scores: dict[str, Tensor]
 
     def __init__(self, model: nn.Module) -> None:
-        self._model = model
+        self._model = unwrapped(model)
         self.steps = 0
         self.scores = {
             path: torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32))
-            for path, p in model.named_parameters(remove_duplicate=False)
+            for path, p in self._model.named_parameters(remove_duplicate=False)
             if p.is_floating_point()
         }
 
@@ -78,7 +81,16 @@ class Movement:
 
     @property
     def element(self) -> Element:
-        """The criterion for single weights.
+        """The criterion for single weights; it has the sums of the time when it is called."""
+        return Element(self._so_far)
+
+    @property
+    def criterion(self) -> Coupled:
+        """The criterion for units: movement summed over what goes with each."""
+        return Coupled(self.element, scale="none")
+
+    def _so_far(self, path: str, _: Evidence) -> Tensor:
+        """The sums of a parameter.
 
         Raises:
             InputError: no step was seen.
@@ -87,9 +99,4 @@ class Movement:
             raise InputError(
                 "Movement", "it has seen no step", "Call it after every backward() of a training"
             )
-        return Element(lambda path, _: self.scores[path])
-
-    @property
-    def criterion(self) -> Coupled:
-        """The criterion for units: movement summed over what goes with each."""
-        return Coupled(self.element, scale="none")
+        return self.scores[path]

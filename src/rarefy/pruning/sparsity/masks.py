@@ -16,10 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from rarefy.errors import InputError
+from rarefy.paths import unwrapped
 
 
 class Masks(Mapping[str, Tensor]):
     """Path of a parameter -> boolean tensor of its shape, True where the weight stays.
+
+    Paths are those of the network itself, also where it is given in a wrapper (``torch.compile``,
+    ``DataParallel``, ``AveragedModel``).
 
     Args:
         keep: the masks; numbers count as True where they are not zero.
@@ -54,11 +58,12 @@ class Masks(Mapping[str, Tensor]):
         Of what :func:`~rarefy.pruning.prune.prune` made sparse, the weights that it pruned;
         otherwise all weights of two or more dimensions that hold a zero.
         """
-        record = getattr(model, "sparsified", None)
+        network = unwrapped(model)
+        record = getattr(network, "sparsified", None)
         return cls(
             {
                 path: parameter.detach() != 0
-                for path, parameter in model.named_parameters()
+                for path, parameter in network.named_parameters()
                 if (parameter.ndim > 1 if record is None else path in record.zeros)
                 and bool((parameter == 0).any())
             }
@@ -70,7 +75,7 @@ class Masks(Mapping[str, Tensor]):
         Raises:
             InputError: a mask has another shape than the parameter, or no mask is of a parameter.
         """
-        found = dict(model.named_parameters(remove_duplicate=False))
+        found = dict(unwrapped(model).named_parameters(remove_duplicate=False))
         if self._keep and not self._keep.keys() & found.keys():
             raise InputError(
                 "masks",
@@ -116,8 +121,22 @@ class Hold:
         self.masks.apply(self.model if model is None else model)
 
     def attach(self, optimizer: torch.optim.Optimizer) -> Hold:
-        """Do so after every step of an optimizer, until :meth:`detach`."""
-        self._handles.append(optimizer.register_step_post_hook(lambda *_: self()))
+        """Do so after every step of an optimizer, until :meth:`detach`.
+
+        Copies of the optimizer do not have it, as ``copy.deepcopy`` leaves hooks out.
+
+        Raises:
+            InputError: the optimizer takes no hooks.
+        """
+        try:
+            self._handles.append(optimizer.register_step_post_hook(lambda *_: self()))
+        except AttributeError as error:
+            raise InputError(
+                f"hold(model).attach({type(optimizer).__name__})",
+                "it takes no hooks after its steps",
+                "Attach to the optimizer inside it, before it is wrapped, or call what hold gives "
+                "after every step",
+            ) from error
         return self
 
     def detach(self) -> None:

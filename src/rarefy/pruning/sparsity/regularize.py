@@ -24,6 +24,7 @@ from rarefy.errors import InputError
 from rarefy.graph.groups import Group
 from rarefy.graph.program import GraphModel, Ref
 from rarefy.graph.trace import Network
+from rarefy.paths import unwrapped
 from rarefy.pruning.sparsity.masks import Masks
 from rarefy.schedules import Schedule
 
@@ -115,7 +116,7 @@ class GroupLasso:
 
     def __call__(self, model: nn.Module, step: int = 0) -> Tensor:
         """The penalty, a scalar on the network's device."""
-        parameters = dict(model.named_parameters(remove_duplicate=False))
+        parameters = dict(unwrapped(model).named_parameters(remove_duplicate=False))
         sums = (x for group in self.network.groups for x in _lasso(group, parameters))
         return _total(self, model, sums, at(self.strength, step))
 
@@ -150,7 +151,7 @@ class GrowingL2:
 
     def __call__(self, model: nn.Module, step: int = 0) -> Tensor:
         """The penalty, a scalar on the network's device."""
-        parameters = dict(model.named_parameters(remove_duplicate=False))
+        parameters = dict(unwrapped(model).named_parameters(remove_duplicate=False))
         sums = (
             parameters[path].masked_fill(keep.to(parameters[path].device), 0.0).square().sum() / 2
             for path, keep in self.masks.items()
