@@ -17,7 +17,7 @@ from quantized_networks import NETWORKS, build
 from rarefy.batches import call, take, tensors
 from rarefy.deployment import proof as module
 from rarefy.deployment.export import export
-from rarefy.deployment.runtimes import OnnxSession, optimized_ops
+from rarefy.deployment.runtimes import OnnxSession, openvino_core, optimized_ops
 from rarefy.errors import ExportError, InputError, MissingExtraError, OutputError
 from rarefy.quantization.affine import sqnr
 from rarefy.quantization.quantize import quantize
@@ -386,13 +386,13 @@ class Joined(nn.Module):
 
 @pytest.mark.parametrize("seed", range(4))
 def test_norms_that_shift_nothing_are_computed_alike(seed, tmp_path):
-    openvino = pytest.importorskip("openvino")
+    pytest.importorskip("openvino")
     torch.manual_seed(seed)
     model, x = Joined().eval(), torch.rand(2, 3, 16, 16)
     small = quantize(model, [torch.rand(24, 3, 16, 16)])
     path = export(small, tmp_path / "net.onnx", x)
     settings = {"INFERENCE_PRECISION_HINT": "f32"}
-    compiled = openvino.Core().compile_model(path, "CPU", settings)
+    compiled = openvino_core().compile_model(path, "CPU", settings)
     found = torch.from_numpy(compiled([x.numpy()])[compiled.output(0)].copy())
     expected = small(x).detach()
     # a step of the output's 256 or two

@@ -10,7 +10,12 @@ from torch import Tensor, nn
 
 import rarefy as rf
 from rarefy.deployment.rounded import fold_grids, opset, rounded_weights
-from rarefy.deployment.runtimes import ExactOnnxSession, OnnxSession, OpenVinoSession
+from rarefy.deployment.runtimes import (
+    ExactOnnxSession,
+    OnnxSession,
+    OpenVinoSession,
+    openvino_core,
+)
 from rarefy.grid import Grid, put_grids
 from rarefy.schemes import WeightOnly
 
@@ -47,9 +52,9 @@ def case() -> tuple[Net, tuple[Tensor, Tensor]]:
 
 def in_openvino(path: Path, inputs: tuple[Tensor, ...]) -> Tensor:
     """The output with inputs of products left in float, which OpenVINO rounds to int8 by itself."""
-    openvino = pytest.importorskip("openvino")
+    pytest.importorskip("openvino")
     settings = {"DYNAMIC_QUANTIZATION_GROUP_SIZE": 0, "INFERENCE_PRECISION_HINT": "f32"}
-    compiled = openvino.Core().compile_model(path, "CPU", settings)
+    compiled = openvino_core().compile_model(path, "CPU", settings)
     result = compiled([tensor.numpy() for tensor in inputs])
     return torch.from_numpy(result[compiled.output(0)].copy())
 

@@ -166,6 +166,33 @@ def test_openvino_reports_nothing_and_writes_nothing(path, tmp_path):
     assert not [file for file in Path(tmp_path).rglob("*") if "intel" in file.parts]
 
 
+SIGNALS = """
+import os, signal, sys, torch
+from rarefy.deployment.runtimes import OpenVinoSession
+noted = []
+signal.signal(signal.SIGTERM, lambda *_: noted.append(1))
+for turn in range(2):
+    one, other = OpenVinoSession(sys.argv[1]), OpenVinoSession(sys.argv[1])
+    del one
+    del other
+    os.kill(os.getpid(), signal.SIGTERM)
+print(len(noted))
+"""
+
+
+@openvino
+@pytest.mark.skipif(os.name == "nt", reason="no process can send itself a signal there")
+def test_signals_reach_a_process_that_closed_sessions(path):
+    found = subprocess.run(
+        [sys.executable, "-X", "faulthandler", "-c", SIGNALS, str(path)],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    assert (found.returncode, found.stdout) == (0, "2\n"), found.stderr
+
+
 def test_optimized_ops(path):
     assert sum(optimized_ops(path).values()) == 2
 

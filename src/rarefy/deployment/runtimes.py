@@ -13,6 +13,7 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import ModuleType
@@ -109,6 +110,17 @@ def load_openvino() -> ModuleType:
         if hidden:
             del sys.modules[name]
     return openvino  # type: ignore[no-any-return]
+
+
+@cache
+def openvino_core() -> Any:
+    """OpenVINO's entrance, one for the process, which is never given back.
+
+    On processors with AMX each has a stack of its own for signal handlers, and puts back the one
+    before it when it goes: of two that do not go in turn, one puts back what is gone, and the next
+    signal, such as Ctrl-C, ends the process.
+    """
+    return load_openvino().Core()
 
 
 # --- files --------------------------------------------------------------------------------------
@@ -298,7 +310,7 @@ class OpenVinoSession(FileSession):
             # The reader of this one format: others print what they think of the file.
             reader = self._module.frontend.FrontEndManager().load_by_framework("onnx")
             model = reader.convert(reader.load(str(self.path)))
-            compiled = self._module.Core().compile_model(model, "CPU", _properties(threads))
+            compiled = openvino_core().compile_model(model, "CPU", _properties(threads))
         except Exception as error:
             raise self._unreadable(error) from error
         self.inputs = tuple(port.get_any_name() for port in compiled.inputs)
