@@ -216,6 +216,7 @@ def main() -> None:
     chosen = parser.parse_args()
 
     torch.set_num_threads(1)
+    torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as folder:
         table(SUBJECTS[chosen.subject](chosen, folder), chosen)
 
