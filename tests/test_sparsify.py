@@ -330,6 +330,16 @@ def test_plain_magnitude_is_taken_where_it_is_better(monkeypatch, convolutions) 
         assert torch.equal(found.state_dict()[path], tensor), path
 
 
+def test_layers_of_which_nothing_is_left_are_on_the_record(convolutions) -> None:
+    with torch.no_grad():
+        convolutions.point.weight.mul_(1e-3)
+    found = rf.prune(convolutions, DATA[0], Budget(sparsity=0.5), structure="weight")
+    assert found.sparsified.emptied == ("point.weight",)
+    budget = Budget(sparsity=0.5, scope="local")
+    even = rf.prune(convolutions, DATA[0], budget, structure="weight")
+    assert even.sparsified.emptied == ()
+
+
 def test_what_cannot_be_factored_falls_back(monkeypatch, convolutions) -> None:
     def refused(*_: object, **__: object) -> None:
         raise torch.linalg.LinAlgError("the input is not positive-definite")

@@ -135,6 +135,7 @@ def _sparse(job: Job, before: Mapping[str, nn.Module]) -> Made:
     assert isinstance(record, Sparsified)
     gone, size = map(sum, zip(*record.zeros.values(), strict=True))
     notes += (f"{gone:,} of {size:,} weights are zero: a smaller file, and no less work",)
+    notes += tuple(f"{path} has no weight left: scope: local spares it" for path in record.emptied)
     return found, (*notes, *(f"{path} stays dense: {why}" for path, why in record.dense.items()))
 
 

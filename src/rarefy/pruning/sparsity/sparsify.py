@@ -49,6 +49,11 @@ class Sparsified:
     fallback: Mapping[str, str] = field(default_factory=dict)
     samples: int = 0
 
+    @property
+    def emptied(self) -> tuple[str, ...]:
+        """Paths of weights of which nothing is left: what follows sees a constant."""
+        return tuple(path for path, (gone, size) in self.zeros.items() if gone == size)
+
 
 def sparsify(
     model: nn.Module,
