@@ -74,8 +74,8 @@ class Ensemble(nn.Module):
                 "Write average='logits'",
             )
         self.networks, self.average, self.dim = nn.ModuleList(networks), average, dim
-        given = torch.tensor(weights or [1.0] * len(networks), dtype=torch.float64)
-        self.register_buffer("shares", given / given.sum())
+        given = [float(weight) for weight in weights or [1] * len(networks)]
+        self.register_buffer("shares", torch.tensor([w / sum(given) for w in given]))
         self.register_buffer("probabilities", torch.tensor(average == "probabilities"))
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -87,10 +87,9 @@ class Ensemble(nn.Module):
                 f"their answers have shapes {[tuple(answer.shape) for answer in answers]}",
                 "Give networks with the same classes, in the same order",
             )
-        shares = self.shares.tolist()
         wide = [a if a.dtype == torch.float64 else a.float() for a in answers]
         if self.average == "logits":
-            return torch.stack([s * a for s, a in zip(shares, wide, strict=True)]).sum(0)
+            return torch.stack([s * a for s, a in zip(self.shares, wide, strict=True)]).sum(0)
         dim = class_dim("Ensemble", wide[0], self.dim)
-        logs = [math.log(s) + a.log_softmax(dim) for s, a in zip(shares, wide, strict=True)]
+        logs = [s.log() + a.log_softmax(dim) for s, a in zip(self.shares, wide, strict=True)]
         return torch.stack(logs).logsumexp(0)
