@@ -175,11 +175,12 @@ class GradualPruning(_Gradual):
         """To be called after every optimizer step; changes the network in place."""
         model = unwrapped(model)
         self.masks.apply(model)
-        layers = self._layers(model)  # at the first step, too: names that match nothing
+        self._dims = self._dims or self._input_dims(model)
         share = self._advance()
         if share is None:
             return
         check_finite(model)
+        layers = self._layers(model)
         evidence = Evidence(dict(model.named_parameters()))
         scores = self._zeros_first(
             layers,
@@ -200,13 +201,15 @@ class GradualPruning(_Gradual):
     def _zeros(self, model: nn.Module) -> Mapping[str, Tensor]:
         return {path: weight.detach() != 0 for path, weight in prunable(model, self.exclude)}
 
+    def _input_dims(self, model: nn.Module) -> dict[str, int]:
+        """Path of every weight that is to be pruned -> its dimension of inputs."""
+        layers = [Layer(path, weight) for path, weight in prunable(model, self.exclude)]
+        if self._inputs is not None:
+            graph = capture(model, self._inputs).graph
+            layers, _ = oriented(layers, model, graph, self.pattern)
+        return {layer.path: layer.input_dim for layer in layers}
+
     def _layers(self, model: nn.Module) -> list[Layer]:
-        if not self._dims:
-            layers = [Layer(path, weight) for path, weight in prunable(model, self.exclude)]
-            if self._inputs is not None:
-                graph = capture(model, self._inputs).graph
-                layers, _ = oriented(layers, model, graph, self.pattern)
-            self._dims = {layer.path: layer.input_dim for layer in layers}
         found = dict(model.named_parameters())
         return [Layer(path, found[path], dim) for path, dim in self._dims.items()]
 

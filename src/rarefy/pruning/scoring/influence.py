@@ -115,33 +115,37 @@ def influences(model: nn.Module, network: Network, data: Data) -> NDArray[np.flo
     held = leading(data, SAMPLES, WHERE)
     length = max(map(length_of, held))
     runner = Runner(model, network, where=WHERE)
-    turned, rows, seen = np.zeros(len(network.blocks)), np.zeros(len(network.blocks)), 0
+    runs: dict[int, _Watched] = {}
+    seen = 0
     for inputs in (lengthened(inputs, length) for inputs in held):
         found = runner.trace(inputs)
-        if [block.name for block in found.blocks] != [block.name for block in network.blocks]:
-            raise DataError(
-                WHERE,
-                "for inputs of these shapes other blocks of the network can be bypassed",
-                "Trace the network with example inputs of the shapes of the data",
-            )
+        if id(found) not in runs:
+            if [block.name for block in found.blocks] != [block.name for block in network.blocks]:
+                raise DataError(
+                    WHERE,
+                    "for inputs of these shapes other blocks of the network can be bypassed",
+                    "Trace the network with example inputs of the shapes of the data",
+                )
+            runs[id(found)] = _Watched(graph_model(model, found.captured), found.blocks)
         part = take(inputs, SAMPLES - seen)
-        watched = _Watched(graph_model(model, found.captured), found.blocks)
+        watched = runs[id(found)]
         with evaluating(watched):
             try:
                 call(watched, part)
             except Exception:  # noqa: BLE001 - a graph of one batch size takes a batch as it comes
                 with answering(WHERE):
                     call(watched, inputs)
-        turned += [watched.turned[block.add] for block in found.blocks]
-        rows += [watched.rows[block.add] for block in found.blocks]
         seen += batch_size(part)
-    return turned / rows
+    turned = np.array([[run.turned[add] for add in run.adds] for run in runs.values()]).sum(0)
+    rows = np.array([[run.rows[add] for add in run.adds] for run in runs.values()]).sum(0)
+    return np.asarray(turned / rows, np.float64)
 
 
 class _Watched(GraphModel):
     """A network that sums up how far its blocks turn the trunk, as it runs.
 
     Attributes:
+        adds: the node that adds the branch of each block.
         turned: node that adds a branch -> sum of ``1 - cos`` over examples.
         rows: the same node -> number of these.
     """
@@ -150,6 +154,7 @@ class _Watched(GraphModel):
         parameters = dict(model.named_parameters(remove_duplicate=False))
         buffers = dict(model.named_buffers(remove_duplicate=False))
         super().__init__(model.graph, parameters, buffers)
+        self.adds = tuple(block.add for block in blocks)
         self._branches = {block.add: block.branch for block in blocks}
         self.turned = dict.fromkeys(self._branches, 0.0)
         self.rows = dict.fromkeys(self._branches, 0)
