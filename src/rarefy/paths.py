@@ -26,9 +26,14 @@ def unwrapped(model: nn.Module) -> nn.Module:
         >>> unwrapped(nn.DataParallel(nn.ReLU()))
         ReLU()
     """
-    names = (kind.__name__ for kind in type(model).__mro__)
-    attribute = next((WRAPPERS[name] for name in names if name in WRAPPERS), None)
+    attribute = wrapped_at(model)
     return model if attribute is None else unwrapped(getattr(model, attribute))
+
+
+def wrapped_at(model: nn.Module) -> str | None:
+    """The attribute in which a wrapper holds the network; None for what is no wrapper."""
+    names = (kind.__name__ for kind in type(model).__mro__)
+    return next((WRAPPERS[name] for name in names if name in WRAPPERS), None)
 
 
 def paths(model: nn.Module) -> frozenset[str]:

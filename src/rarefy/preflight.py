@@ -23,7 +23,7 @@ from rarefy.batches import (
 )
 from rarefy.distillation.losses import IGNORE, label_dim
 from rarefy.errors import DataError, InputError
-from rarefy.paths import WRAPPERS
+from rarefy.paths import wrapped_at
 from rarefy.recipe.options import Stages
 from rarefy.schemes import Int8
 from rarefy.types import Data, Inputs, Target
@@ -55,7 +55,7 @@ def check_model(model: nn.Module) -> None:
     if not isinstance(model, nn.Module):
         what = f"a {type(model).__name__} is no torch.nn.Module"
         raise InputError(where, what, "Give the network itself")
-    inner = WRAPPERS.get(type(model).__name__)
+    inner = wrapped_at(model)
     if inner is not None:
         what = f"{type(model).__name__} is a wrapper around the network"
         raise InputError(where, what, f"Give the network inside it: model.{inner}")
