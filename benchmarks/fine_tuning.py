@@ -5,8 +5,8 @@ Run it: python benchmarks/fine_tuning.py --subject resnet20 --macs 0.5 0.33 --ep
 Every method starts from the same trained network, keeps the same share of its multiply-accumulates,
 and is then trained with the same optimizer, learning rate, batches and number of epochs: on the
 labels alone, or, where rarefy pruned it, on soft labels, too, which are stored once for images: the
-original's, or those of a larger ResNet (``--teacher 56``). The original itself, trained as long on
-the labels, is the first row.
+original's, or those of a larger ResNet (``--teacher 56``). ``unpruned`` is the original itself,
+trained as long on the labels.
 """
 
 import argparse
@@ -181,11 +181,11 @@ def table(subject: Subject, chosen: argparse.Namespace) -> None:
     print(f"{chosen.subject}: {sum(len(y) for _, y in subject.test)} test examples", end="")
     print(f", unpruned {base:.2%}\n\n| method | targets | MACs kept | epochs | top-1 | each seed |")
     print("| --- " * 6 + "|", flush=True)
-    for epochs in chosen.epochs:
+    for epochs in chosen.epochs if "unpruned" in chosen.methods else ():
         kept = [trained(subject, subject.model, epochs, seed) for seed in seeds]
         print(row("unpruned", "labels", 1.0, epochs, kept), flush=True)
     for share in chosen.macs:
-        for name in chosen.methods:
+        for name in (method for method in chosen.methods if method in METHODS):
             try:
                 small = METHODS[name](subject, share)
                 left = count(small, subject.example).macs / whole
@@ -211,7 +211,8 @@ def main() -> None:
     parser.add_argument("--label-weight", type=float, default=0.1, help="beside soft labels")
     parser.add_argument("--augmented", action="store_true", help="shift and mirror the images")
     parser.add_argument("--test", type=int, help="test images; all if not given")
-    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
+    methods = ["unpruned", *METHODS]
+    parser.add_argument("--methods", nargs="+", default=methods, choices=methods)
     parser.add_argument("--targets", nargs="+", default=["labels", "soft labels"])
     chosen = parser.parse_args()
 
