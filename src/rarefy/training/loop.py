@@ -252,9 +252,11 @@ class _Loop:
         if self.accelerator.num_processes > 1:
             from accelerate.utils import broadcast
 
+            self.stepper.held.gather()
             for network in (self.stepper.model, self.stepper.subject):
                 for buffer in network.buffers():
                     buffer.copy_(broadcast(buffer))
+            self.stepper.held.scatter()
 
     def close(self, loss: float) -> None:
         """Evaluate, and note the end of an epoch."""
@@ -291,6 +293,7 @@ class _Loop:
         if self.checkpoints is None:
             return
         self.stepper.meter.drain()
+        self.stepper.held.gather()
         require_finite(self.stepper.model, self.job.where, TrainingError, DIVERGED)
         now = time.monotonic()
         at = asdict(self.at)

@@ -20,6 +20,7 @@ from rarefy.training.job import Job
 from rarefy.training.networks import fill, has_batch_norm, tensors_of
 from rarefy.training.objective import Objective, Weights
 from rarefy.training.options import optimizer_of, schedule_of
+from rarefy.training.sharding import optimizer_state, set_optimizer_state, spread
 from rarefy.training.stored import labels_of
 from rarefy.types import Inputs
 
@@ -96,6 +97,11 @@ class Stepper:
         job: how.
         length: batches of an epoch on this process, 0 where that is not known.
         accelerator: where.
+
+    Attributes:
+        held: how the processes hold the objective.
+        running: the objective that takes the steps, or its copy in shards.
+        followed: whether anything else reads or writes weights between two steps.
     """
 
     def __init__(
@@ -105,18 +111,24 @@ class Stepper:
         self.model, self.options = objective.network, job.options
         self.updates, self.steps = math.ceil(length / job.options.accumulate), 0
         self.schedule = schedule_of(self.options, max(self.updates, 1) * self.options.epochs)
-        with quiet_setup():
-            self.built = optimizer_of(objective.to(accelerator.device).train(), self.options)
-            self.wrapped, optimizer = accelerator.prepare(objective, self.built)
+        objective.to(accelerator.device).train()
+        self.held = spread(objective, job.where, accelerator)
+        self.running = self.held.running
+        with quiet_setup(), self.held.preparing():
+            self.built = optimizer_of(self.running, self.options)
+            self.wrapped, optimizer = accelerator.prepare(self.running, self.built)
         # Accelerate's wrapper costs 0.3 ms a step: only where it does something.
         plain = accelerator.distributed_type == "NO" and accelerator.scaler is None
         self.optimizer = self.built if plain else optimizer
         self.peak = self.built.param_groups[0]["lr"]
         self.needs_two = has_batch_norm(self.model)
         self.left_out = False
-        self.meter = Meter(job.where, accelerator, objective.misheard)
+        self.meter = Meter(job.where, accelerator, self.running.misheard)
         decay, zeros = self.options.ema, job.after_step is not None
         self.average = None if decay is None else Average(self.model, decay, zeros=zeros)
+        changes = objective.tutor is not None and objective.tutor.changes
+        hooks = (job.after_step, job.regularizer, decay)
+        self.followed = changes or any(hook is not None for hook in hooks)
 
     @property
     def subject(self) -> nn.Module:
@@ -144,12 +156,16 @@ class Stepper:
             self.accelerator.clip_grad_norm_(self.wrapped.parameters(), self.options.clip_norm)
         self.optimizer.step()
         self.steps += 1
+        if self.followed:
+            self.held.gather()
         if self.job.after_step is not None:
             with torch.no_grad():
                 self.job.after_step(self.model)
         self.objective.after_step()
         if self.average is not None:
             self.average.update(self.steps)
+        if self.followed:
+            self.held.scatter()
 
     def schedule_lr(self, epoch: int, index: int) -> None:
         """Set the learning rate of a step."""
@@ -176,6 +192,7 @@ class Stepper:
                         "Return one number, and do not detach the logits in the network",
                     )
                 self.accelerator.backward(loss)
+                self.held.pass_gradients()
             found = loss.detach() if found is None else found + loss.detach()
         assert found is not None
         return found
@@ -189,7 +206,7 @@ class Stepper:
         alone = self.accelerator.num_processes == 1
         if alone and len(group) == 1:
             return [None if sizes is not None and sizes[0] < 2 else (1.0, 1.0)]
-        soft = [self.objective.answered(inputs) for inputs, _ in group]
+        soft = [self.running.answered(inputs) for inputs, _ in group]
         hard = [labelled(*batch) for batch in group]
         everywhere = torch.tensor([[soft, hard, sizes or [2] * len(group)]], dtype=torch.float32)
         if not alone:
@@ -228,7 +245,7 @@ def state_of(stepper: Stepper) -> dict[str, Any]:
         "steps": stepper.steps,
         "losses": [stepper.meter.total, stepper.meter.count],
         "tensors": dict(tensors_of(stepper.objective)),
-        "optimizer": stepper.built.state_dict()["state"],
+        "optimizer": optimizer_state(stepper.built),
         "scaler": None if scaler is None else scaler.state_dict(),
         "average": None if average is None else average.state_dict(),
         "hooks": [None if hook is None else hook.state_dict() for hook in _stateful(stepper)],
@@ -240,8 +257,8 @@ def restore(stepper: Stepper, state: Mapping[str, Any]) -> None:
     stepper.steps = state["steps"]
     stepper.meter.total, stepper.meter.count = state["losses"]
     fill(stepper.objective, state["tensors"])
-    groups = stepper.built.state_dict()["param_groups"]
-    stepper.built.load_state_dict({"state": state["optimizer"], "param_groups": groups})
+    stepper.held.scatter()
+    set_optimizer_state(stepper.built, state["optimizer"])
     if stepper.accelerator.scaler is not None:
         stepper.accelerator.scaler.load_state_dict(state["scaler"])
     if stepper.average is not None:

@@ -49,7 +49,8 @@ def train(
 
     Under ``torchrun`` or ``accelerate launch`` the processes share the batches of ``data``, so that
     a step takes as many batches as there are processes and weighs them as ``accumulate`` does; all
-    of them return the same network, and only the first one shows and writes anything.
+    of them return the same network, and only the first one shows and writes anything. Configured
+    for FSDP 2, they hold gradients and the optimizer's state in shards.
 
     Args:
         model: the network; it is not changed.

@@ -1,0 +1,197 @@
+"""Which objective takes the steps: the one that every process holds, or its copy in shards."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from rarefy.copies import copied
+from rarefy.errors import InputError, first_line
+from rarefy.graph.program import GraphModel
+from rarefy.training.networks import tensors_of
+from rarefy.training.objective import Objective
+from rarefy.training.teachers import Aside
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+
+def spread(objective: Objective, where: str, accelerator: Accelerator) -> Whole:
+    """An objective as Accelerate is configured to hold it.
+
+    Raises:
+        InputError: it is configured for what the training loop cannot do.
+    """
+    kind = str(accelerator.distributed_type.value)
+    if kind in ("DEEPSPEED", "MEGATRON_LM") or (kind == "FSDP" and not accelerator.is_fsdp2):
+        name = "FSDP 1" if kind == "FSDP" else kind
+        raise InputError(
+            f"{where}()",
+            f"Accelerate is configured for {name}, which it does not train with",
+            "Configure FSDP with fsdp_version: 2, or processes that each hold the network",
+        )
+    return Shards(objective, where, accelerator) if kind == "FSDP" else Whole(objective)
+
+
+class Whole:
+    """An objective that every process holds, and that takes the steps itself.
+
+    Attributes:
+        running: what Accelerate is given, and takes the steps.
+    """
+
+    def __init__(self, objective: Objective) -> None:
+        self.running = objective
+
+    @contextmanager
+    def preparing(self) -> Iterator[None]:
+        """While Accelerate prepares what is running."""
+        yield
+
+    def gather(self) -> None:
+        """The objective gets the values of what is running; all processes take part."""
+
+    def scatter(self) -> None:
+        """What is running gets the values of the objective."""
+
+    def pass_gradients(self) -> None:
+        """What is running gets, beside its own, the gradients that the objective has."""
+
+
+class Shards(Whole):
+    """An objective whose copy FSDP spreads over the processes.
+
+    FSDP changes for good the modules that it spreads, and their parameters are whole only while
+    they run. So a copy is spread and takes the steps, and what evaluates, saves, follows or is
+    returned is the objective: one more copy of the weights on every process, where FSDP saves the
+    gradients and the state of the optimizer. What only answers (:class:`Aside`) is in both.
+
+    Args:
+        objective: what is trained; it gets the first process's values on all of them.
+        where: the call that errors name.
+        accelerator: whose configuration says how to spread.
+    """
+
+    def __init__(self, objective: Objective, where: str, accelerator: Accelerator) -> None:
+        from accelerate.utils import AutocastKwargs
+
+        self.objective, self.where, self.accelerator = objective, where, accelerator
+        for _, tensor in tensors_of(objective):
+            _of_the_first(tensor)
+        running = copied(objective, {id(m): m for m in objective.modules() if isinstance(m, Aside)})
+        # Casts are not kept, for they are as large as what FSDP spares.
+        autocast = accelerator.autocast(AutocastKwargs(cache_enabled=False))
+        running.forward = autocast(running.forward)  # type: ignore[method-assign]
+        # Where the configuration names no classes to wrap, Accelerate asks the network.
+        classes = getattr(objective.network, "_no_split_modules", None)
+        running._no_split_modules = classes  # type: ignore[assignment]
+        super().__init__(running)
+
+    @contextmanager
+    def preparing(self) -> Iterator[None]:
+        """Accelerate's plugin is set to what the copy needs, and put back.
+
+        Raises:
+            InputError: FSDP refuses the network.
+        """
+        plugin = self.accelerator.state.fsdp_plugin
+        # The copy is on every process, and a policy of FSDP's would cast BatchNorms, too.
+        ours = {"cpu_ram_efficient_loading": False, "mixed_precision_policy": None}
+        if any(isinstance(module, GraphModel) for module in self.running.modules()):
+            # It reads the parameters of its layers itself: they are whole only in one piece.
+            ours |= {"auto_wrap_policy": None, "activation_checkpointing": False}
+        kept = {name: getattr(plugin, name) for name in ours}
+        try:
+            vars(plugin).update(ours)
+            yield
+        except Exception as error:
+            raise InputError(
+                f"{self.where}(model)",
+                f"FSDP does not take it: {first_line(error)}",
+                "Configure processes that each hold the network: accelerate launch --multi_gpu",
+            ) from error
+        finally:
+            vars(plugin).update(kept)
+
+    @torch.no_grad()
+    def gather(self) -> None:
+        """The objective gets the values of the shards, and buffers of the first process."""
+        for own, shard in self._pairs():
+            own.copy_(gathered(shard))
+        for buffer in self.objective.buffers():
+            _of_the_first(buffer)
+
+    @torch.no_grad()
+    def scatter(self) -> None:
+        """The shards get the values of the objective."""
+        for own, shard in self._pairs():
+            shard.copy_(spread_like(own, shard))
+
+    @torch.no_grad()
+    def pass_gradients(self) -> None:
+        """The shards get, beside their own, the gradients of a penalty on the objective."""
+        pairs = zip(self.objective.parameters(), self.running.parameters(), strict=True)
+        for own, shard in pairs:
+            if own.grad is not None:
+                grad, own.grad = spread_like(own.grad, shard), None
+                shard.grad = grad if shard.grad is None else shard.grad + grad
+
+    def _pairs(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Each tensor of the objective, and what is running of it."""
+        pairs = zip(tensors_of(self.objective), tensors_of(self.running), strict=True)
+        return ((own, shard) for (_, own), (_, shard) in pairs)
+
+
+@torch.no_grad()
+def _of_the_first(tensor: Tensor) -> None:
+    """A tensor is that of the first process on all of them."""
+    from accelerate.utils import broadcast
+
+    tensor.copy_(broadcast(tensor.detach().clone()))
+
+
+# --- tensors in shards, told by their methods: PyTorch's module of them is slow to import ---------
+
+
+def gathered(value: Any) -> Tensor:
+    """A tensor whole; all processes take part."""
+    found: Tensor = value.full_tensor() if hasattr(value, "full_tensor") else value
+    return found
+
+
+def spread_like(value: Tensor, other: Any) -> Tensor:
+    """A whole tensor, equal on all processes, in the shards of another of its shape."""
+    if hasattr(other, "full_tensor") and value.shape == other.shape:
+        from torch.distributed.tensor import distribute_tensor
+
+        return distribute_tensor(value, other.device_mesh, other.placements, src_data_rank=None)
+    return value
+
+
+def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[int, dict[str, Any]]:
+    """The whole state of each parameter, by its number."""
+    held = optimizer.state_dict()["state"]
+    return {number: _each(state, gathered) for number, state in held.items()}
+
+
+def set_optimizer_state(
+    optimizer: torch.optim.Optimizer, state: Mapping[int, Mapping[str, Any]]
+) -> None:
+    """Put back what :func:`optimizer_state` gave."""
+    groups = optimizer.state_dict()["param_groups"]
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    own = {
+        number: _each(held, partial(spread_like, other=parameters[number]))
+        for number, held in state.items()
+    }
+    optimizer.load_state_dict({"state": own, "param_groups": groups})
+
+
+def _each(state: Mapping[str, Any], change: Callable[[Tensor], Tensor]) -> dict[str, Any]:
+    """A parameter's state with all tensors changed."""
+    return {k: change(v) if isinstance(v, Tensor) else v for k, v in state.items()}
