@@ -7,7 +7,10 @@ from torch import nn
 from torch.autograd.functional import jacobian
 from torch.func import functional_call
 
+from rarefy.graph.capture import graph_model
 from rarefy.graph.trace import trace
+from rarefy.pruning.running.inputs import products, rows
+from rarefy.pruning.running.lockstep import Run
 from rarefy.pruning.scoring.gather import gather
 
 
@@ -141,6 +144,37 @@ def test_a_weight_that_is_used_twice_sums_both_uses() -> None:
         torch.testing.assert_close(found.norms[path].double(), expected.expand(4, 4))
         (gram,) = found.grams[path]
         torch.testing.assert_close(gram.matrix[0], (x.T @ x + inner.T @ inner) / len(x))
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_rows_that_are_drawn_are_some_of_all(name) -> None:
+    net, x = LAYERS[name]
+    network = trace(net.double(), x.double())
+    graph = graph_model(net, network.captured)
+    (product,) = products(graph.graph, {"weight": net.weight})
+    run = Run(graph, x.double())
+    run.before(graph.graph.by_name[product.node.name])
+    given = product, run.values[product.x], run.values[product.weight]
+    ((whole, count),) = rows(*given)
+    ((some, every),) = rows(*given, lambda n: n // 2, torch.Generator().manual_seed(3))
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(3))
+    assert every == count == whole.shape[1]
+    assert torch.equal(some, whole[:, order[: count // 2]])
+
+
+def test_gram_matrices_of_large_images_are_estimated_without_bias(monkeypatch) -> None:
+    net = layer(nn.Conv2d, 2, 3, 3, padding=1).double()
+    x = torch.rand(4, 2, 40, 40, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    network = trace(net, x)
+    needs = frozenset({"grams"})
+    monkeypatch.setattr("rarefy.pruning.scoring.gather.LEAST", 0)
+    found = [gather(net, network, needs, [x], seed=seed).grams["weight"][0] for seed in range(40)]
+    monkeypatch.undo()
+    (whole,) = gather(net, network, needs, [x[:1], *x[1:].split(1)]).grams["weight"]
+    few = torch.stack([gram.matrix for gram in found])
+    spread = few.std(0) / len(few) ** 0.5
+    assert (spread > 0).all()
+    assert ((few.mean(0) - whole.matrix).abs() < 5 * spread).all()
 
 
 def test_large_gram_matrices_are_kept_as_blocks(monkeypatch) -> None:

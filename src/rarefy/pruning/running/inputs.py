@@ -8,7 +8,7 @@ that what is found out about them can be put back.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -148,22 +148,52 @@ def matrix(product: Product, weight: Tensor) -> Tensor:
     return weight.reshape(groups, weight.shape[0] // groups, -1)
 
 
-def rows(product: Product, x: Tensor, weight: Tensor) -> Iterator[Tensor]:
-    """The inputs of all outputs, a part at a time: (groups, rows, unknowns)."""
+def rows(
+    product: Product,
+    x: Tensor,
+    weight: Tensor,
+    most: Callable[[int], int] | None = None,
+    generator: torch.Generator | None = None,
+) -> Iterator[tuple[Tensor, int]]:
+    """The inputs of all outputs, a part at a time.
+
+    Args:
+        product: the call.
+        x: its activations.
+        weight: its operand that holds the entries.
+        most: of the number of rows in a part, how many are enough; these are drawn at random
+            before they are put together, which is most of the work for a convolution.
+        generator: of the draw.
+
+    Yields:
+        (groups, rows, unknowns), and how many rows there are in the part.
+    """
+
+    def drawn(every: int) -> Tensor | None:
+        enough = every if most is None else most(every)
+        return None if enough >= every else torch.randperm(every, generator=generator)[:enough]
+
     if product.letters is not None:
         shared, _, unknowns = roles(product.letters)
         own = product.letters[0]
         free = tuple(letter for letter in own if letter not in (*shared, *unknowns))
-        yield _arranged(_precise(x), own, shared, free, unknowns)
+        found = _arranged(_precise(x), own, shared, free, unknowns)
+        chosen = drawn(found.shape[1])
+        yield found if chosen is None else found[:, chosen.to(x.device)], found.shape[1]
         return
     if x.ndim < weight.ndim:
         x = x[None]
+    groups = int(product.node.argument("groups"))
     unknowns_size = prod(weight.shape[2:]) * x.shape[1] * x.element_size()
     places = prod(x.shape[2:]) * (4 if product.node.kind in TRANSPOSED else 1)
     for part in torch.split(x, max(1, CHUNK // max(unknowns_size * places, 1))):
-        groups = int(product.node.argument("groups"))
         found = patches(product.node, _precise(part), weight)
-        yield found.reshape(found.shape[: weight.ndim - 1].numel(), groups, -1).transpose(0, 1)
+        lead = found.shape[: weight.ndim - 1]
+        every, chosen = lead.numel(), drawn(lead.numel())
+        if chosen is not None:
+            found = found[torch.unravel_index(chosen.to(x.device), lead)]
+        count = every if chosen is None else len(chosen)
+        yield found.reshape(count, groups, -1).transpose(0, 1), every
 
 
 def roles(letters: tuple[Letters, Letters, Letters]) -> tuple[Letters, Letters, Letters]:

@@ -39,6 +39,12 @@ LossFunction: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 LARGEST = 8192
 """Unknowns of the largest Gram matrix; larger ones are kept as blocks along their diagonal."""
 
+SHARE = 1 / 16
+"""Of the rows of inputs that are held at once, what a Gram matrix is estimated from."""
+
+LEAST = 2048
+"""Rows that it is estimated from, where there are as many, at least; and four per unknown."""
+
 
 @dataclass(frozen=True)
 class _Job:
@@ -407,10 +413,11 @@ def _grams(job: _Job) -> dict[str, Any]:
 
     def read(product: Product, gram: Gram, values: Mapping[str, Any]) -> dict[str, Tensor]:
         groups, _, unknowns = gram.index.shape
-        for part in rows(product, values[product.x], values[product.weight]):
+        given = (values[product.x], values[product.weight])
+        for part, every in rows(product, *given, partial(_enough, unknowns), job.generator):
             wide = part.reshape(part.shape[0], part.shape[1], -1, unknowns).movedim(2, 1)
             wide = wide.reshape(groups, -1, unknowns)
-            gram.matrix.add_((wide.transpose(1, 2) @ wide).cpu())
+            gram.matrix.add_((wide.transpose(1, 2) @ wide).cpu(), alpha=every / part.shape[1])
         return {}
 
     def attach(running: Watched, _: Sequence[End]) -> None:
@@ -433,6 +440,15 @@ def _grams(job: _Job) -> dict[str, Any]:
         _check_finite({path: torch.stack([g.matrix.sum() for g in grams])})
     found = {alias: tuple(grams) for path, grams in held.items() for alias in _aliases(sums, path)}
     return {"grams": found, "samples": samples}
+
+
+def _enough(unknowns: int, every: int) -> int:
+    """Rows that a Gram matrix is estimated from.
+
+    Neighbouring positions are much alike: all of them would cost several times what the network
+    itself does, and tell little more.
+    """
+    return max(round(SHARE * every), 4 * unknowns, LEAST)
 
 
 def _blocks(index: Tensor) -> Tensor:

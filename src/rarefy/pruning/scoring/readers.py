@@ -218,12 +218,8 @@ class _Sums:
             share = min(1.0, needed / examples)
             x = x[: ceil(share * len(x))]
         generator = torch.Generator().manual_seed(self._count)
-        for every in rows(product, x, weight):
-            most = ceil(wanted * min(1.0, len(x) / (share * examples))) if x.ndim else wanted
-            part = every
-            if part.shape[1] > most:
-                chosen = torch.randperm(part.shape[1], generator=generator)[:most]
-                part = part[:, chosen.to(part.device)]
+        most = ceil(wanted * min(1.0, len(x) / (share * examples))) if x.ndim else wanted
+        for part, _ in rows(product, x, weight, lambda every: most, generator):
             self._take(part.cpu())
 
     def _take(self, part: Tensor) -> None:
