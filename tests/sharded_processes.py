@@ -1,6 +1,6 @@
 """Trains in one of two processes whose Accelerate is configured for FSDP; writes what it returned.
 
-Arguments: folder, name of the run, cases. Accelerate spreads over accelerators alone; on CPUs it
+Arguments: folder, name of the run. Accelerate spreads over accelerators alone; on CPUs it
 leaves out what it does there, which is all that ``on_cpus`` adds.
 """
 
@@ -123,13 +123,37 @@ def resumed(data, options, folder):
     return found
 
 
+class Shifted(Net):
+    """Its forward reads a buffer that its batches move."""
+
+    def __init__(self, width):
+        super().__init__(width)
+        self.register_buffer("mean", torch.zeros(width))
+
+    def forward(self, x):
+        x = self.stem(x)
+        if self.training:
+            self.mean.lerp_(x.detach().mean(0), 0.5)
+        return self.out(self.blocks(x - self.mean))
+
+
+def buffered(data, options, folder):
+    return rf.train(Shifted(15), data, **options)
+
+
+def mixed(data, options, folder):
+    net = Net(15)
+    net.register_parameter("scale", nn.Parameter(torch.ones(1, dtype=torch.float64)))
+    return rf.train(net, data, **options)
+
+
 def scalar(data, options, folder):
     net = Net(15)
     net.register_parameter("scale", nn.Parameter(torch.tensor(1.0)))
     return rf.train(net, data, **options)
 
 
-CASES = [plain, average, features, peer, follower, captured, resumed, scalar]
+CASES = [plain, average, features, peer, follower, captured, resumed, buffered, scalar, mixed]
 
 
 def main(folder, run, case):
@@ -156,5 +180,5 @@ if __name__ == "__main__":
     if "ACCELERATE_USE_FSDP" in os.environ:
         state = accelerate.state.AcceleratorState
         state.__init__ = on_cpus(state.__init__)
-    for one in CASES:
+    for one in CASES if os.environ["WORLD_SIZE"] != "1" else [plain]:
         main(Path(sys.argv[1]), sys.argv[2], one)

@@ -10,8 +10,10 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from torch.utils.data import BatchSampler, DataLoader, DistributedSampler
 
 from rarefy.copies import fingerprint
+from rarefy.process import replayable, set_epoch
 from rarefy.training.distill import distill
 from rarefy.training.evaluate import evaluate
 from rarefy.training.train import train
@@ -153,3 +155,12 @@ def test_training_works_where_gradients_are_off() -> None:
         with context:
             assert same(train(model, data, **QUICK), wanted)
             assert not same(distill(mlp(seed=1), model, data, **QUICK), model)
+
+
+def test_a_sampler_within_a_batch_sampler_is_told_of_epochs() -> None:
+    sampler = DistributedSampler(range(8), num_replicas=2, rank=0)
+    data = DataLoader(range(8), batch_sampler=BatchSampler(sampler, 2, drop_last=False))
+    with replayable(data):
+        set_epoch(data, 3)
+        assert sampler.epoch == 3
+    assert sampler.epoch == 0

@@ -15,6 +15,9 @@ from torch import nn
 from rarefy.errors import InputError
 from rarefy.training.objective import Objective
 from rarefy.training.sharding import Shards, optimizer_state, set_optimizer_state, spread
+from rarefy.training.train import train
+from sharded_processes import Net
+from training_networks import random_batches
 
 SCRIPT = Path(__file__).with_name("sharded_processes.py")
 RUNS = {
@@ -25,8 +28,9 @@ RUNS = {
         "FSDP_TRANSFORMER_CLS_TO_WRAP": "Block",
         "FSDP_ACTIVATION_CHECKPOINTING": "true",
     },
+    "single": {"WORLD_SIZE": "1"},
 }
-CASES = ["plain", "average", "features", "peer", "follower", "captured", "resumed"]
+CASES = ["plain", "average", "features", "peer", "follower", "captured", "resumed", "buffered"]
 FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 
 
@@ -48,14 +52,14 @@ def found(tmp_path_factory):
                 stderr=subprocess.PIPE,
                 text=True,
             )
-            for rank in range(2)
+            for rank in range(int(shared["WORLD_SIZE"]))
         ]
         try:
             shown = [process.communicate(timeout=280)[1] for process in ranks]
         finally:
             for process in ranks:
                 process.kill()
-        assert [process.returncode for process in ranks] == [0, 0], shown
+        assert not any(process.returncode for process in ranks), shown
     return {path.stem: json.loads(path.read_text()) for path in folder.glob("*.json")}
 
 
@@ -78,6 +82,24 @@ def test_what_fsdp_refuses_is_named(found) -> None:
         message = found[f"scalar-root-{rank}"]["error"]
         assert "train(model): FSDP does not take it" in message
         assert "scale" in message
+
+
+@pytest.mark.slow
+def test_what_fsdp_finds_in_the_first_step_is_named(found) -> None:
+    assert "error" not in found["mixed-whole-0"]
+    for rank in (0, 1):
+        message = found[f"mixed-root-{rank}"]["error"]
+        assert "train(model): the first step in shards fails" in message
+        assert "uniform original parameter dtype" in message
+
+
+@pytest.mark.slow
+def test_a_single_process_in_shards_trains(found) -> None:
+    options = {"epochs": 2, "lr": 0.05, "progress": False, "clip_norm": 0.5}
+    alone = train(Net(15), random_batches(6), val=random_batches(5, seed=3), **options)
+    assert found["plain-single-0"]["weights"] == pytest.approx(
+        [p.double().abs().sum().item() for p in alone.state_dict().values()], rel=1e-5, abs=1e-5
+    )
 
 
 def test_no_shards_without_fsdp() -> None:

@@ -11,13 +11,18 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.checkpoint import checkpoint
+from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, TensorDataset
 
 from rarefy.copies import fingerprint
-from rarefy.errors import DataError, TrainingError
+from rarefy.distillation.soft_labels.write import write_soft_labels
+from rarefy.errors import RarefyError
 from rarefy.metrics import Perplexity
+from rarefy.training.evaluate import evaluate
 from rarefy.training.train import train
 from training_networks import Unsized, conv, mlp, random_batches
+
+RANK, COUNT = (int(os.environ.get(name, n)) for name, n in (("RANK", 0), ("WORLD_SIZE", 1)))
 
 
 def even(two):
@@ -54,7 +59,107 @@ def too_few(two):
     return mlp(), random_batches(1), {}
 
 
-CASES = {"even": even, "shuffled": shuffled, "nan": nan, "unread": unread, "too_few": too_few}
+def penalized(two):
+    """The penalty reads what the loss does not."""
+    net, data, options = unread(two)
+    return net, data, options | {"regularizer": lambda net, step: net[-1].weight.square().sum()}
+
+
+def drawing(two):
+    def noise(net):
+        net[0].weight.add_(torch.randn_like(net[0].weight), alpha=1e-3)
+
+    return mlp(), random_batches(6), {"after_step": noise}
+
+
+def parted(size):
+    """A data set and what draws this process's part."""
+    whole = TensorDataset(*random_batches(1, size=size)[0])
+    return whole, DistributedSampler(whole, COUNT, RANK)
+
+
+def divided(two):
+    data, sampler = parted(40)
+    held, part = parted(16)
+    held = DataLoader(held, 4, sampler=part)
+    return mlp(), DataLoader(data, batch_sampler=BatchSampler(sampler, 4, False)), {"val": held}
+
+
+def prepared(two):
+    from accelerate import Accelerator
+
+    data = DataLoader(parted(40)[0], 4, shuffle=True)
+    return mlp(), Accelerator(cpu=True).prepare(data), {}
+
+
+def resumed(two):
+    """Processes that begin with other weights than each other, as those of no seed do."""
+    return mlp(seed=RANK), random_batches(6), {"again": {"resume": True}}
+
+
+def occupied(two):
+    return mlp(), random_batches(6), {"again": {}}
+
+
+def elsewhere(two):
+    """Folders that the processes do not share."""
+    options = {"checkpoint": Path(sys.argv[1]) / f"own-{RANK}", "again": {"resume": True}}
+    return mlp(), random_batches(6), options
+
+
+def unstorable(two):
+    class Hook:
+        def __call__(self, net):
+            pass
+
+        def state_dict(self):
+            return {"kept": {1, 2}}
+
+    hook = Hook()
+    hook.load_state_dict = print
+    return mlp(), random_batches(6), {"after_step": hook}
+
+
+def misnumbered(two):
+    val = random_batches(5, seed=3)
+    val[1][1][0] = 99
+    return mlp(), random_batches(6), {"val": val}
+
+
+def uneven(two):
+    return mlp(), random_batches(2 + 2 * RANK), {}
+
+
+def recomputing(two):
+    class Net(nn.Sequential):
+        def forward(self, x):
+            return self[2](checkpoint(self[1], self[0](x), use_reentrant=True))
+
+    middle = nn.Sequential(nn.Linear(32, 32), nn.ReLU())
+    ends = mlp()
+    return Net(ends[0], middle, ends[2]), random_batches(6), {}
+
+
+def unsent(two):
+    net = mlp()
+    net.register_buffer("short", torch.ones(2, dtype=torch.int16))
+    return net, random_batches(6), {}
+
+
+def unheard(two):
+    """Not to train, but to store: answers of the second process's share are NaN."""
+    data = random_batches(40)
+    data[30][0].fill_(float("nan"))
+    return mlp(), data, None
+
+
+CASES = {
+    case.__name__: case
+    for case in (
+        *(even, shuffled, nan, unread, too_few, penalized, drawing, divided, prepared, resumed),
+        *(occupied, elsewhere, unstorable, misnumbered, uneven, unsent, unheard, recomputing),
+    )
+}
 
 
 def main(folder, case):
@@ -62,19 +167,22 @@ def main(folder, case):
     two = "RANK" in os.environ
     rank = os.environ.get("RANK", "alone")
     model, data, options = CASES[case](two)
-    where = Path(folder) / f"{case}-{'two' if two else 'one'}"
+    given = {
+        "val": random_batches(5, seed=3),
+        "epochs": 2,
+        "lr": 0.05,
+        "checkpoint": Path(folder) / f"{case}-{'two' if two else 'one'}",
+        **(options or {}),
+    }
+    again = given.pop("again", None)
     try:
-        net = train(
-            model,
-            data,
-            val=random_batches(5, seed=3),
-            epochs=2,
-            lr=0.05,
-            checkpoint=where,
-            **options,
-        )
-    except (DataError, TrainingError) as error:
-        found = {"error": str(error)}
+        if options is None:
+            write_soft_labels(model, data, given["checkpoint"], progress=False)
+        net = train(model, data, **given)
+        if again is not None:
+            net = train(model, data, **given, **again)
+    except RarefyError as error:
+        found = {"error": str(error), "type": type(error).__name__}
     else:
         found = {
             "print": fingerprint(net),
@@ -86,6 +194,8 @@ def main(folder, case):
             "steps": net.trained.steps,
             "threads": torch.get_num_threads(),
         }
+        if case == "divided":
+            found["whole"] = evaluate(net, DataLoader(given["val"].dataset, 4))
     (Path(folder) / f"{case}-{rank}.json").write_text(json.dumps(found))
 
 

@@ -11,7 +11,7 @@ import random
 import signal
 import threading
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import ConcatDataset, DataLoader, Subset
 
+from rarefy.errors import InputError, RarefyError, first_line
 from rarefy.types import Data
 
 if TYPE_CHECKING:
@@ -117,7 +118,8 @@ def _epochs(data: Data | None) -> list[Any]:
     """Data and their parts that can be told of an epoch."""
     if not callable(getattr(data, "set_epoch", None)):
         data = getattr(data, "origin", data)
-    parts = [data, *(getattr(data, name, None) for name in ("batch_sampler", "sampler"))]
+    batched = getattr(data, "batch_sampler", None)
+    parts = [data, batched, getattr(data, "sampler", None), getattr(batched, "sampler", None)]
     waiting = [getattr(data, "dataset", None)]
     while waiting:
         part = waiting.pop()
@@ -163,6 +165,51 @@ def on_all(value: Any, accelerator: Accelerator) -> list[Any]:
 
     found: list[Any] = gather_object([value])
     return found
+
+
+@contextmanager
+def together(accelerator: Accelerator | None) -> Iterator[None]:
+    """All processes leave this together: where one fails, all of them raise an error.
+
+    What is done within waits for no other process.
+    """
+    own: Exception | None = None
+    try:
+        yield
+    except Exception as error:  # noqa: BLE001 - raised below, when the others know of it
+        own = error
+    told = _told(own) if own is not None else None
+    every = [told] if accelerator is None else on_all(told, accelerator)
+    if own is not None:
+        raise own
+    for process, other in enumerate(every):
+        if other is not None:
+            kind, where, what, remedy = other
+            raise kind(f"process {process}: {where}", what, remedy)
+
+
+def _told(error: Exception) -> tuple[type[RarefyError], str, str, str]:
+    """An error as other processes can raise it."""
+    if isinstance(error, RarefyError):
+        plain = type(error).__init__ is RarefyError.__init__
+        return type(error) if plain else InputError, error.where, error.what, error.remedy
+    return InputError, "failed", first_line(error), "Look at what that process shows"
+
+
+@torch.no_grad()
+def of_the_first(tensors: Iterable[Tensor], accelerator: Accelerator) -> None:
+    """Tensors, whatever their types, get the values that they have in the first process."""
+    from accelerate.utils import broadcast
+
+    held = [tensor.detach() for tensor in tensors if tensor.numel()]
+    if accelerator.num_processes == 1 or not held:
+        return
+    sizes = [tensor.numel() * tensor.element_size() for tensor in held]
+    flat = [tensor.to(accelerator.device).reshape(-1).view(torch.uint8) for tensor in held]
+    shared = broadcast(torch.cat(flat)).split(sizes)
+    if not accelerator.is_main_process:
+        for tensor, values in zip(held, shared, strict=True):
+            tensor.copy_(values.clone().view(tensor.dtype).view(tensor.shape))
 
 
 def shared_mean(values: Tensor, accelerator: Accelerator) -> Tensor:

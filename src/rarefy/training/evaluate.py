@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-import torch
 from torch import nn
 
 from rarefy.batches import evaluating, seeded
 from rarefy.errors import InputError, RarefyError, first_line
 from rarefy.metrics import Metric, Ratio, Top1, predictor, title
-from rarefy.process import replayable
+from rarefy.process import on_all, replayable, together
+from rarefy.training.shares import divided
 from rarefy.types import Data
 
 if TYPE_CHECKING:
@@ -52,16 +52,16 @@ def measured(
     """The metric; with an accelerator the same number on all its processes.
 
     They share the batches where the metric is a :class:`~rarefy.metrics.Ratio`; any other is
-    computed on all of the data by each of them, and that of the first counts.
+    computed by each of them on all of the data that it has, and that of the first counts.
     """
     shared = accelerator is not None and accelerator.num_processes > 1
-    with evaluating(model), seeded(0), replayable(data):
+    part, parts, sums, value = 0, 1, (0.0, 0.0), math.nan
+    if shared and accelerator is not None and not divided(data):
+        part, parts = accelerator.process_index, accelerator.num_processes
+    with together(accelerator), evaluating(model), seeded(0), replayable(data):
         try:
-            if shared and isinstance(metric, Ratio):
-                assert accelerator is not None
-                value = _joint(model, data, metric, where, accelerator)
-            elif isinstance(metric, Ratio):
-                value = metric.over(predictor(model), data, where)
+            if isinstance(metric, Ratio):
+                sums = metric.totals(predictor(model), data, where, part, parts)
             else:
                 value = float(metric(model, data))
         except RarefyError:
@@ -72,22 +72,13 @@ def measured(
                 f"{title(metric)} failed: {first_line(error)}",
                 "It is called as metric(model, data) and gives a number",
             ) from error
-    if shared and not isinstance(metric, Ratio):
-        from accelerate.utils import broadcast_object_list
-
-        value = broadcast_object_list([value])[0]
+    if shared and accelerator is not None:
+        every = on_all((value, *sums), accelerator)
+        value, sums = every[0][0], (sum(e[1] for e in every), sum(e[2] for e in every))
+    if isinstance(metric, Ratio):
+        value = metric.final(where, *sums)
     if math.isnan(value):
         raise InputError(
             f"{where}(metric)", f"{title(metric)} is NaN", "Check the metric, the data, the network"
         )
     return value
-
-
-def _joint(
-    model: nn.Module, data: Data, metric: Ratio, where: str, accelerator: Accelerator
-) -> float:
-    part, parts = accelerator.process_index, accelerator.num_processes
-    own = metric.totals(predictor(model), data, where, part, parts)
-    sums = torch.tensor(own, dtype=torch.float64, device=accelerator.device)
-    total, count = accelerator.reduce(sums, "sum").tolist()
-    return metric.final(where, total, count)

@@ -20,12 +20,14 @@ from rarefy.metrics import lower_is_better, show, title
 from rarefy.process import (
     deferred_interrupt,
     generators,
+    of_the_first,
     on_all,
     own_accelerator,
     random_states,
     replayable,
     set_epoch,
     set_random_states,
+    together,
 )
 from rarefy.progress import EpochDisplay
 from rarefy.training import tracking
@@ -139,7 +141,8 @@ class _Loop:
         self.checkpoints: Checkpoints | None = None
         if job.checkpoint is not None:
             self.checkpoints = Checkpoints(job.checkpoint, job.where)
-            self.identity = identity_of(objective, length, job, accelerator.num_processes)
+            identity = identity_of(objective, length, job, accelerator.num_processes)
+            self.identity = on_all(identity, accelerator)[0]  # its weights are those of all
         self.stepper = Stepper(objective, job, length, accelerator)
         self.at, self.best_weights = _Progress(), dict[str, Tensor]()
         self.begun, self.first, self.again = dict[str, Any](), "", False
@@ -153,6 +156,14 @@ class _Loop:
     def _require_possible(self, length: int) -> None:
         where, options = self.job.where, self.options
         whole, parts = operator.length_hint(self.source, 0), self.accelerator.num_processes
+        lengths = on_all(length, self.accelerator)
+        if len(set(lengths)) > 1:
+            raise DataError(
+                f"{where}(data)",
+                f"the processes have {', '.join(map(str, lengths))} batches of their own, and a "
+                "step takes one of each",
+                "Give equally many to all of them",
+            )
         if whole and not length and parts > 1:
             raise DataError(
                 f"{where}(data)",
@@ -249,14 +260,10 @@ class _Loop:
 
     def equalize(self) -> None:
         """Buffers are those of the first process on all of them, as in PyTorch's own wrapper."""
-        if self.accelerator.num_processes > 1:
-            from accelerate.utils import broadcast
-
-            self.stepper.held.gather()
-            for network in (self.stepper.model, self.stepper.subject):
-                for buffer in network.buffers():
-                    buffer.copy_(broadcast(buffer))
-            self.stepper.held.scatter()
+        self.stepper.held.gather()
+        for network in (self.stepper.model, self.stepper.subject):
+            of_the_first(network.buffers(), self.accelerator)
+        self.stepper.held.scatter()
 
     def close(self, loss: float) -> None:
         """Evaluate, and note the end of an epoch."""
@@ -294,7 +301,6 @@ class _Loop:
             return
         self.stepper.meter.drain()
         self.stepper.held.gather()
-        require_finite(self.stepper.model, self.job.where, TrainingError, DIVERGED)
         now = time.monotonic()
         at = asdict(self.at)
         at["seconds"] += now - self.clock
@@ -308,12 +314,13 @@ class _Loop:
             "begun": on_all(self.begun, self.accelerator),
             "now": on_all(random_states(self.own_generators), self.accelerator),
         }
-        if self.accelerator.is_main_process:
-            try:
-                self.checkpoints.write(self.stepper.steps, state)
-            except OutputError as error:
-                warnings.warn(str(error), RuntimeWarning, stacklevel=2)
-        self.accelerator.wait_for_everyone()
+        with together(self.accelerator):
+            require_finite(self.stepper.model, self.job.where, TrainingError, DIVERGED)
+            if self.accelerator.is_main_process:
+                try:
+                    self.checkpoints.write(self.stepper.steps, state)
+                except OutputError as error:
+                    warnings.warn(str(error), RuntimeWarning, stacklevel=2)
 
     def pause(self) -> None:
         """Stop where the user asked for it, with everything saved."""
@@ -328,10 +335,20 @@ class _Loop:
         """Go on from the newest checkpoint; False where there is none."""
         if self.checkpoints is None:
             return False
-        if self.accelerator.is_main_process:
-            self.checkpoints.claim(self.job.resume)
-        self.accelerator.wait_for_everyone()
-        state, damaged = self.checkpoints.newest()
+        with together(self.accelerator):
+            if self.accelerator.is_main_process:
+                self.checkpoints.claim(self.job.resume)
+        with together(self.accelerator):
+            state, damaged = self.checkpoints.newest()
+            if state is not None:
+                self.require_same(state["identity"])
+        steps = None if state is None else state["stepper"]["steps"]
+        if len(set(on_all(steps, self.accelerator))) > 1:
+            raise InputError(
+                f"{self.job.where}(checkpoint={str(self.checkpoints.path)!r})",
+                "the processes find other checkpoints there than each other",
+                "Choose a folder that all of them share",
+            )
         for text in damaged:
             warnings.warn(
                 f"{self.job.where}(resume=True) passed over a damaged checkpoint, {text}",
@@ -340,7 +357,6 @@ class _Loop:
             )
         if state is None:
             return False
-        self.require_same(state["identity"])
         restore(self.stepper, state["stepper"])
         held = state["progress"]
         self.at = _Progress(**{**held, "history": [Epoch(**e) for e in held["history"]]})
@@ -348,7 +364,8 @@ class _Loop:
         self.best_weights, self.first = state["best"], state["first"]
         mine = self.accelerator.process_index
         self.begun, self.now = state["begun"][mine], state["now"][mine]
-        self.check_data()
+        with together(self.accelerator):
+            self.check_data()
         self.again = self.at.batch > 0
         set_random_states(self.now, self.own_generators)
         self.clock = self.epoch_clock = time.monotonic()

@@ -78,9 +78,21 @@ class Objective(nn.Module):
         self.theirs = tuple(path for place in places for path in paths_of(place.teacher))
 
     def forward(
-        self, inputs: Inputs, labels: Any, step: int = 0, weights: Weights = (1.0, 1.0)
+        self,
+        inputs: Inputs,
+        labels: Any,
+        step: int = 0,
+        weights: Weights = (1.0, 1.0),
+        penalty: Callable[[], Tensor] | None = None,
     ) -> Tensor:
-        """The loss of a batch at a step of the optimizer, a scalar."""
+        """The loss of a batch at a step of the optimizer, a scalar; with a penalty on weights."""
+        value = self._loss(inputs, labels, step, weights)
+        if penalty is not None:
+            with torch.autocast(value.device.type, enabled=False):
+                value = value + penalty()
+        return value
+
+    def _loss(self, inputs: Inputs, labels: Any, step: int, weights: Weights) -> Tensor:
         loss, label_loss = self.loss, self.label_loss
         if self.scheduled:
             loss, label_loss = at_step(loss, step), at_step(label_loss, step)

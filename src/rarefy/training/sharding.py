@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from rarefy.copies import copied
-from rarefy.errors import InputError, first_line
+from rarefy.errors import InputError, RarefyError, first_line
 from rarefy.graph.program import GraphModel
+from rarefy.process import of_the_first
 from rarefy.training.networks import tensors_of
 from rarefy.training.objective import Objective
 from rarefy.training.teachers import Aside
@@ -35,23 +36,64 @@ def spread(objective: Objective, where: str, accelerator: Accelerator) -> Whole:
             f"Accelerate is configured for {name}, which it does not train with",
             "Configure FSDP with fsdp_version: 2, or processes that each hold the network",
         )
-    return Shards(objective, where, accelerator) if kind == "FSDP" else Whole(objective)
+    made = Shards if kind == "FSDP" else Whole
+    return made(objective, where, accelerator)
 
 
 class Whole:
     """An objective that every process holds, and that takes the steps itself.
 
+    Args:
+        objective: what is trained.
+        where: the call that errors name.
+        accelerator: whose configuration says how it is held.
+
     Attributes:
         running: what Accelerate is given, and takes the steps.
     """
 
-    def __init__(self, objective: Objective) -> None:
-        self.running = objective
+    def __init__(self, objective: Objective, where: str, accelerator: Accelerator) -> None:
+        self.running, self.where, self.accelerator = objective, where, accelerator
 
     @contextmanager
     def preparing(self) -> Iterator[None]:
-        """While Accelerate prepares what is running."""
-        yield
+        """While Accelerate prepares what is running.
+
+        Raises:
+            InputError: the network cannot be held so.
+        """
+        try:
+            yield
+        except Exception as error:
+            if self.accelerator.num_processes == 1:
+                raise
+            raise InputError(
+                f"{self.where}(model)",
+                f"processes cannot share it: {first_line(error)}",
+                "Train in one process, or give parameters and buffers types that they send",
+            ) from error
+
+    @contextmanager
+    def stepping(self, first: bool) -> Iterator[None]:
+        """While what is running finds the gradients of a step.
+
+        Raises:
+            InputError: the network cannot be held so.
+        """
+        try:
+            yield
+        except RuntimeError as error:
+            if "mark a variable ready only once" not in str(error):
+                raise
+            raise InputError(
+                f"{self.where}(model)",
+                f"processes cannot average its gradients: {first_line(error)}",
+                "Write checkpoint(..., use_reentrant=False) where the network recomputes "
+                "activations, and compute what parameters take part in within its forward",
+            ) from error
+
+    def align(self) -> None:
+        """Before a step: buffers that it reads are those of the first process."""
 
     def gather(self) -> None:
         """The objective gets the values of what is running; all processes take part."""
@@ -80,9 +122,9 @@ class Shards(Whole):
     def __init__(self, objective: Objective, where: str, accelerator: Accelerator) -> None:
         from accelerate.utils import AutocastKwargs
 
-        self.objective, self.where, self.accelerator = objective, where, accelerator
+        self.objective = objective
         for _, tensor in tensors_of(objective):
-            _of_the_first(tensor)
+            of_the_first([tensor], accelerator)
         running = copied(objective, {id(m): m for m in objective.modules() if isinstance(m, Aside)})
         # Casts are not kept, for they are as large as what FSDP spares.
         autocast = accelerator.autocast(AutocastKwargs(cache_enabled=False))
@@ -90,7 +132,7 @@ class Shards(Whole):
         # Where the configuration names no classes to wrap, Accelerate asks the network.
         classes = getattr(objective.network, "_no_split_modules", None)
         running._no_split_modules = classes  # type: ignore[assignment]
-        super().__init__(running)
+        super().__init__(running, where, accelerator)
 
     @contextmanager
     def preparing(self) -> Iterator[None]:
@@ -118,13 +160,36 @@ class Shards(Whole):
         finally:
             vars(plugin).update(kept)
 
+    @contextmanager
+    def stepping(self, first: bool) -> Iterator[None]:
+        """Much of what FSDP refuses it finds in the first step.
+
+        Raises:
+            InputError: that step fails.
+        """
+        try:
+            yield
+        except Exception as error:
+            if not first or isinstance(error, RarefyError):
+                raise
+            raise InputError(
+                f"{self.where}(model)",
+                f"the first step in shards fails: {first_line(error)}",
+                "Configure FSDP without an auto_wrap_policy, or processes that each hold the "
+                "network (accelerate launch --multi_gpu); where these fail, too, it is no matter "
+                "of shards",
+            ) from error
+
+    def align(self) -> None:
+        """The copy's buffers are those of the first process, as in PyTorch's own wrapper."""
+        of_the_first(self.running.buffers(), self.accelerator)
+
     @torch.no_grad()
     def gather(self) -> None:
         """The objective gets the values of the shards, and buffers of the first process."""
         for own, shard in self._pairs():
             own.copy_(gathered(shard))
-        for buffer in self.objective.buffers():
-            _of_the_first(buffer)
+        of_the_first(self.objective.buffers(), self.accelerator)
 
     @torch.no_grad()
     def scatter(self) -> None:
@@ -145,14 +210,6 @@ class Shards(Whole):
         """Each tensor of the objective, and what is running of it."""
         pairs = zip(tensors_of(self.objective), tensors_of(self.running), strict=True)
         return ((own, shard) for (_, own), (_, shard) in pairs)
-
-
-@torch.no_grad()
-def _of_the_first(tensor: Tensor) -> None:
-    """A tensor is that of the first process on all of them."""
-    from accelerate.utils import broadcast
-
-    tensor.copy_(broadcast(tensor.detach().clone()))
 
 
 # --- tensors in shards, told by their methods: PyTorch's module of them is slow to import ---------

@@ -65,19 +65,32 @@ KEPT = (
 """Arguments of a loader that stay when its batches are shared."""
 
 
+def divided(data: Data) -> bool:
+    """Whether every process has its own part of the data already.
+
+    So it is with a ``DistributedSampler``, and a loader that Accelerate prepared.
+    """
+    from accelerate.data_loader import DataLoaderAdapter
+
+    data = getattr(data, "origin", data)
+    batched = getattr(data, "batch_sampler", None)
+    samplers = (getattr(data, "sampler", None), getattr(batched, "sampler", None))
+    return isinstance(data, DataLoaderAdapter) or any(
+        isinstance(sampler, DistributedSampler) for sampler in samplers
+    )
+
+
 def local_share(data: Data, seed: int, accelerator: Accelerator) -> Data:
     """This process's part of the data; all of it where there is one process.
 
-    A loader with a ``DistributedSampler`` shares its data already. Of data that can only be read
-    one batch after the other, every process reads all batches and uses its own.
+    Of data that can only be read one batch after the other, every process reads all batches and
+    uses its own.
     """
     index, count = accelerator.process_index, accelerator.num_processes
-    if count == 1:
+    if count == 1 or divided(data):
         return data
     if not isinstance(data, DataLoader) or isinstance(data.dataset, IterableDataset):
         return _Share(data, index, count)
-    if isinstance(data.sampler, DistributedSampler):
-        return data
     if data.batch_sampler is None:
         return _Share(data, index, count)
     rounds: Any = _Rounds(data.batch_sampler, seed, index, count)

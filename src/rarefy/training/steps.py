@@ -5,16 +5,16 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
-from rarefy.batches import batch_size, moved
+from rarefy.batches import batch_size, moved, seeded
 from rarefy.distillation.losses import IGNORE
 from rarefy.errors import InputError, TrainingError
-from rarefy.process import quiet_setup, shared_mean
+from rarefy.process import on_all, quiet_setup, shared_mean
 from rarefy.training.average import Average
 from rarefy.training.job import Job
 from rarefy.training.networks import fill, has_batch_norm, tensors_of
@@ -83,7 +83,7 @@ class Meter:
         for value, (_, epoch, step) in zip(values, noted, strict=True):
             if not math.isfinite(value):
                 where = f"{self.where}, epoch {epoch + 1}, step {step + 1}"
-                if self.misheard():
+                if any(on_all(self.misheard(), self.accelerator)):
                     raise TrainingError(where, "the teacher's answers hold NaN or +inf", MISHEARD)
                 raise TrainingError(where, f"the loss is {value}", DIVERGED)
             self.total, self.count, self.last = self.total + value, self.count + 1, value
@@ -151,7 +151,10 @@ class Stepper:
             warnings.warn(f"{self.job.where}(data): {COPIED}", RuntimeWarning, stacklevel=2)
         self.schedule_lr(epoch, index)
         self.optimizer.zero_grad(set_to_none=True)
-        self.meter.add(self.gradients(used, epoch, index), epoch, index)
+        self.held.align()
+        with self.held.stepping(first=not self.steps):
+            loss = self.gradients(used, epoch, index)
+        self.meter.add(loss, epoch, index)
         if self.options.clip_norm is not None:
             self.accelerator.clip_grad_norm_(self.wrapped.parameters(), self.options.clip_norm)
         self.optimizer.step()
@@ -159,13 +162,24 @@ class Stepper:
         if self.followed:
             self.held.gather()
         if self.job.after_step is not None:
-            with torch.no_grad():
+            with torch.no_grad(), self.alike():
                 self.job.after_step(self.model)
         self.objective.after_step()
         if self.average is not None:
             self.average.update(self.steps)
         if self.followed:
             self.held.scatter()
+
+    def alike(self) -> AbstractContextManager[None]:
+        """What callbacks draw is the same on all processes, whose weights would part else."""
+        alone = self.accelerator.num_processes == 1
+        return nullcontext() if alone else seeded(self.job.seed + self.steps)
+
+    def penalty(self) -> Tensor:
+        """What the regularizer says of the network."""
+        assert self.job.regularizer is not None
+        with self.alike():
+            return self.job.regularizer(self.model, self.steps)
 
     def schedule_lr(self, epoch: int, index: int) -> None:
         """Set the learning rate of a step."""
@@ -181,9 +195,11 @@ class Stepper:
             last = number == len(used) - 1
             with nullcontext() if last else self.accelerator.no_sync(self.wrapped):
                 placed = moved(inputs, self.accelerator.device)
-                loss = self.wrapped(placed, labels, step=self.steps, weights=weights)
-                if last and self.job.regularizer is not None:
-                    loss = loss + self.job.regularizer(self.model, self.steps)
+                # A wrapper that averages gradients knows of no use of a parameter but forward's.
+                penalty = self.penalty if last and self.job.regularizer is not None else None
+                loss = self.wrapped(
+                    placed, labels, step=self.steps, weights=weights, penalty=penalty
+                )
                 if loss.numel() != 1 or not loss.requires_grad:
                     raise InputError(
                         f"{self.job.where}, epoch {epoch + 1}, step {index + 1}",

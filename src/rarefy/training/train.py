@@ -49,8 +49,9 @@ def train(
 
     Under ``torchrun`` or ``accelerate launch`` the processes share the batches of ``data``, so that
     a step takes as many batches as there are processes and weighs them as ``accumulate`` does; all
-    of them return the same network, and only the first one shows and writes anything. Configured
-    for FSDP 2, they hold gradients and the optimizer's state in shards.
+    of them return the same network, and only the first one shows and writes anything. A loader
+    with a ``DistributedSampler``, or that Accelerate prepared, is each process's part already.
+    Configured for FSDP 2, they hold gradients and the optimizer's state in shards.
 
     Args:
         model: the network; it is not changed.
@@ -63,7 +64,8 @@ def train(
         seed: of shuffling, dropout and augmentation.
         progress: show a bar on a terminal, or a line for every epoch elsewhere, on stderr.
         after_step: called with the network after every optimizer step, for example to keep pruned
-            weights at zero. It may change weights in place, and nothing else.
+            weights at zero. It may change weights in place, and nothing else. In shards it finds
+            no gradients.
         regularizer: ``penalty(model, step)``, added to the loss.
         metric: ``metric(model, data)`` to a number, see :mod:`rarefy.metrics`; None for top-1.
         checkpoint: a folder for checkpoints, written after every epoch, of which the newest two

@@ -34,7 +34,7 @@ from rarefy.distillation.soft_labels.shards import (
 )
 from rarefy.distillation.soft_labels.source import PROBED, Source, probed_hashes, source
 from rarefy.errors import InputError, OutputError, TrainingError
-from rarefy.process import own_accelerator, replayable
+from rarefy.process import own_accelerator, replayable, together
 from rarefy.progress import Bar
 from rarefy.types import Data
 
@@ -140,15 +140,14 @@ def write_soft_labels(
                     "processes that do not know each other would remove what others wrote",
                     "Remove the folder first",
                 )
-            if rank == 0:
-                _remove(folder)
-            accelerator.wait_for_everyone()
+            with together(accelerator):
+                if rank == 0:
+                    _remove(folder)
         request = _Request(views, form, mass, temperature, dim, seed, count)
-        store = _begun(folder, _draft(model, found, accelerator.device, request), resume)
-        mine = [s for s in _shards(folder, store) if s.index % count == rank and not s.complete]
-        _fill(model, found, accelerator.device, store, mine, progress and rank == 0)
-        if ranks is None:
-            accelerator.wait_for_everyone()
+        with together(accelerator if ranks is None else None):
+            store = _begun(folder, _draft(model, found, accelerator.device, request), resume)
+            mine = [s for s in _shards(folder, store) if s.index % count == rank and not s.complete]
+            _fill(model, found, accelerator.device, store, mine, progress and rank == 0)
     return store
 
 
