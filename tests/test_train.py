@@ -3,6 +3,8 @@
 import copy
 import io
 import sys
+import threading
+import warnings
 from dataclasses import FrozenInstanceError
 
 import pytest
@@ -383,9 +385,24 @@ def test_networks_with_nothing_to_train() -> None:
 
 def test_a_network_that_cannot_be_copied() -> None:
     model = mlp()
-    model.cached = model[0].weight * 2
+    model.lock = threading.Lock()
     with pytest.raises(InputError, match="cannot be copied"):
         train(model, random_batches(), **QUICK)
+
+
+def test_a_network_that_holds_computed_tensors() -> None:
+    """Such as those that the older weight norm leaves behind, or a cache."""
+    model = mlp()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        nn.utils.weight_norm(model[-1])
+    data = random_batches()
+    model.cached = model(data[0][0])
+    small = train(model, data, ema=0.9, **QUICK)
+    found = distill(model, small, data, **QUICK)
+    assert not torch.equal(small[-1].weight_v, model[-1].weight_v)
+    assert not torch.equal(found[-1].weight_v, small[-1].weight_v)
+    assert torch.isfinite(found(data[0][0])).all()
 
 
 def test_losses_that_cannot_be_minimized() -> None:

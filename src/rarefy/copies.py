@@ -45,12 +45,12 @@ def own_copy(model: Model, where: str) -> Model:
     """
     try:
         with torch.inference_mode(False):
-            return copy.deepcopy(model)
+            return copied(model)
     except (RuntimeError, TypeError) as error:
         raise InputError(
             where,
             f"the network cannot be copied: {error}",
-            "Keep no computed tensors, locks or open files as its attributes",
+            "Keep no locks, open files or tensors that cannot be copied as its attributes",
         ) from error
 
 

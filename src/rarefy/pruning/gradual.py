@@ -12,7 +12,6 @@ and ``train(model, data, after_step=gradual)`` in rarefy's.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -21,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from rarefy.copies import copied
 from rarefy.errors import BudgetError, InputError
 from rarefy.graph.capture import capture
 from rarefy.graph.trace import trace
@@ -291,7 +291,7 @@ class GradualUnits(_Gradual):
         Raises:
             ProofError: the smaller network differs from the masked one.
         """
-        zeroed = copy.deepcopy(unwrapped(model))
+        zeroed = copied(unwrapped(model))
         self.masks.apply(zeroed)
         return operate(zeroed, self._inputs, self.network, self._plan, self._sizes)
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
+from rarefy.copies import copied
 from rarefy.training.networks import tensors_of
 
 
@@ -29,7 +29,7 @@ class Average:
 
     def __init__(self, model: nn.Module, decay: float, *, zeros: bool) -> None:
         self.source, self.decay, self.zeros = model, decay, zeros
-        self.model = copy.deepcopy(model).requires_grad_(False)
+        self.model = copied(model).requires_grad_(False)
         self.names = [name for name, _ in model.named_parameters()]  # frozen ones are pruned, too
 
     @torch.no_grad()

@@ -7,7 +7,6 @@ are written again, which undoes whatever momentum, weight decay or Adam's moment
 
 from __future__ import annotations
 
-import copy
 import difflib
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rarefy.copies import copied
 from rarefy.errors import InputError
 from rarefy.paths import unwrapped
 
@@ -213,7 +213,7 @@ def rewind(
         InputError: the state is not one of this network, or the masks are no tensors by path.
     """
     kept = Masks.of(model) if masks is None else Masks(masks)
-    found = copy.deepcopy(model)
+    found = copied(model)
     try:
         found.load_state_dict(state)
     except (RuntimeError, TypeError) as error:
