@@ -55,8 +55,8 @@ PRUNING = (
     "sensitivity checks narrow shorten prune gradual"
 ).split()
 TRAINING = (
-    "options networks record average stored teachers terms objective job evaluate identity "
-    "checkpoint shares tracking steps loop train distill"
+    "options networks record average stored teachers terms objective job shares evaluate identity "
+    "checkpoint tracking sharding steps loop train distill"
 ).split()
 
 QUANTIZATION = (
