@@ -31,9 +31,9 @@ def _of_torchvision(name: str) -> Callable[[], tuple[nn.Module, Tensor]]:
             import torchvision
         except ImportError:
             sys.exit("skipped: pip install torchvision")
-        return torchvision.models.get_model(name, weights=None).eval(), torch.randn(
-            1, 3, SIDE, SIDE
-        )
+        size = {"image_size": SIDE} if name.startswith("vit") else {}
+        model = torchvision.models.get_model(name, weights=None, **size)
+        return model.eval(), torch.randn(1, 3, SIDE, SIDE)
 
     return made
 
