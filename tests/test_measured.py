@@ -157,8 +157,12 @@ def test_a_constant_part_is_corrected_for(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_a_latency_out_of_reach_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     Clock(monkeypatch, base=10_000_000)
-    with pytest.raises(BudgetError, match=r"latency=0\.5.*smallest share that was measured"):
+    with pytest.raises(BudgetError, match=r"latency=0\.5.*smallest share that was measured") as one:
         rf.prune(wide(), X, Budget(latency=0.5))
+    assert "whole blocks may go" in str(one.value)
+    with pytest.raises(BudgetError) as both:
+        rf.prune(wide(), X, Budget(latency=0.5), structure=("channel", "depth"))
+    assert "whole blocks may go" not in str(both.value)
 
 
 @pytest.mark.usefixtures("clock")

@@ -166,7 +166,7 @@ def prune(
     else:
         with _workplace(model, example_inputs, runtime or DEFAULT_RUNTIME, threads) as place:
             make = _maker(model, example_inputs, budget, place, options)
-            small = reach(budget, make)
+            small = reach(budget, make, options.get("structure", "channel"))
     if runtime is not None and budget.latency is None:
         with _workplace(model, example_inputs, runtime, threads) as place:
             place.note(small)
@@ -217,8 +217,10 @@ class _Tried:
     model: nn.Module
 
 
-def reach(budget: Budget, make: Make) -> nn.Module:
+def reach(budget: Budget, make: Make, structure: object = "channel") -> nn.Module:
     """The largest network whose measured share is within its budget, or close above it.
+
+    Where there is none, the error names what else ``structure`` could take.
 
     The share asked for is corrected by what was measured. A share that is not known well enough to
     tell on which side of the budget it is bounds nothing, so that noise leads nowhere that could
@@ -249,7 +251,7 @@ def reach(budget: Budget, make: Make) -> nn.Module:
     fitting = [one for one in tried if one.found.value <= wanted + slack]
     if fitting:
         return max(fitting, key=lambda one: one.found.value).model
-    raise _missed(budget, [one.found for one in tried], refusal)
+    raise _missed(budget, [one.found for one in tried], refusal, structure)
 
 
 NOISE = {"bytes": 0.0, "latency": 0.02}
@@ -287,20 +289,25 @@ def _asked(one: _Tried) -> float:
     return one.asked
 
 
-def _missed(budget: Budget, measured: list[Ratio], refusal: BudgetError | None) -> BudgetError:
+def _missed(
+    budget: Budget, measured: list[Ratio], refusal: BudgetError | None, structure: object
+) -> BudgetError:
     where = f"prune(budget=Budget({budget.kind}={budget.share:g}))"
     smallest = min(measured, key=lambda ratio: ratio.value, default=None)
     least = f"the smallest share that was measured is {smallest}" if smallest else ""
     counted = "parameters" if budget.kind == "bytes" else "layers"
     reason = f"by its {counted} alone, {refusal.what}" if refusal is not None else ""
     slower = budget.kind == "latency" and smallest is not None and smallest.high >= 1
+    blocks = ""
+    if budget.kind == "latency" and pruning.removes(structure) == {"channel"}:
+        blocks = '; with structure=("channel", "depth") whole blocks may go, too'
     share = "a larger share"
     if smallest is not None and smallest.value < 1 and not slower:
         share = f"{budget.kind}={math.ceil(smallest.value * 1000) / 1000:g} or more"
     return BudgetError(
         where,
         "; ".join(filter(None, (least, "no smaller network is faster" if slower else "", reason))),
-        f"Ask for {share}, or relax min_keep, max_drop, round_to, layers and exclude",
+        f"Ask for {share}, or relax min_keep, max_drop, round_to, layers and exclude{blocks}",
     )
 
 
