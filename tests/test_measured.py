@@ -68,6 +68,18 @@ def test_a_share_that_overshoots_is_corrected_upwards() -> None:
     assert 0.58 <= small.asked**2 <= 0.62
 
 
+def test_shares_that_are_refused_do_not_end_the_search() -> None:
+    """A steep place between widths, and costs of layers that rule out what would be asked for."""
+
+    def steep(share: float) -> tuple[nn.Module, Ratio]:
+        if share < 0.535:
+            raise BudgetError("prune", "the smallest share that can remain is 0.535", "Keep more")
+        found = 0.72 + (share - 0.61) * 1.1 if share > 0.61 else 0.5 + max(0, share - 0.59) * 11
+        return made(share), Ratio.exact(found)
+
+    assert 0.69 < steep(reach(Budget(latency=0.7), steep).asked)[1].value < 0.72
+
+
 def test_where_all_miss_the_error_says_what_was_measured() -> None:
     with pytest.raises(BudgetError, match=r"measured is 0\.8.* latency=0\.8\d* or more"):
         reach(Budget(latency=0.5), lambda s: (made(s), Ratio.exact(0.8 + 0.2 * s)))
