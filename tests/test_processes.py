@@ -1,15 +1,13 @@
 """Gradients under two processes: equal on both, and those of one process on the joined batch."""
 
 import json
-import os
-import socket
-import subprocess
-import sys
 
 import pytest
 
+from several_processes import in_processes
+
 WORKER = """
-import json, sys
+import json, os, sys
 import torch
 from torch import nn
 
@@ -43,7 +41,7 @@ def gradients(made):
     return [(n, p.grad.flatten().tolist()) for n, p in named]
 
 
-rank, out = int(sys.argv[1]), sys.argv[2]
+rank, out = int(os.environ["RANK"]), sys.argv[1]
 torch.manual_seed(0)
 x, y = torch.randn(8, 4), torch.randint(0, 3, (8,))
 accelerator = Accelerator(cpu=True)
@@ -67,32 +65,8 @@ with open(f"{out}/{rank}.json", "w") as file:
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    shared = {
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": port,
-        "WORLD_SIZE": "2",
-        "LOCAL_WORLD_SIZE": "2",
-        "ACCELERATE_USE_CPU": "true",
-        "OMP_NUM_THREADS": "1",
-    }
-    workers = [
-        subprocess.Popen(
-            [sys.executable, "-c", WORKER, str(rank), str(folder)],
-            env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        errors = [worker.communicate(timeout=240)[1] for worker in workers]
-    finally:
-        for worker in workers:
-            worker.kill()
-    assert not any(worker.returncode for worker in workers), errors
+    options = {"LOCAL_WORLD_SIZE": "2", "ACCELERATE_USE_CPU": "true"}
+    in_processes("-c", WORKER, str(folder), **options)
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
 
 

@@ -1,10 +1,6 @@
 """FSDP, configured as for Accelerate, ends where processes do that each hold the network."""
 
 import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,50 +12,38 @@ from rarefy.errors import InputError
 from rarefy.training.objective import Objective
 from rarefy.training.sharding import Shards, optimizer_state, set_optimizer_state, spread
 from rarefy.training.train import train
+from several_processes import in_processes
 from sharded_processes import Net
 from training_networks import random_batches
 
 SCRIPT = Path(__file__).with_name("sharded_processes.py")
-RUNS = {
-    "whole": {},
-    "root": {"FSDP_CPU_RAM_EFFICIENT_LOADING": "true"},
-    "blocks": {
-        "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
-        "FSDP_TRANSFORMER_CLS_TO_WRAP": "Block",
-        "FSDP_ACTIVATION_CHECKPOINTING": "true",
-    },
-    "single": {"WORLD_SIZE": "1"},
-}
-CASES = ["plain", "average", "features", "peer", "follower", "captured", "resumed", "buffered"]
 FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+RUNS = {
+    "whole": (2, {}),
+    "root": (2, {**FSDP, "FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}),
+    "blocks": (
+        2,
+        {
+            **FSDP,
+            "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+            "FSDP_TRANSFORMER_CLS_TO_WRAP": "Block",
+            "FSDP_ACTIVATION_CHECKPOINTING": "true",
+        },
+    ),
+    "single": (1, FSDP),
+}
+"""Number of processes, and how Accelerate is configured."""
+
+CASES = ["plain", "average", "features", "peer", "follower", "captured", "resumed", "buffered"]
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
     """What each rank wrote of every case and run."""
     folder = tmp_path_factory.mktemp("shards")
-    for run, environment in RUNS.items():
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = str(free.getsockname()[1])
-        shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        shared |= {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-        shared |= environment and {**FSDP, **environment}
-        ranks = [
-            subprocess.Popen(
-                [sys.executable, str(SCRIPT), str(folder), run],
-                env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-            for rank in range(int(shared["WORLD_SIZE"]))
-        ]
-        try:
-            shown = [process.communicate(timeout=280)[1] for process in ranks]
-        finally:
-            for process in ranks:
-                process.kill()
-        assert not any(process.returncode for process in ranks), shown
+    for run, (count, environment) in RUNS.items():
+        environment = {"ACCELERATE_USE_CPU": "true", **environment}
+        in_processes(str(SCRIPT), str(folder), run, count=count, **environment)
     return {path.stem: json.loads(path.read_text()) for path in folder.glob("*.json")}
 
 
@@ -76,21 +60,19 @@ def test_shards_end_where_whole_networks_do(found, case, run) -> None:
 
 
 @pytest.mark.slow
-def test_what_fsdp_refuses_is_named(found) -> None:
-    assert "error" not in found["scalar-whole-0"]
+@pytest.mark.parametrize(
+    ("case", "place", "what"),
+    [
+        ("scalar", "FSDP does not take it", "scale"),
+        ("mixed", "the first step in shards fails", "uniform original parameter dtype"),
+    ],
+)
+def test_what_fsdp_refuses_is_named(found, case, place, what) -> None:
+    assert "error" not in found[f"{case}-whole-0"]
     for rank in (0, 1):
-        message = found[f"scalar-root-{rank}"]["error"]
-        assert "train(model): FSDP does not take it" in message
-        assert "scale" in message
-
-
-@pytest.mark.slow
-def test_what_fsdp_finds_in_the_first_step_is_named(found) -> None:
-    assert "error" not in found["mixed-whole-0"]
-    for rank in (0, 1):
-        message = found[f"mixed-root-{rank}"]["error"]
-        assert "train(model): the first step in shards fails" in message
-        assert "uniform original parameter dtype" in message
+        message = found[f"{case}-root-{rank}"]["error"]
+        assert f"train(model): {place}" in message
+        assert what in message
 
 
 @pytest.mark.slow

@@ -24,6 +24,7 @@ from rarefy.distillation.soft_labels.read import SoftLabels
 from rarefy.distillation.soft_labels.records import Dense, Outputs, Sampled, TopK
 from rarefy.distillation.soft_labels.views import Replay
 from rarefy.errors import DataError, InputError, OutputError, TrainingError
+from several_processes import in_processes
 from soft_label_store import CLASSES, SAMPLES, dataset, expected, images, loader, teacher, write
 
 
@@ -408,26 +409,8 @@ SoftLabels(sys.argv[1])
 @pytest.mark.slow
 def test_processes_of_accelerate_share_the_work(tmp_path: Path) -> None:
     paths = [str(Path(__file__).parent), *sys.path]
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join(paths),
-        "OMP_NUM_THREADS": "1",
-        "ACCELERATE_USE_CPU": "1",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(29500 + os.getpid() % 400),
-        "WORLD_SIZE": "2",
-    }
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", PROCESSES, str(tmp_path)],
-            env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    errors = [process.communicate(timeout=200)[1] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], errors
+    options = {"PYTHONPATH": os.pathsep.join(paths), "ACCELERATE_USE_CPU": "1"}
+    in_processes("-c", PROCESSES, str(tmp_path), **options)
     assert len(list(tmp_path.glob("*.records"))) == 2
     assert torch.allclose(
         SoftLabels(tmp_path).answers(), expected(teacher(), images()), rtol=1e-3, atol=1e-6

@@ -2,12 +2,13 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from several_processes import in_processes
 
 SCRIPT = Path(__file__).with_name("two_processes.py")
 SAME = ["even", "shuffled", "nan", "unread", "too_few", "penalized", "drawing", "divided"]
@@ -25,29 +26,18 @@ CASES = [*SAME, *ONE, "elsewhere"]
 pytestmark = pytest.mark.slow
 
 
-def started(folder, **environment):
-    return subprocess.Popen(
-        [sys.executable, str(SCRIPT), str(folder), *CASES],
-        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
     """What each rank, and a process alone, wrote of every case; and what the ranks showed."""
     folder = tmp_path_factory.mktemp("ranks")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    ranks = [started(folder, RANK=str(r), LOCAL_RANK=str(r), **shared) for r in range(2)]
-    shown = [process.communicate(timeout=280) for process in ranks]
-    assert [p.returncode for p in ranks] == [0, 0], shown
-    alone = started(folder)
-    alone.communicate(timeout=280)
+    arguments = [str(SCRIPT), str(folder), *CASES]
+    shown = in_processes(*arguments)
+    subprocess.run(
+        [sys.executable, *arguments],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        timeout=280,
+    )
     read = {path.stem: json.loads(path.read_text()) for path in folder.glob("*.json")}
     return read, shown
 

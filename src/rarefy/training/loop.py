@@ -263,7 +263,6 @@ class _Loop:
         self.stepper.held.gather()
         for network in (self.stepper.model, self.stepper.subject):
             of_the_first(network.buffers(), self.accelerator)
-        self.stepper.held.scatter()
 
     def close(self, loss: float) -> None:
         """Evaluate, and note the end of an epoch."""
