@@ -65,6 +65,7 @@ def formula(name: str) -> list[np.ndarray]:
     return found
 
 
+@pytest.mark.filterwarnings("ignore:.*no weight is left:RuntimeWarning")
 @pytest.mark.parametrize("name", sorted(ELEMENT.keys() - {"random", "obd"}))
 @pytest.mark.parametrize("scope", ["local", "global"])
 def test_the_smallest_by_the_formula_go(name, scope) -> None:

@@ -1,6 +1,8 @@
 """Evidence on data against autograd, sample by sample, on the user's own module."""
 
 import copy
+import math
+import warnings
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from torch.func import functional_call, grad, vmap
 
 from rarefy.errors import DataError, InputError
 from rarefy.graph.trace import trace
+from rarefy.pruning.running.taps import Watched
 from rarefy.pruning.scoring.evidence import Evidence
 from rarefy.pruning.scoring.gather import GATHERERS, gather
 
@@ -427,3 +430,69 @@ def test_losses_of_another_form_are_refused() -> None:
         for kind in ("gradients", "gates"):
             with pytest.raises(InputError, match=what):
                 gather(net, network, frozenset({kind}), [(X, Y)], loss)
+
+
+def test_samples_own_gradients_are_found_together(monkeypatch) -> None:
+    """One by one would take as many runs as there are samples."""
+    runs = []
+    forward = Watched.forward
+    monkeypatch.setattr(Watched, "forward", lambda *a, **k: runs.append(0) or forward(*a, **k))
+    gathered(Net(), "squares")
+    together = len(runs)
+    runs.clear()
+    gathered(Net(), "gradients")
+    assert together == len(runs)
+
+
+class Recurrent(nn.Module):
+    """An LSTM, whose samples go one by one, on inputs beside a tensor that all of them share."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.inner, self.cell = nn.Linear(3, 4), nn.LSTM(4, 5, batch_first=True)
+            self.out = nn.Linear(5, 3)
+        self.double().eval()
+
+    def forward(self, x, scale):
+        return self.out(self.cell((self.inner(x) * scale).tanh())[0].mean(1))
+
+
+class Shared(Recurrent):
+    """The same without the LSTM."""
+
+    def forward(self, x, scale):
+        return self.out(torch.cat([(self.inner(x) * scale).tanh()] * 2, -1)[..., :5].mean(1))
+
+
+@pytest.mark.parametrize("kind", [Recurrent, Shared])
+@pytest.mark.parametrize("loss", [None, lambda z, y: (z.square().mean(1) * (y + 1)).mean()])
+def test_squares_are_those_of_samples_one_by_one(kind, loss, monkeypatch) -> None:
+    """Also in parts as large as what the samples share."""
+    net = kind()
+    held = sum(p.numel() * p.element_size() for p in net.parameters())
+    monkeypatch.setattr("rarefy.pruning.scoring.gather.OWN", 4 * held)
+    scale = torch.linspace(1, 2, 4, dtype=torch.float64)
+    x = torch.randn(6, 7, 3, dtype=torch.float64)
+    data = [({"x": x, "scale": scale}, Y)]
+    network = trace(net, data[0][0])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = gather(net, network, frozenset({"squares"}), data, loss).squares
+    expected = {path: torch.zeros_like(p) for path, p in net.named_parameters()}
+    for n in range(len(x)):
+        net.zero_grad()
+        (loss or F.cross_entropy)(net(x[n : n + 1], scale), Y[n : n + 1]).backward()
+        for path, parameter in net.named_parameters():
+            if parameter.grad is not None:
+                expected[path] += parameter.grad.square() / len(x)
+    _assert_equal(found, expected)
+
+
+def test_a_gradient_that_is_not_finite_is_found_among_many() -> None:
+    net = Net()
+    broken = X.clone()
+    broken[3] = math.inf
+    with pytest.raises(DataError, match="NaN or infinite"):
+        gathered(net, "squares", data=[(broken, Y)])

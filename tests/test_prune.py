@@ -303,6 +303,7 @@ def test_wrong_options_are_refused() -> None:
         rf.prune(Net(), X, rf.Budget(macs=0.001))
 
 
+@pytest.mark.filterwarnings("ignore:.*no weight is left:RuntimeWarning")
 def test_single_weights() -> None:
     sparse = rf.prune(Net(), X, rf.Budget(sparsity=0.9), structure="weight")
     assert (sparse.b.weight == 0).float().mean() > 0.7

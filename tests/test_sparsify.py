@@ -31,6 +31,7 @@ def zeros(model: nn.Module) -> list[int]:
     return [int((w == 0).sum()) for w in (model[0].weight, model[3].weight)]
 
 
+@pytest.mark.filterwarnings("ignore:.*no weight is left:RuntimeWarning")
 @settings(max_examples=30, deadline=None)
 @given(st.floats(0, 0.999))
 def test_the_share_is_exact(share) -> None:
@@ -159,6 +160,7 @@ def test_n_of_m_takes_no_other_share(mixed) -> None:
         rf.prune(nn.Linear(3, 3), torch.zeros(2, 3), structure="2:4")
 
 
+@pytest.mark.filterwarnings("ignore:.*no weight is left:RuntimeWarning")
 @pytest.mark.parametrize("scope", ["local", "global"])
 def test_blocks_are_counted(mixed, scope) -> None:
     sparse = rf.prune(mixed, TOKENS, Budget(sparsity=0.5, scope=scope), structure=Block(2, 5))
@@ -330,10 +332,12 @@ def test_plain_magnitude_is_taken_where_it_is_better(monkeypatch, convolutions) 
         assert torch.equal(found.state_dict()[path], tensor), path
 
 
-def test_layers_of_which_nothing_is_left_are_on_the_record(convolutions) -> None:
+def test_layers_of_which_nothing_is_left_are_named(convolutions) -> None:
     with torch.no_grad():
         convolutions.point.weight.mul_(1e-3)
-    found = rf.prune(convolutions, DATA[0], Budget(sparsity=0.5), structure="weight")
+    with pytest.warns(RuntimeWarning, match=r"point\.weight.*scope='local'") as warned:
+        found = rf.prune(convolutions, DATA[0], Budget(sparsity=0.5), structure="weight")
+    assert warned[0].filename == __file__
     assert found.sparsified.emptied == ("point.weight",)
     budget = Budget(sparsity=0.5, scope="local")
     even = rf.prune(convolutions, DATA[0], budget, structure="weight")
@@ -372,6 +376,7 @@ def test_memory_bounds_the_samples(monkeypatch, convolutions) -> None:
     assert 2 <= found.sparsified.samples < 128
 
 
+@pytest.mark.filterwarnings("ignore:.*no weight is left:RuntimeWarning")
 @pytest.mark.parametrize("value", [0.0, 3.0])
 def test_constant_activations_and_too_few_examples(convolutions, value) -> None:
     budget = Budget(sparsity=0.7)

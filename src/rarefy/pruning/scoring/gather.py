@@ -6,15 +6,20 @@ with the number of samples. The network computes in eval mode and is left as it 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from operator import itemgetter
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from rarefy.batches import (
+    arguments,
     batch_size,
     batches,
     between,
@@ -44,6 +49,9 @@ SHARE = 1 / 16
 
 LEAST = 2048
 """Rows that it is estimated from, where there are as many, at least; and four per unknown."""
+
+OWN = 1 << 27
+"""Bytes of single samples' gradients that are held at once."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +86,10 @@ class _Job:
 
     def losses(self, running: Watched, inputs: Inputs, targets: Tensor | None) -> Tensor:
         """The mean loss of a batch."""
-        answers = self.outputs(running, inputs)
+        return self.judged(self.outputs(running, inputs), targets)
+
+    def judged(self, answers: Any, targets: Tensor | None) -> Tensor:
+        """The mean loss of what the network returned for a batch."""
         if targets is None:
             found = self._surprise(answers)
         else:
@@ -235,15 +246,82 @@ def _gradients(job: _Job) -> dict[str, Any]:
 
 
 def _squares(job: _Job) -> dict[str, Any]:
-    """The mean of the squares of each sample's own gradient, sample by sample."""
+    """The mean of the squares of each sample's own gradient."""
     total = _Sums(job.model)
     runner = Runner(job.model, job.network, trainable=True, where=WHERE)
+    alone: set[Watched] = set()
+    most = max(1, OWN // max(total.bytes, 1))
     for running, inputs, targets, size in job.passes(runner):
-        for n in range(size):
-            single, target = (between(v, n, n + 1, size) for v in (inputs, targets))
-            found = _gradient(job, running, single, target)
-            total.add({path: g.square() for path, g in found.items()}, 1, 1)
+        for start in range(0, size, most):
+            some = range(start, min(start + most, size))
+            for found, count in _own(job, running, inputs, targets, some, alone):
+                total.add(found, 1, count)
     return {"squares": total.means(), "samples": total.samples}
+
+
+def _own(
+    job: _Job,
+    running: Watched,
+    inputs: Inputs,
+    targets: Tensor | None,
+    some: range,
+    alone: set[Watched],
+) -> Iterator[tuple[dict[str, Tensor], int]]:
+    """Squares of the gradients of some samples of a batch, summed, and of how many.
+
+    All at once, as far as the network's operators can; else one by one.
+
+    Args:
+        alone: networks that were found to take samples one by one only, to which this one is added.
+    """
+    if len(some) > 1 and running not in alone:
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")  # an operator that would be taken one by one
+                found = _together(job, running, inputs, targets, some)
+        except Exception:  # noqa: BLE001 - operators raise anything; one by one, errors are clear
+            alone.add(running)
+        else:
+            yield found, len(some)
+            return
+    size = batch_size(inputs)
+    for n in some:
+        single, target = (between(v, n, n + 1, size) for v in (inputs, targets))
+        found = _gradient(job, running, single, target)
+        yield {path: g.square() for path, g in found.items()}, 1
+
+
+def _together(
+    job: _Job, running: Watched, inputs: Inputs, targets: Tensor | None, some: range
+) -> dict[str, Tensor]:
+    """The sum of the squares of the gradients of samples' losses, by path in the graph.
+
+    Each sample meets weights of its own, which are the network's without a copy.
+    """
+    size = batch_size(inputs)
+    leaves = {p: t for p, t in running.named_parameters() if t.requires_grad}
+    own = {p: t.detach().expand(len(some), *t.shape).requires_grad_() for p, t in leaves.items()}
+
+    def is_batch(tensor: Tensor) -> bool:
+        return bool(tensor.ndim) and len(tensor) == size
+
+    def answer(weights: dict[str, Tensor], given: list[Tensor]) -> Any:
+        left = iter(given)
+        single = map_tensors(lambda t: next(left)[None] if is_batch(t) else t, inputs)
+        return functional_call(running, weights, *arguments(single))
+
+    given = [t[some.start : some.stop] for t in tensors(inputs) if is_batch(t)]
+    with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):  # takes all at once
+        answers = vmap(answer)(own, given)
+        losses = [
+            job.judged(map_tensors(itemgetter(k), answers), between(targets, n, n + 1, size))
+            for k, n in enumerate(some)
+        ]
+        for loss in losses:
+            _check_differentiable(loss)
+    total = torch.stack(losses).sum()
+    found = torch.autograd.grad(total, list(own.values()), allow_unused=True)
+    return _finite(own, (None if g is None else g.square_().sum(0) for g in found))
 
 
 def _gradient(
@@ -254,8 +332,12 @@ def _gradient(
         loss = job.losses(running, inputs, targets)
     leaves = {p: t for p, t in running.named_parameters() if t.requires_grad}
     _check_differentiable(loss)
-    found = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
-    gradients = {p: g for p, g in zip(leaves, found, strict=True) if g is not None}
+    return _finite(leaves, torch.autograd.grad(loss, list(leaves.values()), allow_unused=True))
+
+
+def _finite(paths: Iterable[str], found: Iterable[Tensor | None]) -> dict[str, Tensor]:
+    """Gradients by path, those that there are."""
+    gradients = {p: g for p, g in zip(paths, found, strict=True) if g is not None}
     for path, gradient in gradients.items():
         if not bool(torch.isfinite(gradient).all()):
             raise DataError(
@@ -288,6 +370,11 @@ class _Sums:
                 dtype = torch.promote_types(parameter.dtype, torch.float32)
                 zeros = torch.zeros(parameter.shape, dtype=dtype, device=parameter.device)
                 self.totals.setdefault(id(parameter), zeros)
+
+    @property
+    def bytes(self) -> int:
+        """Of all sums."""
+        return sum(t.numel() * t.element_size() for t in self.totals.values())
 
     def add(self, values: Mapping[str, Tensor], factor: float, size: int) -> None:
         """Add values of a batch, times a factor."""

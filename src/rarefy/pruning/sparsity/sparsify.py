@@ -6,6 +6,7 @@ by layer, in the network as pruned so far, is chosen in :mod:`rarefy.pruning.spa
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -139,7 +140,22 @@ def sparsify(
     zeros = {x.path: (int(m.sum()), m.numel()) for x, m in zip(layers, gone, strict=True)}
     record = Sparsified(shorthand(pattern), zeros, dense, errors, fallback, samples)
     sparse.sparsified = record  # type: ignore[assignment]
+    _warn_of_emptied(record)
     return sparse.eval()
+
+
+def _warn_of_emptied(record: Sparsified) -> None:
+    """Layers that are gone altogether are seldom what was meant."""
+    if not record.emptied:
+        return
+    first, more = record.emptied[:3], len(record.emptied) - 3
+    shown = ", ".join(first) + (f" and {more} more" if more > 0 else "")
+    warnings.warn(
+        f"prune(structure={record.structure!r}): no weight is left of {shown}: what follows sees "
+        "a constant. Budget(scope='local') takes the same share of every layer",
+        RuntimeWarning,
+        stacklevel=5,
+    )
 
 
 @dataclass(frozen=True)
