@@ -496,3 +496,59 @@ def test_a_gradient_that_is_not_finite_is_found_among_many() -> None:
     broken[3] = math.inf
     with pytest.raises(DataError, match="NaN or infinite"):
         gathered(net, "squares", data=[(broken, Y)])
+
+
+NEED = frozenset({"squares"})
+
+
+class Overwriting(Recurrent):
+    """Writes into what it is given before the LSTM."""
+
+    def forward(self, x, scale):
+        return super().forward(x.sub_(0.5), scale.add_(1))
+
+
+def test_networks_that_overwrite_their_inputs_meet_each_sample_as_it_is() -> None:
+    net = Overwriting()
+    x, scale = torch.randn(6, 7, 3, dtype=torch.float64), torch.ones(4, dtype=torch.float64)
+    network = trace(net, (x.clone(), scale.clone()))
+    apart = [((x[n : n + 1], scale), Y[n : n + 1]) for n in range(6)]
+    found, expected = (gather(net, network, NEED, d).squares for d in ([((x, scale), Y)], apart))
+    _assert_equal(found, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_squares_of_small_gradients_are_above_zero_in_half_precision(dtype) -> None:
+    net = Net().to(dtype)
+    network = trace(net, X.to(dtype))
+    for size in (6, 1):
+        data = [(X[:size].to(dtype), Y[:size])]
+        found = gather(net, network, NEED, data, lambda z, y: z.square().mean() / 2**13).squares
+        assert all(bool((t > 0).any()) for t in found.values())
+
+
+def test_samples_go_one_by_one_in_silence_where_an_operator_wants_that(capfd) -> None:
+    """PyTorch would write a line to stderr for every call that it takes apart."""
+
+    class Cell(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.cell = nn.Linear(4, 5), nn.GRUCell(5, 3)
+
+        def forward(self, x):
+            return self.cell(self.inner(x))
+
+    net = Cell()
+    gather(net, trace(net, torch.ones(2, 4)), NEED, [(torch.randn(6, 4), Y)])
+    assert capfd.readouterr().err == ""
+
+
+def test_the_same_labels_are_drawn_where_samples_go_one_by_one_after_all(monkeypatch) -> None:
+    net = Net()
+    network = trace(net, X)
+    expected = gather(net, network, NEED, [X]).squares
+    tried = []
+    monkeypatch.setattr(torch, "stack", lambda losses: tried.append(losses) or 1 / 0)
+    found = gather(net, network, NEED, [X]).squares
+    assert len(tried) == 1
+    _assert_equal(found, expected)

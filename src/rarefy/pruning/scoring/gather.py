@@ -6,8 +6,8 @@ with the number of samples. The network computes in eval mode and is left as it 
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from operator import itemgetter
@@ -275,20 +275,20 @@ def _own(
         alone: networks that were found to take samples one by one only, to which this one is added.
     """
     if len(some) > 1 and running not in alone:
+        drawn = job.generator.get_state()
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("error")  # an operator that would be taken one by one
-                found = _together(job, running, inputs, targets, some)
+            found = _together(job, running, map_tensors(torch.clone, inputs), targets, some)
         except Exception:  # noqa: BLE001 - operators raise anything; one by one, errors are clear
             alone.add(running)
+            job.generator.set_state(drawn)
         else:
             yield found, len(some)
             return
     size = batch_size(inputs)
     for n in some:
         single, target = (between(v, n, n + 1, size) for v in (inputs, targets))
-        found = _gradient(job, running, single, target)
-        yield {path: g.square() for path, g in found.items()}, 1
+        found = _gradient(job, running, map_tensors(torch.clone, single), target)
+        yield {path: _wide(g).square_() for path, g in found.items()}, 1
 
 
 def _together(
@@ -311,7 +311,7 @@ def _together(
         return functional_call(running, weights, *arguments(single))
 
     given = [t[some.start : some.stop] for t in tensors(inputs) if is_batch(t)]
-    with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):  # takes all at once
+    with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), _at_once():
         answers = vmap(answer)(own, given)
         losses = [
             job.judged(map_tensors(itemgetter(k), answers), between(targets, n, n + 1, size))
@@ -321,7 +321,23 @@ def _together(
             _check_differentiable(loss)
     total = torch.stack(losses).sum()
     found = torch.autograd.grad(total, list(own.values()), allow_unused=True)
-    return _finite(own, (None if g is None else g.square_().sum(0) for g in found))
+    return _finite(own, (None if g is None else _wide(g).square_().sum(0) for g in found))
+
+
+@contextmanager
+def _at_once() -> Iterator[None]:
+    """``vmap`` refuses operators that it would call sample by sample, and complain of."""
+    held = torch._C._functorch._is_vmap_fallback_enabled()
+    torch._C._functorch._set_vmap_fallback_enabled(False)
+    try:
+        yield
+    finally:
+        torch._C._functorch._set_vmap_fallback_enabled(held)
+
+
+def _wide(gradient: Tensor) -> Tensor:
+    """In float32 at least: squares of half precision are zero below 2e-4."""
+    return gradient.to(torch.promote_types(gradient.dtype, torch.float32))
 
 
 def _gradient(
