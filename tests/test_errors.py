@@ -2,8 +2,10 @@
 
 import inspect
 import pickle
+from typing import Any
 
 import pytest
+import torch
 
 from rarefy import errors
 from rarefy.errors import MissingExtraError, RarefyError
@@ -39,3 +41,12 @@ def test_errors_survive_pickling(kind: type) -> None:
 
 def test_a_missing_extra_says_how_to_install_it() -> None:
     assert "pip install 'rarefy[onnx]'" in str(MissingExtraError("onnxruntime", "onnx"))
+
+
+def test_a_warning_is_of_the_line_that_called_from_outside() -> None:
+    inner: dict[str, Any] = {"__name__": "rarefy.inner", "warn": errors.warn}
+    exec("def one(): warn('said')\ndef two(): one()", inner)
+    for call in (inner["one"], torch.no_grad()(inner["two"])):
+        with pytest.warns(RuntimeWarning, match="said") as warned:
+            call()
+        assert warned[0].filename == __file__

@@ -339,9 +339,21 @@ def test_layers_of_which_nothing_is_left_are_named(convolutions) -> None:
         found = rf.prune(convolutions, DATA[0], Budget(sparsity=0.5), structure="weight")
     assert warned[0].filename == __file__
     assert found.sparsified.emptied == ("point.weight",)
+    again = rf.prune(found, DATA[0], Budget(sparsity=0.6), structure="weight")  # says it no more
+    assert again.sparsified.emptied == ("point.weight",)
     budget = Budget(sparsity=0.5, scope="local")
     even = rf.prune(convolutions, DATA[0], budget, structure="weight")
     assert even.sparsified.emptied == ()
+
+
+def test_weights_without_entries_are_not_taken_for_emptied() -> None:
+    class Odd(nn.Linear):
+        def __init__(self) -> None:
+            super().__init__(3, 4)
+            self.none = nn.Parameter(torch.zeros(0, 4))
+
+    found = rf.prune(Odd(), torch.ones(2, 3), Budget(sparsity=0.5), structure="weight")
+    assert found.sparsified.emptied == ()
 
 
 def test_what_cannot_be_factored_falls_back(monkeypatch, convolutions) -> None:

@@ -14,6 +14,21 @@ RarefyError
 └── MissingExtraError (also an ImportError)   an optional dependency is not installed
 """
 
+import sys
+import warnings
+
+
+def warn(message: str) -> None:
+    """Warn of what was done in the line of the user's that asked for it."""
+    level, frame = 1, sys._getframe()
+    while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] in _INNER:
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, RuntimeWarning, stacklevel=level)
+
+
+_INNER = ("rarefy", "torch", "contextlib")
+"""Packages whose lines are not the user's."""
+
 
 def first_line(error: BaseException) -> str:
     """The first line of an exception's message, with its type; a long one without its middle."""

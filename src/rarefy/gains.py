@@ -7,7 +7,6 @@ beside the best so far, and stays there where that is faster.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from functools import partial
@@ -23,7 +22,7 @@ from rarefy.batches import batches, check_rereadable, of_one_length
 from rarefy.deployment.export import export
 from rarefy.deployment.measure import relative
 from rarefy.deployment.runtimes import runtime_named
-from rarefy.errors import InputError
+from rarefy.errors import InputError, warn
 from rarefy.graph.constants import fold_constants
 from rarefy.graph.program import Graph, GraphModel, Node
 from rarefy.graph.stubs import plain_graph
@@ -178,11 +177,9 @@ def quantize(
     faster = share.high < 1
     result.served = Served(before, after, share.value, faster, share.noise)  # type: ignore[assignment]
     if not faster:
-        warnings.warn(
+        warn(
             f"the quantized network is not faster in {runtime}: it takes {share} of the float "
-            "network's time",
-            RuntimeWarning,
-            stacklevel=2,
+            "network's time"
         )
     return result
 

@@ -4,7 +4,6 @@ latency are reached by pruning, measuring what would be shipped, and correcting.
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -22,7 +21,7 @@ from rarefy.deployment.opening import Served as Form
 from rarefy.deployment.ratios import FINE
 from rarefy.deployment.runtimes import RUNTIMES, runtime_named
 from rarefy.deployment.timing import layer_costs
-from rarefy.errors import BudgetError
+from rarefy.errors import BudgetError, warn
 from rarefy.graph.trace import Network
 from rarefy.pruning import prune as pruning
 from rarefy.pruning.narrow import Pruned, noted
@@ -181,19 +180,17 @@ def _warn_where_far(small: nn.Module, budget: Budget) -> None:
     record = small.pruned
     assert isinstance(record, Pruned)
     if record.missed and budget.latency is None:
-        warnings.warn(record.missed, RuntimeWarning, stacklevel=3)
+        warn(record.missed)
 
 
 def _warn_where_slower(small: nn.Module) -> None:
     served = getattr(small, "served", None)
     if isinstance(served, Served) and not served.faster:
         before, after = served.before.latency_ms.median, served.after.latency_ms.median
-        warnings.warn(
+        warn(
             f"the smaller network is not faster in {served.after.runtime}: {after:.3g} ms a call, "
             f"the original {before:.3g} ms; its share of {served.share:.3f} is known to "
-            f"{served.noise:.3f}",
-            RuntimeWarning,
-            stacklevel=3,
+            f"{served.noise:.3f}"
         )
 
 

@@ -5,7 +5,6 @@ Zeros stay zero, so that what was pruned is pruned still, and N:M stays N:M.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 
 from rarefy.batches import batch_size, take
 from rarefy.copies import copied
-from rarefy.errors import InputError
+from rarefy.errors import InputError, warn
 from rarefy.graph.capture import capture, graph_model
 from rarefy.graph.program import GraphModel
 from rarefy.graph.stubs import plain_graph, stubs
@@ -128,11 +127,7 @@ def weight_only(model: nn.Module, calibration: Data | None, scheme: WeightOnly) 
 def _warn_of(skipped: Mapping[str, str]) -> None:
     """Say that no layer was solved, and why."""
     reasons = "; ".join(dict.fromkeys(skipped.values())) or "there is none to solve"
-    warnings.warn(
-        f"quantize(): all weights are rounded to nearest, no layer was solved: {reasons}",
-        RuntimeWarning,
-        stacklevel=4,
-    )
+    warn(f"quantize(): all weights are rounded to nearest, no layer was solved: {reasons}")
 
 
 def _check(model: nn.Module) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import operator
 import time
-import warnings
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from itertools import islice
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from rarefy.batches import batch_size, batches, check_rereadable, device_of, seeded
-from rarefy.errors import DataError, InputError, OutputError, TrainingError
+from rarefy.errors import DataError, InputError, OutputError, TrainingError, warn
 from rarefy.metrics import lower_is_better, show, title
 from rarefy.process import (
     deferred_interrupt,
@@ -319,7 +318,7 @@ class _Loop:
                 try:
                     self.checkpoints.write(self.stepper.steps, state)
                 except OutputError as error:
-                    warnings.warn(str(error), RuntimeWarning, stacklevel=2)
+                    warn(str(error))
 
     def pause(self) -> None:
         """Stop where the user asked for it, with everything saved."""
@@ -349,11 +348,7 @@ class _Loop:
                 "Choose a folder that all of them share",
             )
         for text in damaged:
-            warnings.warn(
-                f"{self.job.where}(resume=True) passed over a damaged checkpoint, {text}",
-                RuntimeWarning,
-                stacklevel=2,
-            )
+            warn(f"{self.job.where}(resume=True) passed over a damaged checkpoint, {text}")
         if state is None:
             return False
         restore(self.stepper, state["stepper"])

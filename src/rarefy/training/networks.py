@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import itertools
-import warnings
 from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from rarefy.errors import InputError, TrainingError
+from rarefy.errors import InputError, TrainingError, warn
 from rarefy.graph.program import GraphModel
 from rarefy.grid import grids
 
@@ -48,12 +47,10 @@ def warn_of_rounded(model: nn.Module, where: str) -> None:
     held = dict(model.named_parameters(remove_duplicate=False))
     moving = [path for path in grids(model) if held[path].requires_grad]
     if moving:
-        warnings.warn(
+        warn(
             f"{where}(model): {len(moving)} weights that were rounded alone, {moving[0]!r} among "
             "them, become floats again, and a file of the result larger. Train first, then round; "
-            "networks of quantize(..., Int8()) stay in int8 as they learn.",
-            RuntimeWarning,
-            stacklevel=4,
+            "networks of quantize(..., Int8()) stay in int8 as they learn."
         )
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 
 from rarefy.batches import batch_size, moved, seeded
 from rarefy.distillation.losses import IGNORE
-from rarefy.errors import InputError, TrainingError
+from rarefy.errors import InputError, TrainingError, warn
 from rarefy.process import on_all, quiet_setup, shared_mean
 from rarefy.training.average import Average
 from rarefy.training.job import Job
@@ -148,7 +147,7 @@ class Stepper:
         if not used:
             return
         if not self.steps and any(self.objective.heeds(b[1]) and copied(*b) for b, _ in used):
-            warnings.warn(f"{self.job.where}(data): {COPIED}", RuntimeWarning, stacklevel=2)
+            warn(f"{self.job.where}(data): {COPIED}")
         self.schedule_lr(epoch, index)
         self.optimizer.zero_grad(set_to_none=True)
         self.held.align()

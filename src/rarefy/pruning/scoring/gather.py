@@ -327,12 +327,13 @@ def _together(
 @contextmanager
 def _at_once() -> Iterator[None]:
     """``vmap`` refuses operators that it would call sample by sample, and complain of."""
-    held = torch._C._functorch._is_vmap_fallback_enabled()
-    torch._C._functorch._set_vmap_fallback_enabled(False)
+    switch: Any = torch._C._functorch
+    held = switch._is_vmap_fallback_enabled()
+    switch._set_vmap_fallback_enabled(False)
     try:
         yield
     finally:
-        torch._C._functorch._set_vmap_fallback_enabled(held)
+        switch._set_vmap_fallback_enabled(held)
 
 
 def _wide(gradient: Tensor) -> Tensor:

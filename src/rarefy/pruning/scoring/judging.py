@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import TypeAlias
 
 from torch import nn
 
 from rarefy.batches import Leading, evaluating
-from rarefy.errors import DataError, InputError
+from rarefy.errors import DataError, InputError, warn
 from rarefy.graph.trace import Network
 from rarefy.pruning.scoring import criteria
 from rarefy.pruning.scoring.compensated import Compensated, Response, respond
@@ -98,9 +97,5 @@ def _by_default(
     except DataError:
         raise
     except InputError as error:
-        warnings.warn(
-            f"units are scored by magnitude, since data tell nothing: {error.where}: {error.what}",
-            RuntimeWarning,
-            stacklevel=4,
-        )
+        warn(f"units are scored by magnitude, since data tell nothing: {error.where}: {error.what}")
         return judged(model, network, "magnitude")

@@ -6,7 +6,6 @@ by layer, in the network as pruned so far, is chosen in :mod:`rarefy.pruning.spa
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 
 from rarefy.batches import answering, batch_size, take
 from rarefy.copies import copied
-from rarefy.errors import BudgetError, InputError
+from rarefy.errors import BudgetError, InputError, warn
 from rarefy.graph.capture import capture, check_runs, graph_model
 from rarefy.graph.trace import trace
 from rarefy.pruning.running.examples import alike, leading
@@ -53,7 +52,7 @@ class Sparsified:
     @property
     def emptied(self) -> tuple[str, ...]:
         """Paths of weights of which nothing is left: what follows sees a constant."""
-        return tuple(path for path, (gone, size) in self.zeros.items() if gone == size)
+        return tuple(path for path, (gone, size) in self.zeros.items() if gone == size > 0)
 
 
 def sparsify(
@@ -140,21 +139,20 @@ def sparsify(
     zeros = {x.path: (int(m.sum()), m.numel()) for x, m in zip(layers, gone, strict=True)}
     record = Sparsified(shorthand(pattern), zeros, dense, errors, fallback, samples)
     sparse.sparsified = record  # type: ignore[assignment]
-    _warn_of_emptied(record)
+    _warn_of_emptied(model, record)
     return sparse.eval()
 
 
-def _warn_of_emptied(record: Sparsified) -> None:
-    """Layers that are gone altogether are seldom what was meant."""
-    if not record.emptied:
+def _warn_of_emptied(model: nn.Module, record: Sparsified) -> None:
+    """Layers that are gone altogether are seldom what was meant; those of zeros had gone before."""
+    emptied = [path for path in record.emptied if model.get_parameter(path).any()]
+    if not emptied:
         return
-    first, more = record.emptied[:3], len(record.emptied) - 3
+    first, more = emptied[:3], len(emptied) - 3
     shown = ", ".join(first) + (f" and {more} more" if more > 0 else "")
-    warnings.warn(
+    warn(
         f"prune(structure={record.structure!r}): no weight is left of {shown}: what follows sees "
-        "a constant. Budget(scope='local') takes the same share of every layer",
-        RuntimeWarning,
-        stacklevel=5,
+        "a constant. Budget(scope='local') takes the same share of every layer"
     )
 
 
