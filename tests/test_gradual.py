@@ -194,8 +194,9 @@ def test_bad_input_is_refused() -> None:
         GradualPruning(0.5)
     with pytest.raises(BudgetError, match="scope"):
         GradualPruning(Constant(0.5), scope="all")
-    with pytest.raises(BudgetError, match=r"gives 1\.0"):
-        GradualPruning(Constant(1.0))(copy.deepcopy(NET))
+    for wrong in (1.0, None):
+        with pytest.raises(BudgetError, match=f"gives {wrong}"):
+            GradualPruning(lambda _, w=wrong: w)(copy.deepcopy(NET))
     with pytest.raises(InputError, match="Did you mean"):
         GradualPruning(Constant(0.5), every=100, exclude=["0.wieght"])(copy.deepcopy(NET))
 

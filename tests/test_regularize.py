@@ -142,3 +142,12 @@ def test_bad_input_is_refused() -> None:
         GroupLasso(NET, 0.1)
     with pytest.raises(InputError, match="masks"):
         GrowingL2({"0.weight": 0.5}, 0.1)
+
+
+def test_penalties_of_another_network_are_refused() -> None:
+    with pytest.raises(InputError, match=r"another network: 0\.weight had shape"):
+        GroupLasso(trace(nn.Sequential(nn.Linear(3, 9), nn.Linear(9, 2)), torch.zeros(2, 3)), 0.1)(
+            nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+        )
+    with pytest.raises(InputError, match=r"masks\['weight'\].*shape"):
+        GrowingL2({"weight": torch.ones(2, 2)}, 0.1)(nn.Linear(3, 2))

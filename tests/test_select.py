@@ -16,7 +16,7 @@ from rarefy.graph.trace import trace
 from rarefy.pruning.plan import Plan
 from rarefy.pruning.selection.select import select
 from rarefy.pruning.structure.surgery import cut
-from rarefy.types import Budget
+from rarefy.types import Budget, Limit
 
 torch.set_num_threads(1)
 X = torch.zeros(2, 3, 6, 6)
@@ -226,3 +226,19 @@ def test_every_tensor_keeps_an_entry() -> None:
     plan = select(network, net, values, Budget(sparsity=0.9, max_drop=1))
     small = cut(net, network, plan)
     assert min(*small.left.weight.shape, *small.right.weight.shape) >= 1
+
+
+@pytest.mark.parametrize(
+    ("options", "missed"),
+    [
+        ({}, ""),
+        ({"scope": "local"}, ""),
+        ({"scope": "local", "round_to": 8}, "round_to"),
+        ({"min_keep": 100}, r"sparsity=0.5 takes \d+ units.* let 0 of them go"),
+        ({"max_drop": 0.1}, "let 2 of them go"),
+        ({"layers": {"*": Limit(max_drop=0)}}, "let 0 of them go"),
+    ],
+)
+def test_what_keeps_a_sparsity_from_being_reached_is_said(options, missed) -> None:
+    plan = select(NETWORK, NET, scores(0), Budget(sparsity=0.5, **options))
+    assert re.search(missed, plan.missed) if missed else not plan.missed

@@ -80,7 +80,8 @@ def prune(
     (:mod:`rarefy.pruning.structure.proof`) before it is returned. The model itself is untouched.
 
     Where the nearest choice that was found is more than 2 % below a budget of macs, params or
-    bytes, a warning and ``pruned.missed`` say what remains.
+    bytes, or where limits keep more than 2 % of the units that a sparsity takes, a warning and
+    ``pruned.missed`` say so.
 
     A budget of ``bytes`` is reached by saving what was pruned, one of ``latency`` by timing it
     in the runtime, beside the original, on ``example_inputs``, each with corrections. Units and

@@ -12,6 +12,7 @@ and ``train(model, data, after_step=gradual)`` in rarefy's.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -74,11 +75,15 @@ class _Gradual:
         self.step += 1
         if self.step % self.every:
             return None
-        share = float(self.schedule(self.step))
+        given = self.schedule(self.step)
+        try:
+            share = float(given)
+        except (TypeError, ValueError):
+            share = math.nan
         if not 0 <= share < 1:
             raise BudgetError(
                 f"{type(self).__name__}, step {self.step}",
-                f"the schedule gives {share}, and a sparsity is at least 0 and below 1",
+                f"the schedule gives {given}, and a sparsity is at least 0 and below 1",
                 "Correct the schedule",
             )
         return share

@@ -47,7 +47,7 @@ class Pruned:
         held: blocks that stay since the class does not work without them, each with the reason.
         left: the share that remains of what the budget is about; None where that is a number of
             units or of blocks.
-        missed: how far below the budget that is, and what leaps over it, or empty.
+        missed: how far the budget was missed, and what leaps over it or holds it, or empty.
     """
 
     kind: str
@@ -206,14 +206,15 @@ def operate(
         *_untrained(model, small, example_inputs, network, kept),
     )
     small.pruned = Pruned(  # type: ignore[assignment]
-        kind, reason, widths(model, kept), kept, frozen, error, left=plan.left
+        kind, reason, widths(model, kept), kept, frozen, error, left=plan.left, missed=plan.missed
     )
     return small
 
 
 def noted(small: nn.Module, budget: Budget, left: float | None) -> nn.Module:
     """Note on the record what remains of what a budget is about, and whether that is far below."""
-    missed = ""
+    record: Any = small.pruned
+    missed = record.missed
     if left is not None and budget.kind in SHARES and not is_close(left, budget.share):
         reasons = ["units and blocks that go in one piece"]
         if budget.round_to != 1:
@@ -224,7 +225,6 @@ def noted(small: nn.Module, budget: Budget, left: float | None) -> nn.Module:
             f"{budget.kind}={budget.share:g} was asked for and {left:.3f} remain, the most that "
             f"was found with {', and '.join(reasons)}"
         )
-    record: Any = small.pruned
     small.pruned = replace(record, left=left, missed=missed)
     return small
 

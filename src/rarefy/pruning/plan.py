@@ -28,6 +28,7 @@ class Plan:
         blocks: residual blocks that are bypassed. Where a plan has any, only they are taken out:
             the units beside them are counted, and chosen anew in the network without the blocks.
         left: the share that remains of what the budget counts; None where that was not counted.
+        missed: how many of the units that a sparsity takes its limits hold, or empty.
     """
 
     removed: Mask
@@ -35,6 +36,7 @@ class Plan:
     whole: Mapping[int, str] = field(default_factory=dict)
     blocks: tuple[Block, ...] = ()
     left: float | None = None
+    missed: str = ""
 
     @classmethod
     def of(cls, network: Network, removed: Mask, whole: Mapping[int, str] | None = None) -> Plan:

@@ -20,7 +20,7 @@ from rarefy.pruning.selection import accounts
 from rarefy.pruning.selection.accounts import Account
 from rarefy.pruning.selection.allocation import Allocation, Choices, Lane, even, knapsack, ranked
 from rarefy.pruning.selection.costs import Costs
-from rarefy.pruning.selection.landing import Landed, Track, landed
+from rarefy.pruning.selection.landing import Landed, Track, is_close, landed
 from rarefy.pruning.selection.limits import Range, ranges
 from rarefy.pruning.structure.sizes import Sizes
 from rarefy.types import Budget
@@ -83,7 +83,9 @@ def select(
 
     allocate = choice.allocation(budget, losses)
     if account is None and losses is None:
-        return attempt(allocate(budget.share)).plan
+        wanted = allocate(budget.share)
+        missed = _held_back(budget, wanted, list(allowed.values()))
+        return replace(attempt(wanted).plan, missed=missed)
     limit = 1 - budget.share if account is None else budget.share
     levels = max(sum(map(len, network.groups)), LEVELS)
     even = budget.scope == "local"
@@ -96,6 +98,18 @@ def select(
 
 LEVELS = 1000
 """Amounts of removal that are told apart, at least."""
+
+
+def _held_back(budget: Budget, wanted: Sequence[int], allowed: Sequence[Range]) -> str:
+    """How many of the units that a sparsity takes the limits hold; empty where these are few."""
+    asked = sum(wanted)
+    free = sum(limits.nearest(n) for n, limits in zip(wanted, allowed, strict=True))
+    if is_close(free, asked):
+        return ""
+    return (
+        f"sparsity={budget.share:g} takes {asked} units, and min_keep, max_drop, round_to and "
+        f"layers let {free} of them go"
+    )
 
 
 def _nothing(network: Network) -> InputError:

@@ -75,6 +75,16 @@ class Masks(Mapping[str, Tensor]):
         Raises:
             InputError: a mask has another shape than the parameter, or no mask is of a parameter.
         """
+        with torch.no_grad():
+            for parameter, keep in self.pairs(model):
+                parameter.masked_fill_(~keep, 0.0)
+
+    def pairs(self, model: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
+        """Parameters of a network that have a mask, each with its mask on the same device.
+
+        Raises:
+            InputError: a mask has another shape than the parameter, or no mask is of a parameter.
+        """
         found = dict(unwrapped(model).named_parameters(remove_duplicate=False))
         if self._keep and not self._keep.keys() & found.keys():
             raise InputError(
@@ -83,16 +93,17 @@ class Masks(Mapping[str, Tensor]):
                 f"{', '.join(list(self._keep)[:3])}",
                 f"Give the network itself, not a wrapper of it{_near(self._keep, found)}",
             )
-        with torch.no_grad():
-            for path in self._keep.keys() & found.keys():
-                parameter, keep = found[path], self._keep[path]
-                if keep.shape != parameter.shape:
-                    raise InputError(
-                        f"masks[{path!r}]",
-                        f"shape {tuple(keep.shape)} for a parameter of {tuple(parameter.shape)}",
-                        "Take the masks of this network: Masks.of(model)",
-                    )
-                parameter.masked_fill_(~keep.to(parameter.device), 0.0)
+        for path, keep in self._keep.items():
+            parameter = found.get(path)
+            if parameter is None:
+                continue
+            if keep.shape != parameter.shape:
+                raise InputError(
+                    f"masks[{path!r}]",
+                    f"shape {tuple(keep.shape)} for a parameter of {tuple(parameter.shape)}",
+                    "Take the masks of this network: Masks.of(model)",
+                )
+            yield parameter, keep.to(parameter.device)
 
     def __getitem__(self, path: str) -> Tensor:
         return self._keep[path]

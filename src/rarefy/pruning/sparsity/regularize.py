@@ -117,6 +117,15 @@ class GroupLasso:
     def __call__(self, model: nn.Module, step: int = 0) -> Tensor:
         """The penalty, a scalar on the network's device."""
         parameters = dict(unwrapped(model).named_parameters(remove_duplicate=False))
+        for node in self.network.captured.graph.nodes:
+            held = parameters.get(node.path) if node.op == "tensor" else None
+            if held is not None and held.shape != node.shape:
+                raise InputError(
+                    "GroupLasso(network=...)",
+                    f"it is the trace of another network: {node.path} had shape {node.shape} "
+                    f"there, and has {tuple(held.shape)}",
+                    "Trace the network that is trained; anew after it was pruned",
+                )
         sums = (x for group in self.network.groups for x in _lasso(group, parameters))
         return _total(self, model, sums, at(self.strength, step))
 
@@ -151,12 +160,8 @@ class GrowingL2:
 
     def __call__(self, model: nn.Module, step: int = 0) -> Tensor:
         """The penalty, a scalar on the network's device."""
-        parameters = dict(unwrapped(model).named_parameters(remove_duplicate=False))
-        sums = (
-            parameters[path].masked_fill(keep.to(parameters[path].device), 0.0).square().sum() / 2
-            for path, keep in self.masks.items()
-            if path in parameters
-        )
+        pairs = Masks(self.masks).pairs(model)
+        sums = (weight.masked_fill(keep, 0.0).square().sum() / 2 for weight, keep in pairs)
         return _total(self, model, sums, at(self.strength, step))
 
 
