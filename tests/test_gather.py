@@ -552,3 +552,10 @@ def test_the_same_labels_are_drawn_where_samples_go_one_by_one_after_all(monkeyp
     found = gather(net, network, NEED, [X]).squares
     assert len(tried) == 1
     _assert_equal(found, expected)
+
+
+@pytest.mark.parametrize("kind", ["gradients", "squares", "gates"])
+def test_labels_are_left_as_they_are_by_losses_that_overwrite_them(kind) -> None:
+    labels = Y.clone()
+    gathered(Net(), kind, data=[(X, labels)], loss=lambda z, y: F.cross_entropy(z, y.fill_(0)))
+    assert torch.equal(labels, Y)

@@ -68,8 +68,8 @@ class _Job:
     def passes(self, runner: Runner) -> Iterator[tuple[Watched, Inputs, Any, int]]:
         """For each batch, the network that runs on it, inputs, labels and number of examples."""
         for inputs, targets in batches(self.data, WHERE):
-            safe = map_tensors(torch.clone, inputs)
-            yield runner.of(inputs), safe, targets, batch_size(inputs)
+            copies = map_tensors(torch.clone, (inputs, targets))  # networks and losses overwrite
+            yield runner.of(inputs), *copies, batch_size(inputs)
 
     def outputs(self, running: Watched, inputs: Inputs) -> Any:
         """What the network returns."""
