@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from typer.testing import CliRunner, Result
 
 import rarefy
 import rarefy.pipeline
-from rarefy.cli import app
+from rarefy.cli import _guarded, app
 from rarefy.recipe import load_recipe
 from rarefy.storage.format import save
 from tiny_networks import RECIPE, SHORT_RECIPE, SOURCE, write_recipe
@@ -344,3 +345,16 @@ def test_a_recipe_runs_in_its_own_folder_from_anywhere(
     assert torch.equal(torch.get_rng_state(), before)
     assert (tmp_path / "compressed" / "report.html").exists()
     assert not list(elsewhere.iterdir())
+
+
+def test_warnings_are_sentences_without_a_line_of_the_program() -> None:
+    plain = warnings.formatwarning
+    with _guarded(False):
+        text = warnings.formatwarning("this is so", RuntimeWarning, __file__, 1)
+        theirs = warnings.formatwarning("this is so", UserWarning, __file__, 1)
+    with _guarded(True):
+        whole = warnings.formatwarning("this is so", RuntimeWarning, __file__, 1)
+    assert text == "rarefy: this is so\n"
+    assert "test_cli.py" in theirs
+    assert "test_cli.py" in whole
+    assert warnings.formatwarning is plain

@@ -5,11 +5,12 @@ from __future__ import annotations
 
 import os
 import traceback
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
@@ -202,7 +203,17 @@ def verify(
 
 @contextmanager
 def _guarded(debug: bool) -> Iterator[None]:
-    """Errors as one sentence without traceback, unless asked for; exit status 1, 2 or 130."""
+    """Errors as one sentence without traceback, unless asked for; exit status 1, 2 or 130.
+
+    So are rarefy's warnings: no line of a program is the user's here.
+    """
+    held = warnings.formatwarning
+
+    def sentence(message: Warning | str, category: type[Warning], *where: Any) -> str:
+        plain = category is RuntimeWarning and not debug
+        return f"rarefy: {message}\n" if plain else held(message, category, *where)
+
+    warnings.formatwarning = sentence  # type: ignore[assignment]
     try:
         yield
     except KeyboardInterrupt:
@@ -216,6 +227,8 @@ def _guarded(debug: bool) -> Iterator[None]:
             _fail(str(error), 2 if isinstance(error, InputError) else 1)
         hint = "" if debug else ". Run with --debug for the traceback"
         _fail(f"unexpected {type(error).__name__}: {error}{hint}", 1)
+    finally:
+        warnings.formatwarning = held
 
 
 def _fail(text: str, status: int) -> NoReturn:
