@@ -28,7 +28,7 @@ from rarefy.pruning.checks import check_copies, check_finite
 from rarefy.pruning.prune import prune, recorded
 from rarefy.pruning.scoring.compensated import Compensated
 from rarefy.pruning.scoring.criteria import Criterion
-from rarefy.pruning.scoring.gather import LossFunction
+from rarefy.pruning.scoring.passes import LossFunction
 from rarefy.pruning.shorten import Shortened
 from rarefy.pruning.structure.depth import bypass
 from rarefy.types import Budget, Data, Inputs

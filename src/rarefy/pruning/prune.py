@@ -22,8 +22,8 @@ from rarefy.pruning.repair import repair
 from rarefy.pruning.scoring.compensated import Compensated, Response
 from rarefy.pruning.scoring.criteria import Criterion
 from rarefy.pruning.scoring.curves import Sensitivity
-from rarefy.pruning.scoring.gather import LossFunction
 from rarefy.pruning.scoring.judging import Rule, judged
+from rarefy.pruning.scoring.passes import LossFunction
 from rarefy.pruning.selection.accounts import account
 from rarefy.pruning.selection.costs import Costs
 from rarefy.pruning.selection.landing import is_close

@@ -12,7 +12,8 @@ from rarefy.graph.trace import Network
 from rarefy.pruning.scoring import criteria
 from rarefy.pruning.scoring.compensated import Compensated, Response, respond
 from rarefy.pruning.scoring.criteria import Criterion, needs, scored
-from rarefy.pruning.scoring.gather import WHERE, LossFunction, gather
+from rarefy.pruning.scoring.gather import gather
+from rarefy.pruning.scoring.passes import WHERE, LossFunction
 from rarefy.types import Data
 
 COMPENSATED = "compensated"

@@ -19,7 +19,8 @@ from rarefy.graph.trace import trace
 from rarefy.pruning.running.examples import alike, leading
 from rarefy.pruning.scoring.criteria import ELEMENT, Element
 from rarefy.pruning.scoring.evidence import LABELS, Evidence
-from rarefy.pruning.scoring.gather import LossFunction, gather
+from rarefy.pruning.scoring.gather import gather
+from rarefy.pruning.scoring.passes import LossFunction
 from rarefy.pruning.sparsity import elements
 from rarefy.pruning.sparsity.calibrated import WHERE, Calibration
 from rarefy.pruning.sparsity.elements import ElementCriterion, SparseGPT

@@ -1,0 +1,175 @@
+"""One pass over the data: batches, the network that runs on each, losses, sums by parameter."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from rarefy.batches import batch_size, batches, call, logits, map_tensors, tensors
+from rarefy.distillation.losses import CrossEntropy
+from rarefy.errors import DataError, InputError, RarefyError, first_line
+from rarefy.graph.trace import Network
+from rarefy.pruning.running.taps import Runner, Watched
+from rarefy.types import Data, Inputs
+
+LossFunction: TypeAlias = Callable[[Tensor, Tensor], Tensor]
+"""(logits, targets) -> scalar, the mean over the examples of a batch."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One pass over the data."""
+
+    model: nn.Module
+    network: Network
+    data: Data
+    loss: LossFunction | None
+    labelled: bool
+    generator: torch.Generator
+
+    def passes(self, runner: Runner) -> Iterator[tuple[Watched, Inputs, Any, int]]:
+        """For each batch, the network that runs on it, inputs, labels and number of examples."""
+        for inputs, targets in batches(self.data, WHERE):
+            copies = map_tensors(torch.clone, (inputs, targets))  # networks and losses overwrite
+            yield runner.of(inputs), *copies, batch_size(inputs)
+
+    def outputs(self, running: Watched, inputs: Inputs) -> Any:
+        """What the network returns."""
+        try:
+            return call(running, inputs)
+        except RarefyError:
+            raise
+        except Exception as error:
+            raise DataError(
+                WHERE,
+                f"the network does not run on a batch: {first_line(error)}",
+                "Yield inputs like those that the network was traced with",
+            ) from error
+
+    def losses(self, running: Watched, inputs: Inputs, targets: Tensor | None) -> Tensor:
+        """The mean loss of a batch."""
+        return self.judged(self.outputs(running, inputs), targets)
+
+    def judged(self, answers: Any, targets: Tensor | None) -> Tensor:
+        """The mean loss of what the network returned for a batch."""
+        if targets is None:
+            found = self._surprise(answers)
+        else:
+            found = self._loss(logits(answers), targets)
+        if not isinstance(found, Tensor) or found.ndim:
+            raise InputError(
+                "prune(loss=...)", "it did not return a scalar tensor", "Return the mean loss"
+            )
+        if not bool(torch.isfinite(found)):
+            raise DataError(WHERE, "the loss of a batch is NaN or infinite", "Check the data")
+        return found
+
+    def _loss(self, answers: Tensor, targets: Tensor) -> Tensor:
+        if self.loss is None:
+            return CrossEntropy()(answers, targets)
+        try:
+            return self.loss(answers, targets)
+        except Exception as error:
+            raise InputError(
+                "prune(loss=...)",
+                f"it raised {first_line(error)}",
+                "Give a function (logits, targets) -> mean loss of a batch",
+            ) from error
+
+    def _surprise(self, answers: Any) -> Tensor:
+        """The loss against targets drawn from what the network predicts.
+
+        Its squared gradients are the Fisher information, on average: of the labels where the
+        network gives logits, else of a normal distribution around every output.
+        """
+        if self.labelled or self.loss is not None:
+            raise DataError(
+                WHERE,
+                "a batch is unlabelled, and this criterion asks for the gradient of the loss",
+                "Yield (inputs, targets); criterion='fisher' takes unlabelled data, without loss=",
+            )
+        scores = _class_scores(answers)
+        if scores is None:
+            return self._noise(answers)
+        last = scores.detach().float().softmax(-1)
+        if bool(last.isnan().any()):
+            raise DataError(WHERE, "the network's outputs are NaN or infinite", "Check the data")
+        drawn = torch.multinomial(last.flatten(0, -2).cpu(), 1, generator=self.generator)
+        return CrossEntropy()(scores, drawn.view(last.shape[:-1]).to(scores.device))
+
+    def _noise(self, answers: Any) -> Tensor:
+        """For ``t = y + e * rms(y)`` with normal ``e`` the squared error's gradient is that of
+        ``e * y / rms(y)``; all outputs of a network count alike, whatever their size."""
+        found = [t for t in tensors(answers) if t.is_floating_point() and t.numel()]
+        if not found:
+            raise InputError(
+                "prune(data)", "the network returns no numbers", "Use criterion='magnitude'"
+            )
+        total = torch.zeros((), dtype=torch.float64)
+        for tensor in found:
+            noise = torch.randn(tensor.shape, generator=self.generator).to(tensor)
+            scale = tensor.detach().square().sum().sqrt().clamp_min(_SMALLEST)
+            examples = len(tensor) if tensor.ndim else 1
+            total = total + ((noise * tensor).sum() / (scale * examples**0.5)).double().cpu()
+        return total
+
+
+def _class_scores(answers: Any) -> Tensor | None:
+    """The logits ``(B, C)`` or ``(B, L, C)`` among a network's outputs, None where it has none."""
+    try:
+        found = logits(answers)
+    except InputError:
+        return None
+    classes = found.ndim in (2, 3) and found.shape[-1] > 1 and found.is_floating_point()
+    return found if classes else None
+
+
+WHERE = "prune(data)"
+
+_SMALLEST = 1e-12
+"""Norm below which outputs are not divided by it."""
+
+
+def check_differentiable(loss: Tensor) -> None:
+    if not loss.requires_grad:
+        raise InputError(
+            "prune(criterion=...)",
+            "the loss does not depend on the network's weights by a gradient",
+            "Return a loss computed from the logits, and leave detach() and no_grad() out of both",
+        )
+
+
+class Sums:
+    """Sums by parameter path, each under all paths of a shared parameter."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.paths: dict[str, int] = {}
+        self.totals: dict[int, Tensor] = {}
+        self.samples = 0
+        for path, parameter in model.named_parameters(remove_duplicate=False):
+            if parameter.is_floating_point():
+                self.paths[path] = id(parameter)
+                dtype = torch.promote_types(parameter.dtype, torch.float32)
+                zeros = torch.zeros(parameter.shape, dtype=dtype, device=parameter.device)
+                self.totals.setdefault(id(parameter), zeros)
+
+    @property
+    def bytes(self) -> int:
+        """Of all sums."""
+        return sum(t.numel() * t.element_size() for t in self.totals.values())
+
+    def add(self, values: Mapping[str, Tensor], factor: float, size: int) -> None:
+        """Add values of a batch, times a factor."""
+        for path, value in values.items():
+            self.totals[self.paths[path]].add_(value, alpha=factor)
+        self.samples += size
+
+    def means(self) -> dict[str, Tensor]:
+        """Total over number of samples, by path."""
+        count = max(self.samples, 1)
+        means = {key: total.div_(count) for key, total in self.totals.items()}
+        return {path: means[key] for path, key in self.paths.items()}
