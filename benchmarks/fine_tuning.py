@@ -122,7 +122,7 @@ SUBJECTS: Mapping[str, Callable[[argparse.Namespace, str], Subject]] = {
 }
 
 
-def by_rarefy(criterion: str, subject: Subject, share: float) -> nn.Module:
+def by_rarefy(criterion: str, subject: Subject, share: float, *, inner: bool = False) -> nn.Module:
     """rarefy, repaired."""
     data = [subject.unlabelled]
     given = {} if criterion == "magnitude" else {"data": data}
@@ -132,6 +132,7 @@ def by_rarefy(criterion: str, subject: Subject, share: float) -> nn.Module:
         rf.Budget(macs=share),
         criterion=criterion,
         heal=False,
+        exclude=list(subject.whole_inner) if inner else [],
         **given,
     )
     return rf.repair(subject.model, small, data, samples=SAMPLES)
@@ -148,6 +149,7 @@ Method = Callable[[Subject, float], nn.Module]
 METHODS: Mapping[str, Method] = {
     "rarefy, fisher": partial(by_rarefy, "fisher"),
     "rarefy, compensated": partial(by_rarefy, "compensated"),
+    "rarefy, compensated, inner channels": partial(by_rarefy, "compensated", inner=True),
     "rarefy, magnitude": partial(by_rarefy, "magnitude"),
     "Torch-Pruning": partial(by_torch_pruning, inner=False),
     "Torch-Pruning, inner channels": partial(by_torch_pruning, inner=True),
