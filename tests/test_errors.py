@@ -50,3 +50,8 @@ def test_a_warning_is_of_the_line_that_called_from_outside() -> None:
         with pytest.warns(RuntimeWarning, match="said") as warned:
             call()
         assert warned[0].filename == __file__
+
+
+def test_names_are_shortened_to_the_first_of_them() -> None:
+    assert errors.shortened(["a", "b", "c"], 3) == "a, b, c"
+    assert errors.shortened(["a", "b", "c"], 1) == "a and 2 more"

@@ -204,9 +204,14 @@ def between(value: Any, start: int, stop: int, size: int) -> Any:
     """Some examples of inputs or targets; tensors that are not of ``size`` examples as they are."""
 
     def part(tensor: Tensor) -> Tensor:
-        return tensor[start:stop] if tensor.ndim and len(tensor) == size else tensor
+        return tensor[start:stop] if is_of(size, tensor) else tensor
 
     return map_tensors(part, value)
+
+
+def is_of(size: int, tensor: Tensor) -> bool:
+    """Whether a tensor holds so many examples; others, such as masks, are the same for all."""
+    return bool(tensor.ndim) and tensor.shape[0] == size
 
 
 def doubled(inputs: Inputs) -> Inputs:
@@ -217,7 +222,7 @@ def doubled(inputs: Inputs) -> Inputs:
 
 def is_single(tensor: Tensor) -> bool:
     """Whether a tensor holds one example."""
-    return bool(tensor.ndim) and tensor.shape[0] == 1
+    return is_of(1, tensor)
 
 
 def batches(data: Data, where: str) -> Iterator[tuple[Inputs, Tensor | None]]:

@@ -37,6 +37,12 @@ def first_line(error: BaseException) -> str:
     return text if len(text) <= 300 else f"{text[:170]} ... {text[-125:]}"
 
 
+def shortened(names: list[str], most: int) -> str:
+    """The first names, and how many more there are."""
+    left = len(names) - most
+    return ", ".join(names[:most]) + (f" and {left} more" if left > 0 else "")
+
+
 class RarefyError(Exception):
     """Base of all errors that rarefy raises on purpose.
 

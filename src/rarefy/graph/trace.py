@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from rarefy.errors import InputError
+from rarefy.errors import InputError, shortened
 from rarefy.graph.blocks import Block, Depth, Joint, find_blocks
 from rarefy.graph.capture import Capture, capture
 from rarefy.graph.flow import EXTENT, Flow, every
@@ -89,8 +89,7 @@ class Network:
             lines.append(f"{'group':<{wide}}  units  tensors")
             lines += [
                 f"{g.name:<{wide}}  {len(g):>5}  "
-                + ", ".join(f"{m.path}[{m.dim}]" for m in g.members[:4])
-                + (f" and {len(g.members) - 4} more" if len(g.members) > 4 else "")
+                + shortened([f"{m.path}[{m.dim}]" for m in g.members], 4)
                 for g in self.groups
             ]
         if self.blocks:
@@ -120,8 +119,7 @@ def _by_reason(joints: Sequence[Joint]) -> Iterator[str]:
     for joint in joints:
         held.setdefault(joint.reason, []).append(joint.scope or joint.source or joint.node)
     for reason, places in held.items():
-        more = f" and {len(places) - 4} more" if len(places) > 4 else ""
-        yield f"  {', '.join(places[:4])}{more}: {reason}"
+        yield f"  {shortened(places, 4)}: {reason}"
 
 
 def trace(model: nn.Module, example_inputs: Inputs) -> Network:

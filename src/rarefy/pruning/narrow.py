@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from rarefy.batches import doubled, tensors
-from rarefy.errors import BudgetError, InputError
+from rarefy.errors import BudgetError, InputError, shortened
 from rarefy.graph.capture import check_runs
 from rarefy.graph.program import GraphModel, Spec
 from rarefy.graph.resting import resting
@@ -235,11 +235,10 @@ SHARES = ("macs", "params", "bytes", "latency")
 
 def _reason(broken: Sequence[Equation], fault: str) -> str:
     """Why the class was not kept: the line that states a size, or else what went wrong."""
-    lines = dict.fromkeys(e.source for e in broken if e.source)
+    lines = [*dict.fromkeys(e.source for e in broken if e.source)]
     if not lines:
         return fault
-    more = f" and {len(lines) - 1} more" if len(lines) > 1 else ""
-    return f"its forward states sizes that cannot follow: {next(iter(lines))}{more}"
+    return f"its forward states sizes that cannot follow: {shortened(lines, 1)}"
 
 
 def _left_whole(model: nn.Module, network: Network, plan: Plan) -> Iterator[Frozen]:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rarefy.batches import batch_size, tensors
+from rarefy.batches import batch_size, is_of, tensors
 from rarefy.distillation.soft_labels.records import Array
 from rarefy.types import Inputs
 
@@ -31,7 +31,7 @@ def input_hashes(inputs: Inputs) -> Array:
     """CRC-32 of each example's tensors in a batch: shapes, types, and evenly spread numbers."""
     found = [0] * batch_size(inputs)
     for tensor in tensors(inputs):
-        if tensor.ndim and len(tensor) == len(found):
+        if is_of(len(found), tensor):
             found = _continued(found, tensor.detach())
     return np.array(found, np.uint32)
 

@@ -14,9 +14,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from rarefy.batches import (
-    seeded,
-)
+from rarefy.batches import seeded
 from rarefy.errors import DataError, InputError
 from rarefy.graph.program import Ref
 from rarefy.graph.trace import Network

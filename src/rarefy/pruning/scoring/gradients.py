@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.func import functional_call, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from rarefy.batches import arguments, batch_size, between, map_tensors, tensors
+from rarefy.batches import arguments, batch_size, between, is_of, map_tensors, tensors
 from rarefy.errors import DataError
 from rarefy.pruning.running.taps import Runner, Watched
 from rarefy.pruning.scoring.passes import WHERE, Job, Sums, check_differentiable
@@ -88,18 +88,17 @@ def _together(
     Each sample meets weights of its own, which are the network's without a copy.
     """
     size = batch_size(inputs)
-    leaves = {p: t for p, t in running.named_parameters() if t.requires_grad}
-    own = {p: t.detach().expand(len(some), *t.shape).requires_grad_() for p, t in leaves.items()}
-
-    def is_batch(tensor: Tensor) -> bool:
-        return bool(tensor.ndim) and len(tensor) == size
+    own = {
+        path: weight.detach().expand(len(some), *weight.shape).requires_grad_()
+        for path, weight in _learned(running).items()
+    }
 
     def answer(weights: dict[str, Tensor], given: list[Tensor]) -> Any:
         left = iter(given)
-        single = map_tensors(lambda t: next(left)[None] if is_batch(t) else t, inputs)
+        single = map_tensors(lambda t: next(left)[None] if is_of(size, t) else t, inputs)
         return functional_call(running, weights, *arguments(single))
 
-    given = [t[some.start : some.stop] for t in tensors(inputs) if is_batch(t)]
+    given = [t[some.start : some.stop] for t in tensors(inputs) if is_of(size, t)]
     with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), _at_once():
         answers = vmap(answer)(own, given)
         losses = [
@@ -136,9 +135,14 @@ def _gradient(
     """The gradient of the mean loss of a batch, by path in the graph."""
     with torch.enable_grad():
         loss = job.losses(running, inputs, targets)
-    leaves = {p: t for p, t in running.named_parameters() if t.requires_grad}
+    leaves = _learned(running)
     check_differentiable(loss)
     return _finite(leaves, torch.autograd.grad(loss, list(leaves.values()), allow_unused=True))
+
+
+def _learned(running: Watched) -> dict[str, Tensor]:
+    """The parameters that gradients are taken by."""
+    return {path: p for path, p in running.named_parameters() if p.requires_grad}
 
 
 def _finite(paths: Iterable[str], found: Iterable[Tensor | None]) -> dict[str, Tensor]:

@@ -16,6 +16,9 @@ from rarefy.graph.trace import Network
 from rarefy.pruning.running.taps import Runner, Watched
 from rarefy.types import Data, Inputs
 
+WHERE = "prune(data)"
+"""The argument that errors name."""
+
 LossFunction: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 """(logits, targets) -> scalar, the mean over the examples of a batch."""
 
@@ -128,13 +131,12 @@ def _class_scores(answers: Any) -> Tensor | None:
     return found if classes else None
 
 
-WHERE = "prune(data)"
-
 _SMALLEST = 1e-12
 """Norm below which outputs are not divided by it."""
 
 
 def check_differentiable(loss: Tensor) -> None:
+    """Refuse a loss that has no gradient."""
     if not loss.requires_grad:
         raise InputError(
             "prune(criterion=...)",

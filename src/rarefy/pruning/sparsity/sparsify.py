@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from rarefy.batches import answering, batch_size, take
 from rarefy.copies import copied
-from rarefy.errors import BudgetError, InputError, warn
+from rarefy.errors import BudgetError, InputError, shortened, warn
 from rarefy.graph.capture import capture, check_runs, graph_model
 from rarefy.graph.trace import trace
 from rarefy.pruning.running.examples import alike, leading
@@ -149,11 +149,9 @@ def _warn_of_emptied(model: nn.Module, record: Sparsified) -> None:
     emptied = [path for path in record.emptied if model.get_parameter(path).any()]
     if not emptied:
         return
-    first, more = emptied[:3], len(emptied) - 3
-    shown = ", ".join(first) + (f" and {more} more" if more > 0 else "")
     warn(
-        f"prune(structure={record.structure!r}): no weight is left of {shown}: what follows sees "
-        "a constant. Budget(scope='local') takes the same share of every layer"
+        f"prune(structure={record.structure!r}): no weight is left of {shortened(emptied, 3)}: "
+        "what follows sees a constant. Budget(scope='local') takes the same share of every layer"
     )
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from rarefy.batches import batch_size, doubled, map_tensors, seeded, take, tensors
+from rarefy.batches import batch_size, doubled, is_of, map_tensors, seeded, take, tensors
 from rarefy.copies import converted
 from rarefy.pruning.structure.outputs import outputs_of, without_one_more
 from rarefy.types import Inputs
@@ -112,7 +112,7 @@ def elsewhere(
     with suppress(Exception):  # many networks take one batch size only
         size = batch_size(inputs)
         larger = map_tensors(
-            lambda t: torch.cat([t, t[:1]]) if t.ndim and len(t) == size else t,
+            lambda t: torch.cat([t, t[:1]]) if is_of(size, t) else t,
             other_inputs(inputs),
         )
         moved = outputs_of(reference, larger)
