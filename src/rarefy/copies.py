@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from rarefy.batches import tensors
 from rarefy.errors import InputError
+from rarefy.types import check_network
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -37,12 +38,19 @@ def copied(model: Model, instead: Mapping[int, Any] | None = None) -> Model:
     return copy.deepcopy(model, computed(model) | dict(instead or {}))
 
 
+def ordinary(model: Model) -> Model:
+    """The network; a copy where it was made in inference mode, whose tensors gradients refuse."""
+    held = [*model.parameters(), *model.buffers()]
+    return copied(model) if any(tensor.is_inference() for tensor in held) else model
+
+
 def own_copy(model: Model, where: str) -> Model:
     """A deep copy of a network, or an error that names the call.
 
     Raises:
-        InputError: it cannot be copied.
+        InputError: it is no network, or cannot be copied.
     """
+    check_network(model, where)
     try:
         with torch.inference_mode(False):
             return copied(model)

@@ -33,7 +33,7 @@ from rarefy.quantization.quantize import QuantizeOptions
 from rarefy.quantization.splitting import SILU
 from rarefy.quantization.weight_only import half, weight_only
 from rarefy.schemes import Half, Int8, WeightOnly
-from rarefy.types import Data, Inputs, Measurement, Ratio
+from rarefy.types import Data, Inputs, Measurement, Ratio, check_network
 
 
 @overload
@@ -184,16 +184,13 @@ def quantize(
     return result
 
 
-def _check(model: object, calibration: object, scheme: object) -> None:
+def _check(model: nn.Module, calibration: object, scheme: object) -> None:
     """Pass where there is a network with values, data that can be read again, and a scheme.
 
     Raises:
         InputError: there is not.
     """
-    if not isinstance(model, nn.Module):
-        raise InputError(
-            "quantize(model)", f"it is a {type(model).__name__}, no nn.Module", "Give the network"
-        )
+    check_network(model, "quantize(model)")
     check_rereadable(calibration, "quantize(calibration)")
     if scheme is not None and not isinstance(scheme, Int8 | WeightOnly | Half):
         raise InputError(

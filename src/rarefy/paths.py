@@ -9,6 +9,7 @@ from fnmatch import fnmatchcase
 from torch import nn
 
 from rarefy.errors import InputError
+from rarefy.types import check_network
 
 WRAPPERS: Mapping[str, str] = {
     "OptimizedModule": "_orig_mod",
@@ -22,10 +23,14 @@ WRAPPERS: Mapping[str, str] = {
 def unwrapped(model: nn.Module) -> nn.Module:
     """The network within wrappers that compile it, spread it over devices or average it.
 
+    Raises:
+        InputError: it is no network.
+
     Example:
         >>> unwrapped(nn.DataParallel(nn.ReLU()))
         ReLU()
     """
+    check_network(model, "model")
     attribute = wrapped_at(model)
     return model if attribute is None else unwrapped(getattr(model, attribute))
 
@@ -78,6 +83,26 @@ def matching(pattern: str, among: Iterable[str], where: str) -> frozenset[str]:
             where, f"no module or parameter has the path {pattern!r}", remedy(pattern, known)
         )
     return found
+
+
+def excluded(names: object, among: Iterable[str]) -> frozenset[str]:
+    """The paths that ``exclude=`` means.
+
+    Raises:
+        InputError: one of the names matches nothing, or they are no list of names.
+    """
+    if not isinstance(names, list | tuple | set | frozenset):
+        what = f"a {type(names).__name__} was given"
+        raise InputError("exclude=...", what, "Give a list of module paths")
+    for name in names:
+        if not isinstance(name, str):
+            raise InputError(
+                "exclude=...",
+                f"it holds a {type(name).__name__}",
+                "Give paths, as model.named_modules() has them",
+            )
+    known = frozenset(among)
+    return frozenset[str]().union(*(matching(n, known, f"exclude=[{n!r}]") for n in names))
 
 
 def remedy(pattern: str, known: Iterable[str]) -> str:

@@ -26,7 +26,7 @@ from rarefy.errors import DataError, InputError
 from rarefy.paths import wrapped_at
 from rarefy.recipe.options import Stages
 from rarefy.schemes import Int8
-from rarefy.types import Data, Inputs, Target
+from rarefy.types import Data, Inputs, Target, check_network
 
 
 def check_options(stages: object, target: object, seed: object) -> None:
@@ -52,9 +52,7 @@ def check_model(model: nn.Module) -> None:
         InputError: it is no module, a wrapper around one, or not initialized.
     """
     where = "compress(model)"
-    if not isinstance(model, nn.Module):
-        what = f"a {type(model).__name__} is no torch.nn.Module"
-        raise InputError(where, what, "Give the network itself")
+    check_network(model, where)
     inner = wrapped_at(model)
     if inner is not None:
         what = f"{type(model).__name__} is a wrapper around the network"

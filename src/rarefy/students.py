@@ -23,7 +23,7 @@ from rarefy.graph.capture import check_runs
 from rarefy.graph.count import count
 from rarefy.graph.stacks import Stack, find_stacks, spread
 from rarefy.graph.trace import trace
-from rarefy.paths import matches, matching, paths, within
+from rarefy.paths import excluded, matches, paths, within
 from rarefy.pruning.checks import check_copies, check_finite
 from rarefy.pruning.prune import prune, recorded
 from rarefy.pruning.scoring.compensated import Compensated
@@ -31,7 +31,7 @@ from rarefy.pruning.scoring.criteria import Criterion
 from rarefy.pruning.scoring.passes import LossFunction
 from rarefy.pruning.shorten import Shortened
 from rarefy.pruning.structure.depth import bypass
-from rarefy.types import Budget, Data, Inputs
+from rarefy.types import Budget, Data, Inputs, check_network
 
 LEAST = 0.5
 """Of the width that all groups would have if they were cut alike, each keeps this much at least.
@@ -203,14 +203,12 @@ def student(
         2.bias     whole
     """
     shares = {"width": width, "depth": depth, "params": params, "macs": macs}
-    _check(teacher, shares, layers, exclude)
+    _check(teacher, shares, layers)
     check_finite(teacher)
     check_copies(teacher)
     short = Shortened(teacher)
     stacks: tuple[Layers, ...] = ()
-    known = paths(teacher)
-    for name in exclude:
-        matching(name, known, f"student(exclude=[{name!r}])")
+    excluded(exclude, paths(teacher))
     network = trace(teacher, example_inputs)
     check_runs(teacher, example_inputs)
     if depth is not None or layers is not None:
@@ -232,16 +230,9 @@ def student(
 # --- what is asked for -------------------------------------------------------------------------
 
 
-def _check(
-    teacher: object, shares: Mapping[str, float | None], layers: object, exclude: object
-) -> None:
+def _check(teacher: object, shares: Mapping[str, float | None], layers: object) -> None:
     """Refuse arguments of another kind or out of range, and calls that ask for nothing."""
-    if not isinstance(teacher, nn.Module):
-        what = f"a {type(teacher).__name__} was given"
-        raise InputError("student(teacher=...)", what, "Give a trained network, an nn.Module")
-    if not isinstance(exclude, list | tuple | set | frozenset):
-        what = f"a {type(exclude).__name__} was given"
-        raise InputError("student(exclude=...)", what, "Give a list of module paths")
+    check_network(teacher, "student(teacher)")
     if not isinstance(layers, Mapping | None):
         what = f"a {type(layers).__name__} was given"
         raise InputError("student(layers=...)", what, 'Write layers={"encoder.layer": (0, 2, 5)}')

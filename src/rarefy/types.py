@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from math import isfinite
 from typing import Any, Literal, TypeAlias
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from rarefy.errors import BudgetError, InputError
 
@@ -20,6 +20,12 @@ Batch: TypeAlias = Any
 
 Data: TypeAlias = Iterable[Batch]
 """Any iterable of batches that can be iterated more than once, such as a ``DataLoader``."""
+
+
+def check_network(model: object, where: str) -> None:
+    """Refuse what is no network."""
+    if not isinstance(model, nn.Module):
+        raise InputError(where, f"a {type(model).__name__} was given", "Give an nn.Module")
 
 
 def check_numbers(options: object, names: str, kind: type[int] | type[float]) -> None:

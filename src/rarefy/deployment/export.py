@@ -18,7 +18,7 @@ from rarefy.deployment.tracing import WAYS, Traced, at_least_two, fake_quantize_
 from rarefy.errors import ExportError, InputError, OutputError
 from rarefy.files import replacing
 from rarefy.graph.stubs import plain_graph, stubs
-from rarefy.types import Inputs
+from rarefy.types import Inputs, check_network
 
 
 class Target(Protocol):
@@ -102,9 +102,7 @@ def export(
         >>> export(nn.Linear(4, 2), "/tmp/net.pt2", torch.randn(8, 4)).name
         'net.pt2'
     """
-    if not isinstance(model, nn.Module):
-        what = f"it is a {type(model).__name__}, no nn.Module"
-        raise InputError("export(model)", what, "Give the network")
+    check_network(model, "export(model)")
     path = Path(path)
     if not path.parent.is_dir() or path.is_dir():
         raise OutputError(

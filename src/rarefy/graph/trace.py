@@ -19,7 +19,7 @@ from rarefy.graph.ops import walk
 from rarefy.graph.program import is_view
 from rarefy.graph.resolution import resolve
 from rarefy.graph.resting import resting, with_resting
-from rarefy.types import Inputs
+from rarefy.types import Inputs, check_network
 
 
 @dataclass(frozen=True)
@@ -146,10 +146,7 @@ def trace(model: nn.Module, example_inputs: Inputs) -> Network:
         >>> [len(g) for g in trace(net, torch.zeros(2, 4)).groups]
         [8]
     """
-    if not isinstance(model, nn.Module):
-        raise InputError(
-            "trace(model)", f"a {type(model).__name__} is not a network", "Give an nn.Module"
-        )
+    check_network(model, "trace(model)")
     if next(model.parameters(), None) is None:
         raise InputError("trace(model)", "the model has no parameter", "Give a network to prune")
     captured = capture(model, example_inputs)

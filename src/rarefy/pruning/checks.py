@@ -12,25 +12,15 @@ from torch.nn.parameter import is_lazy
 
 from rarefy.copies import computed
 from rarefy.errors import InputError, first_line
+from rarefy.types import check_network
 
 
-def check_arguments(model: object, budget: object, exclude: object, accepted: Any) -> None:
+def check_arguments(model: object, budget: object, accepted: Any) -> None:
     """Refuse what is of another kind than it should be."""
-    for name, value, kind, remedy in (
-        ("model", model, nn.Module, "Give the network itself, an instance of nn.Module"),
-        ("budget", budget, accepted, "Write for example rarefy.Budget(macs=0.5)"),
-        ("exclude", exclude, list | tuple | set | frozenset, "Give a list of module paths"),
-    ):
-        if not isinstance(value, kind):
-            raise InputError(f"prune({name}=...)", f"a {type(value).__name__} was given", remedy)
-    assert isinstance(exclude, list | tuple | set | frozenset)
-    for path in exclude:
-        if not isinstance(path, str):
-            raise InputError(
-                "prune(exclude=...)",
-                f"it holds a {type(path).__name__}",
-                "Give paths, as model.named_modules() has them",
-            )
+    check_network(model, "prune(model)")
+    if not isinstance(budget, accepted):
+        what = f"a {type(budget).__name__} was given"
+        raise InputError("prune(budget=...)", what, "Write for example rarefy.Budget(macs=0.5)")
 
 
 def check_copies(model: nn.Module) -> None:

@@ -26,7 +26,7 @@ from rarefy.errors import BudgetError, InputError
 from rarefy.graph.capture import capture
 from rarefy.graph.trace import trace
 from rarefy.graph.zeros import directions
-from rarefy.paths import unwrapped
+from rarefy.paths import excluded, paths, unwrapped
 from rarefy.pruning.checks import check_finite
 from rarefy.pruning.narrow import operate, stated
 from rarefy.pruning.plan import Plan
@@ -39,7 +39,14 @@ from rarefy.pruning.sparsity import elements
 from rarefy.pruning.sparsity.elements import ElementCriterion
 from rarefy.pruning.sparsity.masks import Masks
 from rarefy.pruning.sparsity.patterns import NM, Pattern, Unstructured, named, shorthand
-from rarefy.pruning.sparsity.weights import Layer, checked, choose, oriented, prunable
+from rarefy.pruning.sparsity.weights import (
+    Layer,
+    checked,
+    choose,
+    oriented,
+    prunable,
+    warn_of_emptied,
+)
 from rarefy.pruning.structure.sizes import Sizes
 from rarefy.pruning.structure.surgery import kept_entries
 from rarefy.schedules import Schedule
@@ -192,7 +199,10 @@ class GradualPruning(_Gradual):
             [checked(elements.scored(self._rule, layer.path, evidence), layer) for layer in layers],
         )
         gone = choose(layers, scores, self.pattern, share, together=self.together)
-        self.masks = Masks({x.path: ~g for x, g in zip(layers, gone, strict=True)})
+        pairs = [*zip(layers, gone, strict=True)]
+        emptied = [x.path for x, g in pairs if bool(g.all()) and bool(x.weight.any())]
+        warn_of_emptied(f"GradualPruning, step {self.step}", emptied)
+        self.masks = Masks({x.path: ~g for x, g in pairs})
         self.masks.apply(model)
 
     def _zeros_first(self, layers: Sequence[Layer], scores: Sequence[Tensor]) -> list[Tensor]:
@@ -267,6 +277,7 @@ class GradualUnits(_Gradual):
         self.network = trace(model, example_inputs)
         self.budget = Budget(sparsity=0.0, scope=scope)
         self.exclude, self._inputs = exclude, example_inputs
+        excluded(exclude, paths(model))
         self._criterion = rule
         self._sizes = Sizes(self.network, stated(model, self.network, example_inputs))
         self._directions = directions(self.network.captured.graph)

@@ -8,14 +8,16 @@ from functools import partial
 from math import prod
 from typing import Any, TypedDict, cast
 
+import torch
 from torch import nn
 
 from rarefy.batches import Leading, check_rereadable
-from rarefy.copies import copied
+from rarefy.copies import copied, ordinary
 from rarefy.errors import BudgetError, InputError
 from rarefy.graph.capture import check_runs
 from rarefy.graph.program import GraphModel
 from rarefy.graph.trace import Network, trace
+from rarefy.paths import excluded, paths
 from rarefy.pruning.checks import check_arguments, check_copies, check_finite
 from rarefy.pruning.narrow import Pruned, narrow, noted, widths
 from rarefy.pruning.repair import repair
@@ -52,6 +54,7 @@ class PruneOptions(TypedDict, total=False):
     sensitivity: Sensitivity | None
 
 
+@torch.inference_mode(False)
 def prune(
     model: nn.Module,
     example_inputs: Inputs,
@@ -94,7 +97,9 @@ def prune(
         ``sparsified`` is a :class:`~rarefy.pruning.sparsity.sparsify.Sparsified` record.
     """
     removed = removes(structure)
-    check_arguments(model, budget, exclude, Budget if removed else Budget | None)
+    check_arguments(model, budget, Budget if removed else Budget | None)
+    model = ordinary(model)
+    excluded(exclude, paths(model))
     check_finite(model)
     check_copies(model)
     _check_sensitivity(structure, sensitivity)

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from rarefy.batches import answering, batch_size, call, evaluating, map_tensors, seeded, take
-from rarefy.copies import copied
+from rarefy.copies import copied, ordinary
 from rarefy.errors import DataError, InputError, first_line
 from rarefy.graph.capture import Capture, capture, graph_model
 from rarefy.graph.constants import fold_constants
@@ -38,7 +38,7 @@ from rarefy.pruning.repairing.rounding import ROUNDINGS
 from rarefy.pruning.repairing.walk import Runs, Walk
 from rarefy.pruning.running.examples import Misses, affordable, collect, parts
 from rarefy.pruning.running.lockstep import Run
-from rarefy.types import Data, Inputs
+from rarefy.types import Data, Inputs, check_network
 
 RECORDS = {"pruned": "prune()", "sparsified": "prune()", "quantization": "quantize()"}
 """Attributes of compressed networks -> who leaves them."""
@@ -60,6 +60,7 @@ class Repaired:
     samples: int
 
 
+@torch.inference_mode(False)
 def repair(
     original: nn.Module,
     pruned: nn.Module,
@@ -104,6 +105,7 @@ def repair(
         >>> repair(net, q, [x]).repaired.samples  # doctest: +SKIP
         64
     """
+    check_network(original, "repair(original)")
     if all(getattr(pruned, name, None) is None for name in RECORDS):
         raise InputError(
             "repair(pruned=...)",
@@ -118,6 +120,7 @@ def repair(
             "unknown rounding",
             f"Use {' or '.join(map(repr, ROUNDINGS))}",
         )
+    original, pruned = ordinary(original), ordinary(pruned)
     joined, single = collect(data, samples)
     failure = Exception()
     with evaluating(original, pruned):

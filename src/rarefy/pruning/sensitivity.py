@@ -8,10 +8,11 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from rarefy.batches import batches, seeded, take
-from rarefy.copies import copied, fingerprint
+from rarefy.copies import copied, fingerprint, ordinary
 from rarefy.errors import InputError, first_line
 from rarefy.graph.trace import Network, trace
 from rarefy.progress import Bar
@@ -22,7 +23,7 @@ from rarefy.pruning.scoring.curves import Point, Sensitivity, labels
 from rarefy.pruning.scoring.gather import gather
 from rarefy.pruning.selection.limits import ranges
 from rarefy.pruning.structure.reference import masked
-from rarefy.types import Budget, Data, Inputs
+from rarefy.types import Budget, Data, Inputs, check_network
 
 RATIOS = (0.1, 0.25, 0.5, 0.75)
 """Shares of a group's units that are removed."""
@@ -44,6 +45,7 @@ class EvaluationError(InputError):
     measured: Sensitivity
 
 
+@torch.inference_mode(False)
 def sensitivity(
     model: nn.Module,
     data: Data,
@@ -93,7 +95,9 @@ def sensitivity(
         >>> curves = sensitivity(net, loader, lambda m: evaluate(m, val))  # doctest: +SKIP
         >>> small = prune(net, x, Budget(macs=0.5), sensitivity=curves)  # doctest: +SKIP
     """
+    check_network(model, "sensitivity(model)")
     _check(ratios, evaluate)
+    model = ordinary(model)
     if example_inputs is None:
         example_inputs = take(next(batches(data, "sensitivity(data)"))[0], EXAMPLES)
     network = trace(model, example_inputs)

@@ -20,7 +20,7 @@ from torch import nn
 from rarefy.errors import BudgetError, InputError
 from rarefy.graph.blocks import Block
 from rarefy.graph.trace import Network
-from rarefy.paths import matching, paths, within
+from rarefy.paths import excluded, paths, within
 from rarefy.pruning.plan import Plan
 from rarefy.pruning.scoring.compensated import Response
 from rarefy.pruning.scoring.influence import importances
@@ -135,8 +135,7 @@ def _free(
     Raises:
         InputError: there are none, and nothing else may go; a name matches nothing.
     """
-    known = paths(model)
-    named = {p for n in exclude for p in matching(n, known, f"prune(exclude=[{n!r}])")}
+    named = excluded(exclude, paths(model))
     found = tuple(
         number
         for number, block in enumerate(network.blocks)

@@ -25,6 +25,7 @@ from rarefy.storage.index import Index, capacity, encode, to_columns
 from rarefy.storage.pack import damaged, pack
 from rarefy.storage.reading import open_file
 from rarefy.storage.writing import entries, parts
+from rarefy.types import check_network
 
 Entropy: TypeAlias = Literal["zstd", "ans"]
 """How bytes are compressed."""
@@ -63,6 +64,7 @@ def save(model: nn.Module, path: str | Path, *, entropy: Entropy = "zstd") -> Pa
         raise InputError(
             f"save(entropy={entropy!r})", "there is no such coder", "Use 'zstd' or 'ans'"
         )
+    check_network(model, "save(model)")
     held = adapt.held(model)
     adapt.check_storable(model, dict(held.tensors))
     graph, grids = "", quantized_weights(model, held)

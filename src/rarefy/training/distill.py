@@ -36,7 +36,7 @@ from rarefy.training.record import Trained
 from rarefy.training.stored import Joined, require_answerable
 from rarefy.training.teachers import Teacher, Tutor, as_teacher
 from rarefy.training.terms import bindings, heads_for, paired
-from rarefy.types import Data, Inputs
+from rarefy.types import Data, Inputs, check_network
 
 
 def distill(
@@ -162,10 +162,7 @@ def distill(
 
 
 def _require_sensible(student: object, loss: Any, label_weight: float) -> None:
-    if not isinstance(student, nn.Module):
-        raise InputError(
-            "distill(student)", f"a {type(student).__name__} is no network", "Give an nn.Module"
-        )
+    check_network(student, "distill(student)")
     if not isinstance(label_weight, int | float) or not 0 <= label_weight <= 1:
         raise InputError(
             f"distill(label_weight={label_weight!r})", "it is a share, 0 to 1", "Write 0.1"

@@ -12,7 +12,7 @@ from rarefy.errors import InputError, RarefyError, first_line
 from rarefy.metrics import Metric, Ratio, Top1, predictor, title
 from rarefy.process import on_all, replayable, together
 from rarefy.training.shares import divided
-from rarefy.types import Data
+from rarefy.types import Data, check_network
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -39,6 +39,7 @@ def evaluate(model: nn.Module, data: Data, *, metric: Metric | None = None) -> f
         >>> evaluate(nn.Identity(), [(torch.eye(4), torch.tensor([0, 1, 2, 0]))])
         0.75
     """
+    check_network(model, "evaluate(model)")
     return measured(model, data, metric or Top1(), "evaluate")
 
 

@@ -28,10 +28,10 @@ from rarefy.types import Data
 LARGEST = 8192
 """Unknowns of the largest Gram matrix; larger ones are kept as blocks along their diagonal."""
 
-SHARE = 1 / 16
+SHARE = 1 / 32
 """Of the rows of inputs that are held at once, what a Gram matrix is estimated from."""
 
-LEAST = 2048
+LEAST = 1024
 """Rows that it is estimated from, where there are as many, at least; and four per unknown."""
 
 

@@ -11,7 +11,7 @@ from torch import nn
 from rarefy.errors import InputError
 from rarefy.graph.groups import Group
 from rarefy.graph.trace import Network
-from rarefy.paths import matches, matching, paths, within
+from rarefy.paths import excluded, matches, matching, paths, within
 from rarefy.types import Budget, Limit
 
 
@@ -74,11 +74,7 @@ def ranges(
     """
     known = paths(model)
     outputs = {g: _outputs(model, group) for g, group in enumerate(network.groups)}
-    held = {
-        g
-        for name in exclude
-        for g in _named(matching(name, known, f"prune(exclude=[{name!r}])"), outputs)
-    }
+    held = _named(excluded(exclude, known), outputs)
     limits: dict[int, Limit] = {}
     for name, limit in budget.limits:
         where = f"Budget(layers={{{name!r}: ...}})"

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from rarefy.copies import copied
 from rarefy.errors import InputError
 from rarefy.paths import unwrapped
+from rarefy.types import check_network
 
 
 class Masks(Mapping[str, Tensor]):
@@ -183,7 +184,7 @@ def hold(model: nn.Module, masks: Mapping[str, Tensor] | None = None) -> Hold:
         masks: what stays (:class:`Masks`); None for :meth:`Masks.of` the network.
 
     Raises:
-        InputError: the masks are no tensors by path.
+        InputError: the model is no network, or the masks are no tensors by path.
 
     Example:
         >>> layer = nn.Linear(2, 1, bias=False)
@@ -194,6 +195,7 @@ def hold(model: nn.Module, masks: Mapping[str, Tensor] | None = None) -> Hold:
         >>> layer.weight.tolist()
         [[0.0, 2.0]]
     """
+    check_network(model, "hold(model)")
     return Hold(model, Masks.of(model) if masks is None else Masks(masks))
 
 
@@ -223,6 +225,7 @@ def rewind(
     Raises:
         InputError: the state is not one of this network, or the masks are no tensors by path.
     """
+    check_network(model, "rewind(model)")
     kept = Masks.of(model) if masks is None else Masks(masks)
     found = copied(model)
     try:

@@ -53,7 +53,7 @@ class L1:
 
     def __call__(self, model: nn.Module, step: int = 0) -> Tensor:
         """The penalty, a scalar on the network's device."""
-        weights = [p for p in model.parameters() if p.ndim > 1]
+        weights = [p for p in unwrapped(model).parameters() if p.ndim > 1]
         return _total(self, model, (w.abs().sum() for w in weights), at(self.strength, step))
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from rarefy.batches import answering, batch_size, take
 from rarefy.copies import copied
-from rarefy.errors import BudgetError, InputError, shortened, warn
+from rarefy.errors import BudgetError, InputError
 from rarefy.graph.capture import capture, check_runs, graph_model
 from rarefy.graph.trace import trace
 from rarefy.pruning.running.examples import alike, leading
@@ -25,7 +25,14 @@ from rarefy.pruning.sparsity import elements
 from rarefy.pruning.sparsity.calibrated import WHERE, Calibration
 from rarefy.pruning.sparsity.elements import ElementCriterion, SparseGPT
 from rarefy.pruning.sparsity.patterns import Pattern, Unstructured, named, resolved_share, shorthand
-from rarefy.pruning.sparsity.weights import Layer, choose, oriented, prunable, zero
+from rarefy.pruning.sparsity.weights import (
+    Layer,
+    choose,
+    oriented,
+    prunable,
+    warn_of_emptied,
+    zero,
+)
 from rarefy.types import Budget, Data, Inputs
 
 
@@ -140,19 +147,9 @@ def sparsify(
     zeros = {x.path: (int(m.sum()), m.numel()) for x, m in zip(layers, gone, strict=True)}
     record = Sparsified(shorthand(pattern), zeros, dense, errors, fallback, samples)
     sparse.sparsified = record  # type: ignore[assignment]
-    _warn_of_emptied(model, record)
-    return sparse.eval()
-
-
-def _warn_of_emptied(model: nn.Module, record: Sparsified) -> None:
-    """Layers that are gone altogether are seldom what was meant; those of zeros had gone before."""
     emptied = [path for path in record.emptied if model.get_parameter(path).any()]
-    if not emptied:
-        return
-    warn(
-        f"prune(structure={record.structure!r}): no weight is left of {shortened(emptied, 3)}: "
-        "what follows sees a constant. Budget(scope='local') takes the same share of every layer"
-    )
+    warn_of_emptied(f"prune(structure={record.structure!r})", emptied)
+    return sparse.eval()
 
 
 @dataclass(frozen=True)

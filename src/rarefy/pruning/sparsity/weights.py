@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from rarefy.errors import InputError
+from rarefy.errors import InputError, shortened, warn
 from rarefy.graph.program import Graph, Ref
-from rarefy.paths import matching, paths, within
+from rarefy.paths import excluded, paths, within
 from rarefy.pruning.running.lockstep import OPERANDS, TRANSPOSED, operand
 from rarefy.pruning.sparsity.patterns import (
     NM,
@@ -50,12 +50,9 @@ def prunable(model: nn.Module, exclude: Sequence[str] = ()) -> list[tuple[str, T
     Raises:
         InputError: an excluded name matches nothing, or nothing is left.
     """
-    known = paths(model)
-    excluded = frozenset[str]().union(
-        *(matching(name, known, f"prune(exclude=[{name!r}])") for name in exclude)
-    )
+    whole = excluded(exclude, paths(model))
     every = list(model.named_parameters(remove_duplicate=False))
-    out = {id(tensor) for path, tensor in every if within(path, excluded)}
+    out = {id(tensor) for path, tensor in every if within(path, whole)}
     found: list[tuple[str, Tensor]] = [
         (path, parameter)
         for path, parameter in model.named_parameters()
@@ -68,6 +65,20 @@ def prunable(model: nn.Module, exclude: Sequence[str] = ()) -> list[tuple[str, T
             "Exclude fewer layers, or give a network with convolutions or linear layers",
         )
     return found
+
+
+def warn_of_emptied(where: str, emptied: list[str]) -> None:
+    """Layers that are gone altogether are seldom what was meant.
+
+    Args:
+        where: the call.
+        emptied: weights of which nothing is left now, and something was before.
+    """
+    if emptied:
+        warn(
+            f"{where}: no weight is left of {shortened(emptied, 3)}: what follows sees a constant. "
+            "scope='local' takes the same share of every layer"
+        )
 
 
 def choose(

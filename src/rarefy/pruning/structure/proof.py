@@ -202,11 +202,12 @@ class Masking:
         ``build`` itself raises is a defect, and is not caught.
 
         Raises:
-            InputError: the network's outputs are not deterministic in eval mode, or no numbers.
+            InputError: the network's outputs are not deterministic in eval mode, or no numbers, or
+                it runs in no precision in which the two could be told apart.
             ProofError: the captured graph, where it has to serve as reference, differs from the
                 module.
         """
-        found = Comparison(inf, "the network does not run on the example inputs in eval mode")
+        found = None
         for dtype in TOLERANCE:
             for number in range(len(self._candidates)):
                 try:
@@ -224,6 +225,14 @@ class Masking:
                         return found
                     if not failure.graph:
                         break
+        if found is None:
+            raise InputError(
+                "prune(model)",
+                "it runs on the example inputs in eval mode neither in float64 nor in float32, in "
+                "which removal is held against masking",
+                "Where it has layers of half precision and casts between them, prune it in float32 "
+                "and convert it afterwards",
+            )
         return found
 
     def amplified(self) -> float:
