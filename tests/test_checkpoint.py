@@ -49,14 +49,25 @@ def history(net):
     return [(e.number, e.loss, e.lr, e.val) for e in net.trained.epochs]
 
 
+class Fading(torch.optim.SGD):
+    """Its steps get smaller, by a count that each group holds."""
+
+    def step(self, closure=None):
+        for group in self.param_groups:
+            group["count"] = group.get("count", 0) + 1
+            group["lr"] /= group["count"]
+        super().step(closure)
+
+
 VARIANTS = [
     {"optimizer": "sgd"},
+    {"optimizer": Fading, "lr": 0.05},
     {"optimizer": "adamw", "lr": 0.01, "ema": 0.9, "keep": "best"},
     {"accumulate": 4, "clip_norm": 1.0, "precision": "bf16"},
 ]
 
 
-@pytest.mark.parametrize("options", VARIANTS, ids=["sgd", "adamw", "accumulate"])
+@pytest.mark.parametrize("options", VARIANTS, ids=["sgd", "own", "adamw", "accumulate"])
 @pytest.mark.parametrize("every", [1, 4, None])
 def test_going_on_is_never_having_stopped(tmp_path, options, every) -> None:
     def run(folder, **more):

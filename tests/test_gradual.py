@@ -199,6 +199,8 @@ def test_bad_input_is_refused() -> None:
             GradualPruning(lambda _, w=wrong: w)(copy.deepcopy(NET))
     with pytest.raises(InputError, match="Did you mean"):
         GradualPruning(Constant(0.5), every=100, exclude=["0.wieght"])(copy.deepcopy(NET))
+    with pytest.raises(InputError, match=r"exclude=\['0.wieght'\]"):  # before any step is taken
+        GradualUnits(NET, X, Constant(0.5), every=100, exclude=["0.wieght"])
 
 
 @pytest.mark.parametrize("wrap", [lambda m: torch.compile(m, backend="eager"), nn.DataParallel])
@@ -263,3 +265,17 @@ def test_units_of_weight_normed_layers_train_on_at_zero() -> None:
     small = gradual.finish(after)
     assert small[1][2].in_features == 4
     torch.testing.assert_close(small(X), after.eval()(X))
+
+
+def test_a_layer_that_is_emptied_is_named_once() -> None:
+    net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    with torch.no_grad():
+        net[0].weight.mul_(1e-3)
+    gradual = GradualPruning(Constant(0.5))
+    with pytest.warns(
+        RuntimeWarning, match=r"GradualPruning, step 1: no weight is left of 0\.weight"
+    ):
+        gradual(net)
+    gradual(net)
+    local = GradualPruning(Constant(0.5), scope="local")
+    local(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)))

@@ -6,7 +6,7 @@ import pytest
 from torch import nn
 
 from rarefy.errors import InputError
-from rarefy.paths import SHOWN, matching, paths, remedy, within
+from rarefy.paths import SHOWN, excluded, matching, paths, remedy, within
 
 NET = nn.Sequential(nn.Linear(2, 3), nn.Sequential(nn.ReLU(), nn.Linear(3, 1)))
 
@@ -34,3 +34,22 @@ def test_within_is_of_whole_names() -> None:
     assert within("layer1.0", {"layer1"})
     assert within("layer1", {"layer1"})
     assert not within("layer10", {"layer1"})
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        ("1.0", "exclude=...: a str was given"),
+        (None, "a NoneType was given"),
+        ([0], "it holds a int"),
+        (["0", "one"], r"exclude=\['one'\]: no module"),
+    ],
+)
+def test_what_is_no_list_of_names_is_not_excluded(names, message) -> None:
+    with pytest.raises(InputError, match=message):
+        excluded(names, paths(NET))
+
+
+def test_all_that_any_of_the_names_means_is_excluded() -> None:
+    assert excluded(("0", "1.1.*"), paths(NET)) == {"0", "1.1.weight", "1.1.bias"}
+    assert excluded((), paths(NET)) == frozenset()

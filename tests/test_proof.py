@@ -591,3 +591,16 @@ def test_a_network_that_amplifies_rounding_is_told_from_a_defect() -> None:
     torch.manual_seed(0)
     with pytest.raises(ProofError, match="rounding its inputs anew moves its outputs"):
         rf.prune(Chaotic(), torch.randn(5, 4), rf.Budget(sparsity=0.5), criterion="random")
+
+
+def test_casts_between_precisions_are_no_defect_of_ours() -> None:
+    class Mixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(8, 16), nn.Linear(16, 4).half()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.second(self.first(x).relu().half()).float()
+
+    with pytest.raises(InputError, match=r"neither in float64 nor in float32.*convert it after"):
+        rf.prune(Mixed(), torch.randn(4, 8), rf.Budget(sparsity=0.5))

@@ -5,8 +5,12 @@ import types
 import typing
 
 import pytest
+import torch
+from torch import nn
 
 import rarefy
+from rarefy.errors import InputError
+from rarefy.schedules import Constant
 
 PUBLIC = """
 Budget GradualPruning GradualUnits Half Int8 Limit Movement Sensitivity SoftLabels Stages Target
@@ -42,3 +46,38 @@ def test_the_package_says_that_it_is_typed() -> None:
     from pathlib import Path
 
     assert (Path(rarefy.__file__).parent / "py.typed").exists()
+
+
+X = torch.zeros(2, 4)
+BATCHES = [(X, torch.zeros(2, dtype=torch.long))]
+NET = nn.Linear(4, 2)
+
+TAKES_A_NETWORK = {
+    "prune": lambda given: rarefy.prune(given, X, rarefy.Budget(macs=0.5)),
+    "sparse": lambda given: rarefy.prune(given, X, rarefy.Budget(sparsity=0.5), structure="weight"),
+    "repair": lambda given: rarefy.repair(given, NET, [X]),
+    "quantize": lambda given: rarefy.quantize(given, [X]),
+    "train": lambda given: rarefy.train(given, BATCHES),
+    "distill": lambda given: rarefy.distill(NET, given, BATCHES),
+    "student": lambda given: rarefy.student(given, X, width=0.5),
+    "evaluate": lambda given: rarefy.evaluate(given, BATCHES),
+    "sensitivity": lambda given: rarefy.sensitivity(given, BATCHES, rarefy.evaluate),
+    "trace": lambda given: rarefy.trace(given, X),
+    "save": lambda given: rarefy.save(given, "never.safetensors"),
+    "export": lambda given: rarefy.export(given, "never.onnx", X),
+    "hold": rarefy.hold,
+    "rewind": lambda given: rarefy.rewind(given, NET.state_dict()),
+    "Movement": rarefy.Movement,
+    "GradualUnits": lambda given: rarefy.GradualUnits(given, X, Constant(0.5)),
+    "GradualPruning": lambda given: rarefy.GradualPruning(Constant(0.5))(given),
+    "L1": lambda given: rarefy.regularize.L1(1e-4)(given),
+}
+
+
+@pytest.mark.parametrize("name", TAKES_A_NETWORK)
+@pytest.mark.parametrize(
+    "given", ["net.pt", NET.state_dict(), nn.Linear], ids=["path", "state", "class"]
+)
+def test_what_is_no_network_is_refused(name, given) -> None:
+    with pytest.raises(InputError, match=f"a {type(given).__name__} was given. Give an nn.Module"):
+        TAKES_A_NETWORK[name](given)

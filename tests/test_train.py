@@ -6,6 +6,7 @@ import sys
 import threading
 import warnings
 from dataclasses import FrozenInstanceError
+from functools import partial
 
 import pytest
 import torch
@@ -84,6 +85,64 @@ def test_one_step_is_that_of_a_bare_loop() -> None:
     found = train(model, data, **QUICK, schedule="constant", warmup=0, weight_decay=0)
     for a, b in zip(found.parameters(), wanted.parameters(), strict=True):
         assert torch.allclose(a, b, atol=1e-6)
+
+
+def with_fast_vectors(groups, lr=0.01):
+    """Vectors learn ten times as fast."""
+    matrices, vectors = (group["params"] for group in groups)
+    return torch.optim.SGD([{"params": matrices, "lr": lr}, {"params": vectors, "lr": 10 * lr}])
+
+
+@pytest.mark.parametrize(
+    ("make", "lr"),
+    [
+        (torch.optim.NAdam, None),
+        (partial(torch.optim.SGD, momentum=0.9, nesterov=True), 0.05),
+        (with_fast_vectors, 0.02),
+    ],
+)
+def test_optimizers_of_ones_own_step_as_in_a_bare_loop(make, lr) -> None:
+    data, model = random_batches(3), mlp()
+    wanted, given = copy.deepcopy(model), {} if lr is None else {"lr": lr}
+    matrices, vectors = (
+        [p for p in wanted.parameters() if (p.ndim > 1) is m] for m in (True, False)
+    )
+    optimizer = make([{"params": matrices}, {"params": vectors}], **given)
+    fade = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / 6)
+    for x, y in data * 2:
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(wanted(x), y).backward()
+        optimizer.step()
+        fade.step()
+    options = {"schedule": "linear", "warmup": 0, "weight_decay": 0, "progress": False}
+    found = train(model, data, epochs=2, optimizer=make, lr=lr, **options)
+    for a, b in zip(found.parameters(), wanted.parameters(), strict=True):
+        assert torch.allclose(a, b, atol=1e-6)
+
+
+def test_optimizers_of_ones_own_find_the_weight_decay_in_their_groups() -> None:
+    seen = []
+
+    def make(groups):
+        seen.extend((group["weight_decay"], {p.ndim for p in group["params"]}) for group in groups)
+        return torch.optim.SGD(groups, lr=0.1)
+
+    distill(mlp(), mlp(), random_batches(), optimizer=make, weight_decay=0.25, progress=False)
+    assert seen == [(0.25, {2}), (0.0, {1})]
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda groups: None, "made a NoneType"),
+        (torch.optim.LBFGS, "raised ValueError"),
+        (lambda groups: torch.optim.LBFGS(groups[0]["params"]), "LBFGS computes the loss several"),
+        (lambda groups: torch.optim.SGD(mlp().parameters(), lr=0.1), "other parameters than"),
+    ],
+)
+def test_what_makes_no_optimizer_is_refused(make, message) -> None:
+    with pytest.raises(InputError, match=message):
+        train(mlp(), random_batches(), optimizer=make, progress=False)
 
 
 @pytest.mark.parametrize("label_weight", [0.0, 0.25, 1.0])

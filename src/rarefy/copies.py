@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from rarefy.batches import tensors
 from rarefy.errors import InputError
@@ -41,7 +42,8 @@ def copied(model: Model, instead: Mapping[int, Any] | None = None) -> Model:
 def ordinary(model: Model) -> Model:
     """The network; a copy where it was made in inference mode, whose tensors gradients refuse."""
     held = [*model.parameters(), *model.buffers()]
-    return copied(model) if any(tensor.is_inference() for tensor in held) else model
+    made_in_it = any(not is_lazy(tensor) and tensor.is_inference() for tensor in held)
+    return copied(model) if made_in_it else model
 
 
 def own_copy(model: Model, where: str) -> Model:

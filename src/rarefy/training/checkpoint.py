@@ -169,7 +169,7 @@ def encode(value: Any, tensors: dict[str, Tensor]) -> Any:
         return [encode(v, tensors) for v in value]
     raise InputError(
         "checkpoint",
-        f"a {type(value).__name__} is in the state that after_step or regularizer gives",
+        f"a {type(value).__name__} is in the state of the optimizer, after_step or regularizer",
         "Return tensors, numbers and texts from its state_dict()",
     )
 

@@ -135,7 +135,7 @@ def distill(
     if isinstance(teacher, SoftLabels):
         require_answerable(loss, teacher)
     chosen = with_changes("distill", options, changes)
-    if chosen.lr is None:
+    if chosen.lr is None and isinstance(chosen.optimizer, str):
         chosen = replace(chosen, lr=OPTIMIZERS[chosen.optimizer].gentle)
     require_trainable(student, "distill")
     job = Job(

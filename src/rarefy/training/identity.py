@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import re
-from dataclasses import asdict, is_dataclass
+from dataclasses import fields, is_dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -32,14 +33,21 @@ def identity_of(objective: Objective, length: int, job: Job, processes: int) -> 
         "metric": described(job.metric),
         "after_step": described(job.after_step),
         "regularizer": described(job.regularizer),
-        **{name: str(value) for name, value in asdict(job.options).items()},
+        **{field.name: _option(getattr(job.options, field.name)) for field in fields(job.options)},
     }
+
+
+def _option(value: Any) -> str:
+    return described(value) if callable(value) else str(value)
 
 
 def described(value: Any) -> str:
     """A text that is the same for equal values, also in another process."""
     if isinstance(value, Aside):
         value = value.module
+    if isinstance(value, partial):
+        given = [*value.args, *(f"{name}={_option(v)}" for name, v in value.keywords.items())]
+        return f"{described(value.func)}({', '.join(map(str, given))})"
     if value is None or isinstance(value, nn.Module) or is_dataclass(value):
         return re.sub(r" at 0x[0-9a-fA-F]+", "", repr(value))
     kind = value if hasattr(value, "__qualname__") else type(value)

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import nn
 
-from rarefy.errors import InputError
+from rarefy.errors import InputError, first_line
 from rarefy.schedules import Constant, Cosine, Linear, Schedule, Warmup
 
 SCHEDULES: Mapping[str, Callable[[int], Schedule]] = {
@@ -42,6 +43,10 @@ class Recipe:
     build: Callable[[list[dict[str, Any]], float, float], torch.optim.Optimizer]
 
 
+MakesOptimizer: TypeAlias = Callable[..., torch.optim.Optimizer]
+"""(groups of parameters as ``torch.optim`` takes them, ``lr=`` where one is given) -> optimizer, as
+most classes of ``torch.optim`` are. Its steps need no closure."""
+
 OPTIMIZERS: Mapping[str, Recipe] = {
     "sgd": Recipe(0.1, 0.02, lambda groups, lr, m: torch.optim.SGD(groups, lr=lr, momentum=m)),
     "adamw": Recipe(
@@ -57,12 +62,15 @@ class TrainOptions:
 
     Args:
         epochs: how often the data are read, at least 1.
-        lr: the highest learning rate; None for the optimizer's own: 0.1 for SGD
-            (0.02 to distil), 0.001 for AdamW.
-        optimizer: ``"sgd"`` or ``"adamw"``.
-        momentum: of SGD, and the first beta of AdamW, in [0, 1).
+        lr: the highest learning rate; None for the optimizer's own: 0.1 for ``"sgd"``
+            (0.02 to distil), 0.001 for ``"adamw"``.
+        optimizer: ``"sgd"``, ``"adamw"``, or what makes another of groups of parameters
+            (:data:`MakesOptimizer`), such as ``torch.optim.NAdam`` or
+            ``functools.partial(torch.optim.SGD, momentum=0.9, nesterov=True)``. The schedule
+            changes the learning rate of each of its groups alike.
+        momentum: of ``"sgd"``, and the first beta of ``"adamw"``, in [0, 1).
         weight_decay: on parameters of two and more dimensions; biases, BatchNorm and other scales
-            and vectors are not decayed. At least 0.
+            and vectors are not decayed. At least 0. Optimizers of one's own find it in the groups.
         schedule: ``"cosine"``, ``"linear"`` (both fall to 0) or ``"constant"``.
         warmup: share of the training over which the learning rate rises to ``lr``, in [0, 1).
         clip_norm: the largest norm of all gradients together; None for no limit.
@@ -95,7 +103,7 @@ class TrainOptions:
 
     epochs: int = 10
     lr: float | None = None
-    optimizer: str = "sgd"
+    optimizer: str | MakesOptimizer = "sgd"
     momentum: float = 0.9
     weight_decay: float = 5e-4
     schedule: str = "cosine"
@@ -129,7 +137,10 @@ def _positive(value: float | None) -> bool:
 _RULES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "epochs": (_whole, "a whole number, at least 1"),
     "lr": (_positive, "a number above 0, or None"),
-    "optimizer": (lambda v: v in tuple(OPTIMIZERS), f"one of {', '.join(OPTIMIZERS)}"),
+    "optimizer": (
+        lambda v: callable(v) or v in tuple(OPTIMIZERS),
+        f"one of {', '.join(OPTIMIZERS)}, or a function (groups, lr=...) -> optimizer",
+    ),
     "momentum": (lambda v: _number(v, lambda n: 0 <= n < 1), "at least 0 and below 1"),
     "weight_decay": (lambda v: _number(v, lambda n: 0 <= n < math.inf), "a number, at least 0"),
     "schedule": (lambda v: v in tuple(SCHEDULES), f"one of {', '.join(SCHEDULES)}"),
@@ -155,14 +166,52 @@ def schedule_of(options: TrainOptions, steps: int) -> Schedule:
 
 
 def optimizer_of(model: nn.Module, options: TrainOptions) -> torch.optim.Optimizer:
+    """The optimizer of what a network learns.
+
+    Raises:
+        InputError: what makes it fails, or what it made cannot train.
+    """
     learned = [p for p in model.parameters() if p.requires_grad]
-    groups: list[dict[str, Any]] = [
+    split: list[dict[str, Any]] = [
         {"params": [p for p in learned if p.ndim > 1], "weight_decay": options.weight_decay},
         {"params": [p for p in learned if p.ndim <= 1], "weight_decay": 0.0},
     ]
+    groups = [group for group in split if group["params"]]
+    if not isinstance(options.optimizer, str):
+        return _made(options.optimizer, groups, options.lr)
     recipe = OPTIMIZERS[options.optimizer]
     lr = recipe.lr if options.lr is None else options.lr
-    return recipe.build([g for g in groups if g["params"]], lr, options.momentum)
+    return recipe.build(groups, lr, options.momentum)
+
+
+def _made(
+    make: MakesOptimizer, groups: list[dict[str, Any]], lr: float | None
+) -> torch.optim.Optimizer:
+    """An optimizer of the user's.
+
+    Raises:
+        InputError: see :func:`optimizer_of`.
+    """
+    where, remedy = "optimizer=...", "Give for example torch.optim.NAdam, or a function like it"
+    try:
+        found = make(groups) if lr is None else make(groups, lr=lr)
+    except Exception as error:
+        raise InputError(where, f"it raised {first_line(error)}", remedy) from error
+    if not isinstance(found, torch.optim.Optimizer):
+        raise InputError(where, f"it made a {type(found).__name__}, no optimizer", remedy)
+    closure = inspect.signature(found.step).parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        what = f"{type(found).__name__} computes the loss several times a step, by a closure"
+        raise InputError(where, what, remedy)
+    own = {id(parameter) for group in groups for parameter in group["params"]}
+    if not {id(p) for group in found.param_groups for p in group["params"]} <= own:
+        raise InputError(
+            where,
+            "it changes other parameters than those that it was given: a copy of the network is "
+            "trained",
+            "Write a function (groups, lr=...) that hands its groups on",
+        )
+    return found
 
 
 def with_changes(

@@ -119,7 +119,7 @@ class Stepper:
         # Accelerate's wrapper costs 0.3 ms a step: only where it does something.
         plain = accelerator.distributed_type == "NO" and accelerator.scaler is None
         self.optimizer = self.built if plain else optimizer
-        self.peak = self.built.param_groups[0]["lr"]
+        self.peaks = [group["lr"] for group in self.built.param_groups]
         self.needs_two = has_batch_norm(self.model)
         self.left_out = False
         self.meter = Meter(job.where, accelerator, self.running.misheard)
@@ -184,8 +184,8 @@ class Stepper:
         """Set the learning rate of a step."""
         updates = self.updates
         done = epoch * updates + min(index, updates - 1) if updates else epoch
-        for group in self.built.param_groups:
-            group["lr"] = self.peak * self.schedule(done)
+        for group, peak in zip(self.built.param_groups, self.peaks, strict=True):
+            group["lr"] = peak * self.schedule(done)
 
     def gradients(self, used: Sequence[tuple[Example, Weights]], epoch: int, index: int) -> Tensor:
         """The gradients of the weighted mean of the losses; returns it."""
@@ -261,6 +261,10 @@ def state_of(stepper: Stepper) -> dict[str, Any]:
         "losses": [stepper.meter.total, stepper.meter.count],
         "tensors": dict(tensors_of(stepper.objective)),
         "optimizer": optimizer_state(stepper.built),
+        "groups": [
+            {name: value for name, value in group.items() if name != "params"}
+            for group in stepper.built.param_groups
+        ],
         "scaler": None if scaler is None else scaler.state_dict(),
         "average": None if average is None else average.state_dict(),
         "hooks": [None if hook is None else hook.state_dict() for hook in _stateful(stepper)],
@@ -274,6 +278,8 @@ def restore(stepper: Stepper, state: Mapping[str, Any]) -> None:
     fill(stepper.objective, state["tensors"])
     stepper.held.scatter()
     set_optimizer_state(stepper.built, state["optimizer"])
+    for group, held in zip(stepper.built.param_groups, state["groups"], strict=True):
+        group |= held
     if stepper.accelerator.scaler is not None:
         stepper.accelerator.scaler.load_state_dict(state["scaler"])
     if stepper.average is not None:
