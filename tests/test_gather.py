@@ -472,7 +472,7 @@ def test_squares_are_those_of_samples_one_by_one(kind, loss, monkeypatch) -> Non
     """Also in parts as large as what the samples share."""
     net = kind()
     held = sum(p.numel() * p.element_size() for p in net.parameters())
-    monkeypatch.setattr("rarefy.pruning.scoring.gradients.OWN", 4 * held)
+    monkeypatch.setattr("rarefy.pruning.scoring.samples.OWN", 4 * held)
     scale = torch.linspace(1, 2, 4, dtype=torch.float64)
     x = torch.randn(6, 7, 3, dtype=torch.float64)
     data = [({"x": x, "scale": scale}, Y)]

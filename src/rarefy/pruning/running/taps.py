@@ -35,6 +35,9 @@ class Watched(GraphModel):
         model: the user's network, whose memory is shared.
         network: its trace.
         trainable: whether its parameters are differentiated, all of them.
+
+    Attributes:
+        instead: functions that take the place of calls' own, by the call.
     """
 
     def __init__(self, model: nn.Module, network: Network, *, trainable: bool = False) -> None:
@@ -54,6 +57,7 @@ class Watched(GraphModel):
         )
         self.network = network
         self.watchers: dict[str, list[Watcher]] = {}
+        self.instead: dict[str, Callable[..., Any]] = {}
 
     def watch(self, node: str, watcher: Watcher) -> None:
         """Show the operands of a call to a watcher, every time before it is made."""
@@ -65,7 +69,7 @@ class Watched(GraphModel):
             values = {**{name: values[name] for name in node.inputs}, **watcher(values)}
         if node.kind == "sym_size":
             function = Tensor.size  # says the same, and is known to vmap
-        return super().step(node, function, values)
+        return super().step(node, self.instead.get(node.name, function), values)
 
 
 Attach: TypeAlias = Callable[[Watched, "Sequence[End]"], None]

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
-from rarefy.batches import batch_size, batches, call, logits, map_tensors, tensors
+from rarefy.batches import batch_size, batches, between, call, logits, map_tensors, tensors
 from rarefy.distillation.losses import CrossEntropy
+from rarefy.distillation.losses.layouts import IGNORE
 from rarefy.errors import DataError, InputError, RarefyError, first_line
 from rarefy.graph.trace import Network
 from rarefy.pruning.running.taps import Runner, Watched
@@ -71,6 +73,18 @@ class Job:
             raise DataError(WHERE, "the loss of a batch is NaN or infinite", "Check the data")
         return found
 
+    def summed(self, answers: Any, targets: Any, samples: int) -> Tensor:
+        """The sum of the losses of samples, each a batch of its own along the first dimension."""
+        if self.loss is None and _is_one_class_each(answers, targets):
+            return self.judged(answers[:, 0], targets) * samples
+        losses = [
+            self.judged(map_tensors(itemgetter(n), answers), between(targets, n, n + 1, samples))
+            for n in range(samples)
+        ]
+        for loss in losses:
+            check_differentiable(loss)
+        return torch.stack(losses).sum()
+
     def _loss(self, answers: Tensor, targets: Tensor) -> Tensor:
         if self.loss is None:
             return CrossEntropy()(answers, targets)
@@ -119,6 +133,14 @@ class Job:
             examples = len(tensor) if tensor.ndim else 1
             total = total + ((noise * tensor).sum() / (scale * examples**0.5)).double().cpu()
         return total
+
+
+def _is_one_class_each(answers: Any, targets: Any) -> bool:
+    """Whether samples have logits (1, C) each, and a label each that counts."""
+    if not isinstance(answers, Tensor) or not isinstance(targets, Tensor):
+        return False
+    single = answers.ndim == 3 and answers.shape[1] == 1 and targets.shape == answers.shape[:1]
+    return single and not targets.is_floating_point() and bool((targets != IGNORE).all())
 
 
 def _class_scores(answers: Any) -> Tensor | None:
