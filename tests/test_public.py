@@ -59,6 +59,7 @@ TAKES_A_NETWORK = {
     "quantize": lambda given: rarefy.quantize(given, [X]),
     "train": lambda given: rarefy.train(given, BATCHES),
     "distill": lambda given: rarefy.distill(NET, given, BATCHES),
+    "peer": lambda given: rarefy.distill(rarefy.teachers.Peer(given), NET, BATCHES, epochs=1),
     "student": lambda given: rarefy.student(given, X, width=0.5),
     "evaluate": lambda given: rarefy.evaluate(given, BATCHES),
     "sensitivity": lambda given: rarefy.sensitivity(given, BATCHES, rarefy.evaluate),
@@ -72,6 +73,12 @@ TAKES_A_NETWORK = {
     "GradualPruning": lambda given: rarefy.GradualPruning(Constant(0.5))(given),
     "L1": lambda given: rarefy.regularize.L1(1e-4)(given),
 }
+
+
+def test_a_file_is_loaded_into_a_network(tmp_path) -> None:
+    file = rarefy.save(NET, tmp_path / "net.safetensors")
+    with pytest.raises(InputError, match=r"load\(model\): a type was given"):
+        rarefy.load(file, nn.Linear)
 
 
 @pytest.mark.parametrize("name", TAKES_A_NETWORK)
