@@ -159,6 +159,9 @@ class Within(torch.optim.Optimizer):
         rates.append([group["lr"] for group in self.within.param_groups])
         self.within.step()
 
+    def zero_grad(self):
+        self.within.zero_grad()
+
 
 rates: list[list[float]] = []
 """Learning rates with which the last optimizer within took its steps."""

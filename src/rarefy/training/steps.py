@@ -151,7 +151,7 @@ class Stepper:
         if not self.steps and any(self.objective.heeds(b[1]) and copied(*b) for b, _ in used):
             warn(f"{self.job.where}(data): {COPIED}")
         self.schedule_lr(epoch, index)
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad()
         self.held.align()
         with self.held.stepping(first=not self.steps):
             loss = self.gradients(used, epoch, index)
