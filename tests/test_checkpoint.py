@@ -5,6 +5,7 @@ import random
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from rarefy.pruning.gradual import GradualPruning
 from rarefy.schedules import Cubic
 from rarefy.training.checkpoint import Checkpoints, decode, encode, read
 from rarefy.training.distill import distill
+from rarefy.training.identity import described
 from rarefy.training.train import train
 from training_networks import Augmented, conv, mlp, random_batches, same
 
@@ -59,15 +61,57 @@ class Fading(torch.optim.SGD):
         super().step(closure)
 
 
+class Summing(torch.optim.SGD):
+    """Its state is of other types than the parameters, and nested."""
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group["params"]:
+                start = {"n": torch.tensor(2**24), "sums": [torch.zeros_like(p).double()]}
+                state = self.state[p] = self.state[p] or start
+                state["n"] += 1
+                state["sums"][0] += p.grad.double() / 3
+                p -= group["lr"] * (state["sums"][0] * (state["n"] % 7)).float()
+
+
+class Several(torch.optim.Optimizer):
+    """An optimizer for matrices and one for vectors, which hold all that there is to hold."""
+
+    def __init__(self, groups, lr=0.01):
+        self.within = [torch.optim.NAdam(groups[:1], lr), torch.optim.Adamax(groups[1:], lr)]
+        super().__init__(groups, {"lr": lr})
+        self.join()
+
+    def join(self):
+        self.param_groups = [group for one in self.within for group in one.param_groups]
+
+    def step(self, closure=None):
+        for one in self.within:
+            one.step()
+
+    def state_dict(self):
+        return {"within": [one.state_dict() for one in self.within]}
+
+    def load_state_dict(self, state_dict):
+        for one, held in zip(self.within, state_dict["within"], strict=True):
+            one.load_state_dict(held)
+        self.join()
+
+
 VARIANTS = [
     {"optimizer": "sgd"},
     {"optimizer": Fading, "lr": 0.05},
+    {"optimizer": Summing, "lr": 0.01},
+    {"optimizer": Several},
     {"optimizer": "adamw", "lr": 0.01, "ema": 0.9, "keep": "best"},
     {"accumulate": 4, "clip_norm": 1.0, "precision": "bf16"},
 ]
 
 
-@pytest.mark.parametrize("options", VARIANTS, ids=["sgd", "own", "adamw", "accumulate"])
+@pytest.mark.parametrize(
+    "options", VARIANTS, ids=["sgd", "fading", "summing", "several", "adamw", "accumulate"]
+)
 @pytest.mark.parametrize("every", [1, 4, None])
 def test_going_on_is_never_having_stopped(tmp_path, options, every) -> None:
     def run(folder, **more):
@@ -97,6 +141,13 @@ def test_going_on_is_never_having_stopped(tmp_path, options, every) -> None:
     assert whole.trained.resumed is None
     assert found.trained.steps == whole.trained.steps
     assert len(list((tmp_path / "cut").glob("*"))) == 2
+
+
+def test_what_tells_trainings_apart_is_the_same_in_another_process() -> None:
+    own = Path(__file__).stem
+    made = partial(Fading, [history], foreach=None, hooks={"first": recorded})
+    assert described(made).startswith(f"{own}.Fading([<function history>]")
+    assert " at 0x" not in described(made)
 
 
 @pytest.mark.slow

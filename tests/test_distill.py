@@ -480,7 +480,7 @@ def test_networks_that_overwrite_their_inputs_spoil_nothing() -> None:
 
 
 def test_networks_that_do_not_take_the_data_are_named() -> None:
-    with pytest.raises(InputError, match="a str is no network"):
+    with pytest.raises(InputError, match="a str was given"):
         distill(conv(), "student", images(), epochs=1, progress=False)
     data = images()
     other = nn.Linear(7, 3)

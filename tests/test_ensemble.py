@@ -51,6 +51,9 @@ def test_means_of_logits_and_of_probabilities(shape) -> None:
         {"networks": [nn.Linear(4, 3)], "weights": [math.nan]},
         {"networks": [nn.Linear(4, 3)], "average": "votes"},
         {"networks": ["resnet"]},
+        {"networks": nn.Linear(4, 3)},
+        {"networks": nn.Sequential(nn.Linear(4, 3))},
+        {"networks": [nn.Linear(4, 3)], "weights": nn.Linear(4, 3)},
     ],
     ids=str,
 )

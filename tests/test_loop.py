@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from functools import partial
 
 import pytest
 import torch
@@ -333,6 +334,16 @@ def test_a_tracker_gets_the_history() -> None:
     assert memory.logged[-1][1] == {"loss": last.loss, "lr": last.lr, "val top-1": last.val}
     assert not memory.ended
     assert same(found, train(mlp(), random_batches(), **QUICK))
+
+
+def test_trackers_get_plain_values(monkeypatch) -> None:
+    from accelerate import Accelerator
+
+    given = []
+    monkeypatch.setattr(Accelerator, "init_trackers", lambda *a, config: given.append(config))
+    made = partial(torch.optim.SGD, momentum=0.5)
+    train(mlp(), random_batches(), trackers=[], optimizer=made, **QUICK)
+    assert given[0]["optimizer"] == "torch.optim.sgd.SGD(momentum=0.5)"
 
 
 def test_trackers_that_are_not_there(monkeypatch) -> None:

@@ -8,7 +8,7 @@ from quantized_networks import build
 from rarefy.errors import BudgetError, InputError
 from rarefy.quantization.mixed import most
 from rarefy.quantization.quantize import quantize
-from rarefy.schemes import Int8
+from rarefy.schemes import Int8, WeightOnly
 
 PLAIN = Int8(smooth=None)
 """Smoothing would heal what these tests spoil."""
@@ -154,3 +154,10 @@ def test_layers_to_skip_are_named_by_path_pattern_or_module():
         quantize(model, data, Int8(skip=("haed",)))
     with pytest.raises(InputError, match="no layer can be quantized"):
         quantize(model, data, Int8(skip=("*",)))
+
+
+@pytest.mark.parametrize("scheme", [Int8, WeightOnly])
+@pytest.mark.parametrize("given", ["head", None, 3, [0], {"head": 1}, (name for name in ["head"])])
+def test_what_is_no_list_of_paths_is_not_skipped(scheme, given) -> None:
+    with pytest.raises(InputError, match=r"skip=.*it is no list of paths"):
+        scheme(skip=given)

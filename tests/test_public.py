@@ -59,6 +59,7 @@ TAKES_A_NETWORK = {
     "quantize": lambda given: rarefy.quantize(given, [X]),
     "train": lambda given: rarefy.train(given, BATCHES),
     "distill": lambda given: rarefy.distill(NET, given, BATCHES),
+    "peer": lambda given: rarefy.distill(rarefy.teachers.Peer(given), NET, BATCHES, epochs=1),
     "student": lambda given: rarefy.student(given, X, width=0.5),
     "evaluate": lambda given: rarefy.evaluate(given, BATCHES),
     "sensitivity": lambda given: rarefy.sensitivity(given, BATCHES, rarefy.evaluate),
@@ -74,6 +75,12 @@ TAKES_A_NETWORK = {
 }
 
 
+def test_a_file_is_loaded_into_a_network(tmp_path) -> None:
+    file = rarefy.save(NET, tmp_path / "net.safetensors")
+    with pytest.raises(InputError, match=r"load\(model\): a type was given"):
+        rarefy.load(file, nn.Linear)
+
+
 @pytest.mark.parametrize("name", TAKES_A_NETWORK)
 @pytest.mark.parametrize(
     "given", ["net.pt", NET.state_dict(), nn.Linear], ids=["path", "state", "class"]
@@ -81,3 +88,46 @@ TAKES_A_NETWORK = {
 def test_what_is_no_network_is_refused(name, given) -> None:
     with pytest.raises(InputError, match=f"a {type(given).__name__} was given. Give an nn.Module"):
         TAKES_A_NETWORK[name](given)
+
+
+def _labelled() -> list[tuple[torch.Tensor, torch.Tensor]]:
+    return [(torch.linspace(-1, 1, 32).view(8, 4), torch.arange(8) % 2)]
+
+
+def _net() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 2)).eval()
+
+
+QUIET = {"epochs": 1, "progress": False}
+
+RETURNS_A_NETWORK = {
+    "train": lambda net, data: rarefy.train(net, data, **QUIET),
+    "distill": lambda net, data: rarefy.distill(net, net, data, label_weight=0.5, **QUIET),
+    "student": lambda net, data: rarefy.student(net, data[0][0], width=0.5),
+    "int8": rarefy.quantize,
+    "half": lambda net, data: rarefy.quantize(net, None, rarefy.Half()),
+    "rewind": lambda net, data: rarefy.rewind(net, _net().state_dict()),
+}
+
+
+@pytest.mark.parametrize(
+    ("made_in_it", "called_in_it"), [(True, False), (False, True), (True,) * 2]
+)
+@pytest.mark.parametrize("name", RETURNS_A_NETWORK)
+def test_inference_mode_changes_no_call(name, made_in_it, called_in_it) -> None:
+    call = RETURNS_A_NETWORK[name]
+    wanted = call(_net(), _labelled()).state_dict()
+    with torch.inference_mode(made_in_it):
+        net, data = _net(), _labelled()
+    with torch.inference_mode(called_in_it):
+        found = call(net, data)
+    assert not any(t.is_inference() for t in [*found.parameters(), *found.buffers()])
+    for path, tensor in found.state_dict().items():
+        assert torch.equal(tensor, wanted[path])
+
+
+def test_networks_made_in_inference_mode_are_exported(tmp_path) -> None:
+    with torch.inference_mode():
+        net = _net()
+    assert rarefy.export(net, tmp_path / "net.pt2", _labelled()[0][0]).stat().st_size

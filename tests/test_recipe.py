@@ -10,10 +10,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from pydantic import ValidationError
 from torch import nn
 
 from rarefy.errors import DataError, InputError, RecipeError
-from rarefy.recipe import PruneStage, QuantizeStage, Recipe, TargetOptions, load_recipe, resolve
+from rarefy.recipe import (
+    PruneStage,
+    QuantizeStage,
+    Recipe,
+    SparsifyStage,
+    TargetOptions,
+    load_recipe,
+    resolve,
+)
 from rarefy.schemes import Half, Int8, WeightOnly
 from rarefy.types import Budget, Limit, Target
 
@@ -93,6 +102,16 @@ def test_a_full_recipe_is_read(write: Write, tmp_path: Path) -> None:
     assert recipe.target is not None
     assert recipe.target.target() == Target(speedup=2, size=8.5, max_drop=0.01)
     assert (recipe.seed, recipe.output) == (3, tmp_path / "small")
+
+
+def test_lists_of_names_are_taken_in_python() -> None:
+    for stage in (
+        PruneStage(macs=0.5, exclude=["head"]),
+        SparsifyStage(sparsity=0.5, exclude=["head"]),
+    ):
+        assert stage.exclude == ("head",)
+    with pytest.raises(ValidationError, match="valid string"):
+        PruneStage(macs=0.5, exclude=[0])
 
 
 def test_every_kind_of_budget_with_limits_of_layers_is_read(write: Write) -> None:

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from rarefy.errors import InputError
 from rarefy.graph.trace import trace
 from rarefy.pruning.running.taps import Watched
 from rarefy.pruning.scoring import samples
@@ -181,8 +182,66 @@ class Constant(nn.Module):
         return self.head(self.key(x) * self.query(self.start))
 
 
+class Last(nn.Module):
+    """Channels that lie last in memory, pooled."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.pool, self.head = nn.LayerNorm(4), nn.AdaptiveAvgPool2d(1), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.pool(self.norm(x).permute(0, 3, 1, 2)).flatten(1))
+
+
+class Overwritten(nn.Module):
+    """What a layer needs on the way back is overwritten."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.head = nn.Linear(6, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first(x).tanh()
+        y[:, 0] = 0
+        return self.head(y)
+
+
+def test_networks_without_a_way_back_are_refused() -> None:
+    net, x = Overwritten(), torch.randn(SIZE, 6)
+    with pytest.raises(InputError, match="no gradient by the network's weights: RuntimeError"):
+        gather(net, trace(net, x), frozenset({"squares"}), [(x, Y)])
+
+
+class Placed(nn.Module):
+    """Parameters that are added, so that one tensor is the gradient of both."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.token, self.place = (nn.Parameter(torch.randn(1, 6)) for _ in range(2))
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head((x + self.token + self.place).tanh())
+
+
+def test_gradients_that_share_memory_one_by_one(monkeypatch) -> None:
+    monkeypatch.setattr(samples.Together, "squares", None)
+    net, x = Placed().double(), torch.randn(SIZE, 6).double()
+    found = gather(net, trace(net, x), frozenset({"squares"}), [(x, Y)]).squares
+    for path, squares in one_by_one(net, x).items():
+        torch.testing.assert_close(found[path], squares, msg=path)
+
+
 @pytest.mark.parametrize(
-    ("make", "shape"), [(Frames, (3, 2, 5, 5)), (Twice, (6,)), (Turned, (6,)), (Constant, (6,))]
+    ("make", "shape"),
+    [
+        (Placed, (6,)),
+        (Last, (5, 5, 4)),
+        (Frames, (3, 2, 5, 5)),
+        (Twice, (6,)),
+        (Turned, (6,)),
+        (Constant, (6,)),
+    ],
 )
 def test_other_uses_of_parameters(make, shape) -> None:
     check(make(), torch.randn(SIZE, *shape))

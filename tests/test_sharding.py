@@ -114,5 +114,5 @@ def test_the_state_of_an_optimizer_comes_back() -> None:
     state = optimizer_state(stepped(net, 3))
     other = stepped(nn.Linear(2, 2), 1)
     set_optimizer_state(other, state)
-    for number, held in optimizer_state(other).items():
-        assert all(torch.equal(held[name], state[number][name]) for name in held)
+    for number, held in optimizer_state(other)["state"].items():
+        assert all(torch.equal(held[name], state["state"][number][name]) for name in held)

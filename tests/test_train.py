@@ -138,11 +138,66 @@ def test_optimizers_of_ones_own_find_the_weight_decay_in_their_groups() -> None:
         (torch.optim.LBFGS, "raised ValueError"),
         (lambda groups: torch.optim.LBFGS(groups[0]["params"]), "LBFGS computes the loss several"),
         (lambda groups: torch.optim.SGD(mlp().parameters(), lr=0.1), "other parameters than"),
+        (lambda groups: torch.optim.Optimizer(groups, {}), "the groups of Optimizer have no lr"),
+        (torch.optim.SparseAdam, "raised RuntimeError: SparseAdam does not support dense"),
     ],
 )
 def test_what_makes_no_optimizer_is_refused(make, message) -> None:
     with pytest.raises(InputError, match=message):
         train(mlp(), random_batches(), optimizer=make, progress=False)
+
+
+class Within(torch.optim.Optimizer):
+    """Steps by another optimizer, to which its groups belong, too."""
+
+    def __init__(self, groups):
+        super().__init__(groups, {"lr": 0.1})
+        self.within = torch.optim.SGD(self.param_groups)
+        rates.clear()
+
+    def step(self, closure=None):
+        rates.append([group["lr"] for group in self.within.param_groups])
+        self.within.step()
+
+    def zero_grad(self):
+        self.within.zero_grad()
+
+
+rates: list[list[float]] = []
+"""Learning rates with which the last optimizer within took its steps."""
+
+
+def test_the_schedule_is_that_of_optimizers_within() -> None:
+    quick = {"epochs": 1, "schedule": "linear", "warmup": 0, "progress": False}
+    train(mlp(), random_batches(), optimizer=Within, **quick)
+    assert rates == [[pytest.approx(0.1 * share)] * 2 for share in (1, 0.75, 0.5, 0.25)]
+
+
+def test_checkpoints_that_would_leave_out_optimizers_within(tmp_path) -> None:
+    with pytest.raises(InputError, match=r"the state of the SGD in Within is not in its state_di"):
+        train(mlp(), random_batches(), optimizer=Within, checkpoint=tmp_path, progress=False)
+
+
+def test_groups_of_an_optimizer_that_come_later_follow_the_schedule() -> None:
+    class Splitting(torch.optim.SGD):
+        def step(self, closure=None):
+            super().step()
+            rates.append([group["lr"] for group in self.param_groups])
+            if len(self.param_groups) == 2:
+                self.add_param_group({"params": self.param_groups[0]["params"].pop(), "lr": 1.0})
+
+    rates.clear()
+    quick = {"epochs": 1, "schedule": "linear", "warmup": 0, "progress": False}
+    train(mlp(), random_batches(), optimizer=Splitting, lr=0.1, **quick)
+    assert rates[-1] == [pytest.approx(v) for v in (0.025, 0.025, 0.25)]
+
+
+def test_what_takes_the_groups_apart_is_an_optimizer_of_its_own() -> None:
+    def make(groups, lr):
+        return torch.optim.SGD([p for group in groups for p in group.pop("params")], lr=lr)
+
+    found = train(mlp(), random_batches(), optimizer=make, **QUICK)
+    assert not same(found, mlp())
 
 
 @pytest.mark.parametrize("label_weight", [0.0, 0.25, 1.0])

@@ -36,7 +36,8 @@ def copied(model: Model, instead: Mapping[int, Any] | None = None) -> Model:
         >>> copied(layer).last.requires_grad
         False
     """
-    return copy.deepcopy(model, computed(model) | dict(instead or {}))
+    with torch.inference_mode(False):
+        return copy.deepcopy(model, computed(model) | dict(instead or {}))
 
 
 def ordinary(model: Model) -> Model:
@@ -54,8 +55,7 @@ def own_copy(model: Model, where: str) -> Model:
     """
     check_network(model, where)
     try:
-        with torch.inference_mode(False):
-            return copied(model)
+        return copied(model)
     except (RuntimeError, TypeError) as error:
         raise InputError(
             where,

@@ -15,10 +15,12 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Unpack, overload
 
+import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
 from rarefy.batches import batches, check_rereadable, of_one_length
+from rarefy.copies import ordinary
 from rarefy.deployment.export import export
 from rarefy.deployment.measure import relative
 from rarefy.deployment.runtimes import runtime_named
@@ -66,6 +68,7 @@ def quantize(
 ) -> nn.Module: ...
 
 
+@torch.inference_mode(False)
 def quantize(
     model: nn.Module,
     calibration: Data | None,
@@ -128,6 +131,7 @@ def quantize(
         ['0', '2']
     """
     _check(model, calibration, scheme)
+    model = ordinary(model)
     if isinstance(scheme, WeightOnly | Half):
         if runtime is not None or options:
             raise InputError(

@@ -65,6 +65,9 @@ def own_accelerator(precision: str | None = None, **options: Any) -> Iterator[Ac
         with quiet_setup():
             accelerator = Accelerator(
                 mixed_precision=precision,
+                # Networks are moved before; else it loads an optimizer's own state into it, which
+                # parts it from optimizers within that share its groups.
+                device_placement=False,
                 # Without this, processes on CPUs would not find each other.
                 cpu="LOCAL_RANK" in os.environ and not torch.accelerator.is_available(),
                 gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),

@@ -15,8 +15,10 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import nn
 
+from rarefy.copies import ordinary
 from rarefy.errors import BudgetError, InputError
 from rarefy.graph.blocks import Block
 from rarefy.graph.capture import check_runs
@@ -123,6 +125,7 @@ def _shape(shape: tuple[int, ...]) -> str:
     return "x".join(map(str, shape)) or "scalar"
 
 
+@torch.inference_mode(False)
 def student(
     teacher: nn.Module,
     example_inputs: Inputs,
@@ -204,6 +207,7 @@ def student(
     """
     shares = {"width": width, "depth": depth, "params": params, "macs": macs}
     _check(teacher, shares, layers)
+    teacher = ordinary(teacher)
     check_finite(teacher)
     check_copies(teacher)
     short = Shortened(teacher)

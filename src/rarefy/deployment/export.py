@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from rarefy.batches import evaluating, map_tensors
+from rarefy.copies import ordinary
 from rarefy.deployment.executorch_file import ExecuTorchFile
 from rarefy.deployment.onnx_file import OnnxFile
 from rarefy.deployment.program_file import ProgramFile
@@ -103,6 +104,7 @@ def export(
         'net.pt2'
     """
     check_network(model, "export(model)")
+    model = ordinary(model)
     path = Path(path)
     if not path.parent.is_dir() or path.is_dir():
         raise OutputError(

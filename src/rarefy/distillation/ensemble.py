@@ -55,12 +55,14 @@ class Ensemble(nn.Module):
         dim: int | None = None,
     ) -> None:
         super().__init__()
-        strange = [n for n in networks if not isinstance(n, nn.Module)]
+        listed = isinstance(networks, list | tuple | nn.ModuleList)
+        strange = [n for n in networks if not isinstance(n, nn.Module)] if listed else [networks]
         if strange or not networks:
-            what = f"a {type(strange[0]).__name__} is no network" if strange else "it is empty"
+            kind = type(strange[0]).__name__ if strange else ""
+            what = f"a {kind} is no {'network' if listed else 'list'}" if strange else "it is empty"
             remedy = "Give a list of networks, and their weights as weights=[...]"
             raise InputError("Ensemble(networks)", what, remedy)
-        fits = weights is None or len(weights) == len(networks)
+        fits = weights is None or (isinstance(weights, Sequence) and len(weights) == len(networks))
         if not fits or not all(0 < w < math.inf for w in weights or ()):
             raise InputError(
                 f"Ensemble(weights={weights!r})",

@@ -30,6 +30,8 @@ Count = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Text = Annotated[str, Field(min_length=1)]
+Names = Annotated[tuple[str, ...], Field(strict=False)]
+"""In Python any list, as elsewhere."""
 
 Structure = Literal["channel", "depth"]
 
@@ -107,7 +109,7 @@ class PruneStage(_Options):
     blocks: int | None = None
     structure: Structure | tuple[Structure, ...] = "channel"
     criterion: Text | None = None
-    exclude: tuple[str, ...] = ()
+    exclude: Names = ()
 
     @field_validator(*KINDS, "scope", "min_keep", "max_drop", "round_to")
     @classmethod
@@ -165,7 +167,7 @@ class SparsifyStage(_Options):
     scope: str = "global"
     criterion: Text | None = None
     samples: Count = 512
-    exclude: tuple[str, ...] = ()
+    exclude: Names = ()
 
     @model_validator(mode="after")
     def _together(self) -> Self:

@@ -18,6 +18,7 @@ from rarefy.graph.stubs import Stub, put, stubs
 from rarefy.pruning.structure import attributes
 from rarefy.storage.index import StubRecord
 from rarefy.storage.pack import NAMES
+from rarefy.types import check_network
 
 Settings = dict[str, dict[str, int | list[int]]]
 """Module path -> attribute -> value, as JSON has it."""
@@ -254,8 +255,9 @@ def clone(model: nn.Module) -> nn.Module:
     """A copy that shares nothing with ``model``.
 
     Raises:
-        InputError: the model cannot be copied.
+        InputError: it is no network, or cannot be copied.
     """
+    check_network(model, "load(model)")
     try:
         return copied(model)
     except Exception as error:

@@ -20,7 +20,7 @@ from torch import Tensor
 from rarefy.errors import FormatError, InputError, OutputError, first_line
 from rarefy.files import replacing
 
-FORMAT = "rarefy training 1"
+FORMAT = "rarefy training 2"
 """What the header of a checkpoint says that it is."""
 
 KEPT = 2

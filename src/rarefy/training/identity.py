@@ -15,6 +15,7 @@ from rarefy.batches import tensors
 from rarefy.copies import fingerprint
 from rarefy.training.job import Job
 from rarefy.training.objective import Objective
+from rarefy.training.options import TrainOptions
 from rarefy.training.teachers import Aside
 
 
@@ -33,12 +34,23 @@ def identity_of(objective: Objective, length: int, job: Job, processes: int) -> 
         "metric": described(job.metric),
         "after_step": described(job.after_step),
         "regularizer": described(job.regularizer),
-        **{field.name: _option(getattr(job.options, field.name)) for field in fields(job.options)},
+        **{name: str(value) for name, value in plain(job.options).items()},
     }
 
 
-def _option(value: Any) -> str:
-    return described(value) if callable(value) else str(value)
+def plain(options: TrainOptions) -> dict[str, Any]:
+    """Options by name; what makes an optimizer as a text."""
+    given = {field.name: getattr(options, field.name) for field in fields(options)}
+    return {name: described(v) if callable(v) else v for name, v in given.items()}
+
+
+def _given(value: Any) -> str:
+    return described(value) if callable(value) else _anywhere(str(value))
+
+
+def _anywhere(text: str) -> str:
+    """A text without the addresses in memory of what it names."""
+    return re.sub(r" at 0x[0-9a-fA-F]+", "", text)
 
 
 def described(value: Any) -> str:
@@ -46,10 +58,11 @@ def described(value: Any) -> str:
     if isinstance(value, Aside):
         value = value.module
     if isinstance(value, partial):
-        given = [*value.args, *(f"{name}={_option(v)}" for name, v in value.keywords.items())]
-        return f"{described(value.func)}({', '.join(map(str, given))})"
+        given = [*map(_given, value.args)]
+        given += [f"{name}={_given(v)}" for name, v in value.keywords.items()]
+        return f"{described(value.func)}({', '.join(given)})"
     if value is None or isinstance(value, nn.Module) or is_dataclass(value):
-        return re.sub(r" at 0x[0-9a-fA-F]+", "", repr(value))
+        return _anywhere(repr(value))
     kind = value if hasattr(value, "__qualname__") else type(value)
     return f"{kind.__module__}.{kind.__qualname__}"
 

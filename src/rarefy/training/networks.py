@@ -59,7 +59,7 @@ def require_finite(
 ) -> None:
     """Parameters are finite and buffers hold no NaN (an attention mask may hold ``-inf``)."""
     for name, parameter in model.named_parameters():
-        if not parameter.isfinite().all():
+        if not parameter.detach().isfinite().all():
             raise error(where, f"parameter {name!r} holds NaN or infinity", remedy)
     for name, buffer in model.named_buffers():
         if buffer.is_floating_point() and buffer.isnan().any():

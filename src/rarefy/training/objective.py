@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from rarefy.batches import batch_size, call, logits, map_tensors, mask_of, padding_of
+from rarefy.batches import batch_size, call, logits, mask_of, moved, padding_of
 from rarefy.distillation.losses import CrossEntropy, Loss
 from rarefy.distillation.taps import Taps, taps
 from rarefy.errors import InputError
@@ -195,10 +195,10 @@ class Objective(nn.Module):
         return taps(network, paths, where=f"{self.where}(loss)") if paths else nullcontext()
 
     def _labels(self, loss: LossFunction, labels: Any, student: Tensor) -> Any:
-        """The labels on the device of the outputs, or an error where there are none."""
+        """A copy of the labels on the device of the outputs, or an error where there are none."""
         if isinstance(loss, Loss) or labels is None:
             labels = tensor_of_labels(self.where, labels)
-        return map_tensors(lambda t: t.to(student.device, non_blocking=True), labels)
+        return moved(labels, student.device)
 
     def heeds(self, labels: Any) -> bool:
         """Whether it learns from these labels of a batch, and not from a teacher alone."""

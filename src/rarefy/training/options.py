@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from typing import Any, TypeAlias
 
 import torch
 from torch import nn
+from torch.utils import _pytree as pytree
 
 from rarefy.errors import InputError, first_line
 from rarefy.schedules import Constant, Cosine, Linear, Schedule, Warmup
@@ -45,7 +47,13 @@ class Recipe:
 
 MakesOptimizer: TypeAlias = Callable[..., torch.optim.Optimizer]
 """(groups of parameters as ``torch.optim`` takes them, ``lr=`` where one is given) -> optimizer, as
-most classes of ``torch.optim`` are. Its steps need no closure."""
+most classes of ``torch.optim`` are. Its steps need no closure, its groups have an ``lr``, and
+checkpoints hold what its ``state_dict()`` says."""
+
+WHERE = "optimizer=..."
+"""The argument that errors name."""
+
+REMEDY = "Give for example torch.optim.NAdam, or a function like it"
 
 OPTIMIZERS: Mapping[str, Recipe] = {
     "sgd": Recipe(0.1, 0.02, lambda groups, lr, m: torch.optim.SGD(groups, lr=lr, momentum=m)),
@@ -192,26 +200,56 @@ def _made(
     Raises:
         InputError: see :func:`optimizer_of`.
     """
-    where, remedy = "optimizer=...", "Give for example torch.optim.NAdam, or a function like it"
-    try:
+    own = {id(parameter) for group in groups for parameter in group["params"]}
+    with blamed():
         found = make(groups) if lr is None else make(groups, lr=lr)
-    except Exception as error:
-        raise InputError(where, f"it raised {first_line(error)}", remedy) from error
     if not isinstance(found, torch.optim.Optimizer):
-        raise InputError(where, f"it made a {type(found).__name__}, no optimizer", remedy)
+        raise InputError(WHERE, f"it made a {type(found).__name__}, no optimizer", REMEDY)
     closure = inspect.signature(found.step).parameters.get("closure")
     if closure is not None and closure.default is inspect.Parameter.empty:
         what = f"{type(found).__name__} computes the loss several times a step, by a closure"
-        raise InputError(where, what, remedy)
-    own = {id(parameter) for group in groups for parameter in group["params"]}
+        raise InputError(WHERE, what, REMEDY)
+    if not found.param_groups or any("lr" not in group for group in found.param_groups):
+        what = f"the groups of {type(found).__name__} have no lr, which the schedule changes"
+        raise InputError(WHERE, what, "Read the learning rate of each group from its lr")
     if not {id(p) for group in found.param_groups for p in group["params"]} <= own:
         raise InputError(
-            where,
+            WHERE,
             "it changes other parameters than those that it was given: a copy of the network is "
             "trained",
             "Write a function (groups, lr=...) that hands its groups on",
         )
     return found
+
+
+@contextmanager
+def blamed() -> Iterator[None]:
+    """Whatever an optimizer of the user's raises says so.
+
+    Raises:
+        InputError: instead of any other error.
+    """
+    try:
+        yield
+    except Exception as error:
+        raise InputError(WHERE, f"it raised {first_line(error)}", REMEDY) from error
+
+
+def require_saved(optimizer: torch.optim.Optimizer) -> None:
+    """Refuse what steps by other optimizers and does not say their state: it would be lost.
+
+    Raises:
+        InputError: it is such a one.
+    """
+    within = [v for value in vars(optimizer).values() for v in pytree.tree_leaves(value)]
+    inner = next((v for v in within if isinstance(v, torch.optim.Optimizer)), None)
+    if inner is not None and type(optimizer).state_dict is torch.optim.Optimizer.state_dict:
+        raise InputError(
+            WHERE,
+            f"the state of the {type(inner).__name__} in {type(optimizer).__name__} is not in its "
+            "state_dict(), which checkpoints hold",
+            "Override state_dict() and load_state_dict(), or leave checkpoint= out",
+        )
 
 
 def with_changes(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from rarefy.batches import map_tensors, tensors
 from rarefy.copies import copied
 from rarefy.errors import InputError, RarefyError, first_line
 from rarefy.graph.program import GraphModel
@@ -230,25 +231,26 @@ def spread_like(value: Tensor, other: Any) -> Tensor:
     return value
 
 
-def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[int, dict[str, Any]]:
-    """The whole state of each parameter, by its number."""
-    held = optimizer.state_dict()["state"]
-    return {number: _each(state, gathered) for number, state in held.items()}
+def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """All that an optimizer says of its state, its tensors whole."""
+    held: dict[str, Any] = map_tensors(gathered, optimizer.state_dict())
+    return held
 
 
-def set_optimizer_state(
-    optimizer: torch.optim.Optimizer, state: Mapping[int, Mapping[str, Any]]
-) -> None:
+def set_optimizer_state(optimizer: torch.optim.Optimizer, held: Mapping[str, Any]) -> None:
     """Put back what :func:`optimizer_state` gave."""
-    groups = optimizer.state_dict()["param_groups"]
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    own = {
-        number: _each(held, partial(spread_like, other=parameters[number]))
-        for number, held in state.items()
+    numbered = dict(enumerate(p for group in optimizer.param_groups for p in group["params"]))
+    each = held.get("state")
+    state = {
+        number: map_tensors(partial(spread_like, other=numbered.get(number)), value)
+        for number, value in (each.items() if isinstance(each, Mapping) else ())
     }
-    optimizer.load_state_dict({"state": own, "param_groups": groups})
-
-
-def _each(state: Mapping[str, Any], change: Callable[[Tensor], Tensor]) -> dict[str, Any]:
-    """A parameter's state with all tensors changed."""
-    return {k: change(v) if isinstance(v, Tensor) else v for k, v in state.items()}
+    optimizer.load_state_dict({**held, "state": state} if state else dict(held))
+    for number, parameter in numbered.items():
+        # PyTorch gives floats the parameter's type, and counts, too.
+        pairs = zip(
+            tensors(optimizer.state.get(parameter)), tensors(state.get(number)), strict=False
+        )
+        for loaded, exact in pairs:
+            if loaded.dtype != exact.dtype and loaded.shape == exact.shape:
+                loaded.data = exact.to(loaded.device)

@@ -18,7 +18,7 @@ from rarefy.training.average import Average
 from rarefy.training.job import Job
 from rarefy.training.networks import fill, has_batch_norm, tensors_of
 from rarefy.training.objective import Objective, Weights
-from rarefy.training.options import optimizer_of, schedule_of
+from rarefy.training.options import blamed, optimizer_of, require_saved, schedule_of
 from rarefy.training.sharding import optimizer_state, set_optimizer_state, spread
 from rarefy.training.stored import labels_of
 from rarefy.types import Inputs
@@ -119,7 +119,9 @@ class Stepper:
         # Accelerate's wrapper costs 0.3 ms a step: only where it does something.
         plain = accelerator.distributed_type == "NO" and accelerator.scaler is None
         self.optimizer = self.built if plain else optimizer
-        self.peaks = [group["lr"] for group in self.built.param_groups]
+        self.blamed = blamed if callable(self.options.optimizer) else nullcontext
+        if job.checkpoint is not None:
+            require_saved(self.built)
         self.needs_two = has_batch_norm(self.model)
         self.left_out = False
         self.meter = Meter(job.where, accelerator, self.running.misheard)
@@ -149,14 +151,15 @@ class Stepper:
         if not self.steps and any(self.objective.heeds(b[1]) and copied(*b) for b, _ in used):
             warn(f"{self.job.where}(data): {COPIED}")
         self.schedule_lr(epoch, index)
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad()
         self.held.align()
         with self.held.stepping(first=not self.steps):
             loss = self.gradients(used, epoch, index)
         self.meter.add(loss, epoch, index)
         if self.options.clip_norm is not None:
             self.accelerator.clip_grad_norm_(self.wrapped.parameters(), self.options.clip_norm)
-        self.optimizer.step()
+        with self.blamed():
+            self.optimizer.step()
         self.steps += 1
         if self.followed:
             self.held.gather()
@@ -184,8 +187,8 @@ class Stepper:
         """Set the learning rate of a step."""
         updates = self.updates
         done = epoch * updates + min(index, updates - 1) if updates else epoch
-        for group, peak in zip(self.built.param_groups, self.peaks, strict=True):
-            group["lr"] = peak * self.schedule(done)
+        for group in self.built.param_groups:
+            group["lr"] = group.setdefault("initial_lr", group["lr"]) * self.schedule(done)
 
     def gradients(self, used: Sequence[tuple[Example, Weights]], epoch: int, index: int) -> Tensor:
         """The gradients of the weighted mean of the losses; returns it."""
@@ -261,10 +264,6 @@ def state_of(stepper: Stepper) -> dict[str, Any]:
         "losses": [stepper.meter.total, stepper.meter.count],
         "tensors": dict(tensors_of(stepper.objective)),
         "optimizer": optimizer_state(stepper.built),
-        "groups": [
-            {name: value for name, value in group.items() if name != "params"}
-            for group in stepper.built.param_groups
-        ],
         "scaler": None if scaler is None else scaler.state_dict(),
         "average": None if average is None else average.state_dict(),
         "hooks": [None if hook is None else hook.state_dict() for hook in _stateful(stepper)],
@@ -277,9 +276,8 @@ def restore(stepper: Stepper, state: Mapping[str, Any]) -> None:
     stepper.meter.total, stepper.meter.count = state["losses"]
     fill(stepper.objective, state["tensors"])
     stepper.held.scatter()
-    set_optimizer_state(stepper.built, state["optimizer"])
-    for group, held in zip(stepper.built.param_groups, state["groups"], strict=True):
-        group |= held
+    with stepper.blamed():
+        set_optimizer_state(stepper.built, state["optimizer"])
     if stepper.accelerator.scaler is not None:
         stepper.accelerator.scaler.load_state_dict(state["scaler"])
     if stepper.average is not None:

@@ -160,8 +160,9 @@ class One(Teacher):
     network: nn.Module
 
     def start(self, student: nn.Module, where: str) -> Tutor:
-        require_finite(self.network, where, InputError, "Check the checkpoint")
-        return Frozen(own_copy(self.network, where))
+        network = own_copy(self.network, where)
+        require_finite(network, where, InputError, "Check the checkpoint")
+        return Frozen(network)
 
 
 # --- the student itself, and others that learn -------------------------------------------------
@@ -250,8 +251,9 @@ class Peer(Teacher):
     network: nn.Module
 
     def start(self, student: nn.Module, where: str) -> Tutor:
-        require_finite(self.network, where, InputError, "Check the checkpoint")
-        return Learning(own_copy(self.network, where))
+        network = own_copy(self.network, where)
+        require_finite(network, where, InputError, "Check the checkpoint")
+        return Learning(network)
 
 
 class Learning(Tutor):

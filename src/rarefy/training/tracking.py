@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from rarefy.errors import InputError, MissingExtraError
 from rarefy.process import quiet_setup
+from rarefy.training.identity import plain
 from rarefy.training.job import Job, Trackers
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ def runs(job: Job, accelerator: Accelerator) -> Iterator[None]:
     if job.trackers is None:
         yield
         return
-    facts = {k: v for k, v in asdict(job.options).items() if v is not None} | {"seed": job.seed}
+    facts = {k: v for k, v in plain(job.options).items() if v is not None} | {"seed": job.seed}
     with quiet_setup():
         accelerator.init_trackers("rarefy", config=facts)
     theirs = [id(tracker) for tracker in listed(job.trackers)]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from rarefy.batches import batch_size, between, map_tensors
+from rarefy.errors import InputError, first_line
 from rarefy.pruning.running.taps import Runner, Watched
 from rarefy.pruning.scoring.passes import WHERE, Job, Sums, check_differentiable
 from rarefy.pruning.scoring.samples import Together, finite, learned, wide
@@ -71,7 +72,7 @@ def _own(
     for n in some:
         single, target = (between(v, n, n + 1, size) for v in (inputs, targets))
         found = _gradient(job, running, map_tensors(torch.clone, single), target)
-        yield {path: wide(g).square_() for path, g in found.items()}, 1
+        yield {path: wide(g).square() for path, g in found.items()}, 1  # some share memory
 
 
 def _gradient(
@@ -82,4 +83,13 @@ def _gradient(
         loss = job.losses(running, inputs, targets)
     leaves = learned(running)
     check_differentiable(loss)
-    return finite(leaves, torch.autograd.grad(loss, list(leaves.values()), allow_unused=True))
+    try:
+        found = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
+    except RuntimeError as error:
+        raise InputError(
+            "prune(criterion=...)",
+            f"the loss has no gradient by the network's weights: {first_line(error)}",
+            "Write the operations in the network that PyTorch cannot go back through otherwise, "
+            "or use criterion='magnitude'",
+        ) from error
+    return finite(leaves, found)

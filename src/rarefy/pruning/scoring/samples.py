@@ -51,6 +51,7 @@ class Together:
     def __init__(self, job: Job, running: Watched) -> None:
         self._job, self._running = job, running
         self._layers = dict(_layers(running))
+        self._means = [node.name for node in running.graph.calls if _is_mean(node)]
         alone = {path for paths, _ in self._layers.values() for path in paths}
         others = [w for path, w in learned(running).items() if path not in alone]
         held = sum(w.numel() * w.element_size() for w in others)
@@ -76,6 +77,7 @@ class Together:
         given = [t[some.start : some.stop] for t in tensors(inputs) if is_of(size, t)]
         for node, (paths, make) in self._layers.items():
             running.instead[node] = _instead(paths, make, found)
+        running.instead |= dict.fromkeys(self._means, _mean)
         try:
             with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), _at_once():
                 each = between(targets, some.start, some.stop, size)
@@ -84,8 +86,19 @@ class Together:
         finally:
             running.instead.clear()
         each_own = zip(own, gradients, strict=True)
-        found |= {path: wide(g).square_().sum(0) for path, g in each_own if g is not None}
+        # Not in place: gradients of parameters that are added share memory.
+        found |= {path: wide(g).square().sum(0) for path, g in each_own if g is not None}
         return finite(found, found.values())
+
+
+def _is_mean(node: Node) -> bool:
+    """Whether a call pools all places into one."""
+    return node.kind == "adaptive_avg_pool2d" and list(node.argument("output_size")) == [1, 1]
+
+
+def _mean(x: Tensor, size: Any) -> Tensor:
+    """The same, which ``vmap`` knows in every memory format."""
+    return x.mean((-2, -1), keepdim=True)
 
 
 @contextmanager
