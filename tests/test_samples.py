@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from rarefy.errors import InputError
 from rarefy.graph.trace import trace
 from rarefy.pruning.running.taps import Watched
-from rarefy.pruning.scoring import samples
+from rarefy.pruning.scoring import samples, squaring
 from rarefy.pruning.scoring.gather import gather
 
 torch.set_num_threads(1)
@@ -170,6 +170,22 @@ class Texts(nn.Module):
         return self.head(self.encoder(self.embed(x.long()))[:, 0])
 
 
+class Tokens(nn.Module):
+    """Tokens, some of which repeat, one of which is padding, places, and a table that is tied."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens, self.places = nn.Embedding(7, 6, padding_idx=2), nn.Embedding(9, 6)
+        self.tied, self.head = nn.Embedding(3, 6), nn.Linear(6, 3, bias=False)
+        self.head.weight = self.tied.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.long()
+        places = torch.arange(x.shape[1], device=x.device)
+        y = self.tokens(x) * self.tied(x % 3) + self.places(places)
+        return self.head(y.tanh().mean(1))
+
+
 class Constant(nn.Module):
     """A layer of what is the same for all samples."""
 
@@ -266,6 +282,10 @@ def test_a_transformer_on_tokens() -> None:
     check(Texts(), torch.randint(11, (SIZE, 4)))
 
 
+def test_tables_of_which_samples_read_rows_several_times() -> None:
+    check(Tokens(), torch.randint(4, (SIZE, 8)))
+
+
 @given(part=st.integers(1, 2000), size=st.integers(2, 7))
 @settings(max_examples=15, deadline=None)
 def test_parts_of_any_size_give_the_same(part, size) -> None:
@@ -273,7 +293,7 @@ def test_parts_of_any_size_give_the_same(part, size) -> None:
     net = nn.Sequential(nn.Conv2d(2, 3, 3), nn.Flatten(), nn.ReLU(), nn.Linear(27, 3)).double()
     x, y = torch.randn(size, 2, 5, 5).double(), torch.arange(size) % 3
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(samples, "PART", part)
+        patch.setattr(squaring, "PART", part)
         patch.setattr(samples, "OWN", part)
         found = gather(net, trace(net, x), frozenset({"squares"}), [(x, y)]).squares
     for path, squares in one_by_one(net, x, y).items():

@@ -12,7 +12,8 @@ from rarefy.batches import batch_size, between, map_tensors
 from rarefy.errors import InputError, first_line
 from rarefy.pruning.running.taps import Runner, Watched
 from rarefy.pruning.scoring.passes import WHERE, Job, Sums, check_differentiable
-from rarefy.pruning.scoring.samples import Together, finite, learned, wide
+from rarefy.pruning.scoring.samples import Together, finite
+from rarefy.pruning.scoring.squaring import learned, wide
 from rarefy.types import Inputs
 
 
