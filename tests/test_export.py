@@ -281,7 +281,7 @@ def test_fixed_batch_is_exported_where_forward_needs_it(tmp_path):
 
 @pytest.mark.parametrize("model", [None, "net.pt2"])
 def test_what_is_no_network_is_refused(model, tmp_path):
-    with pytest.raises(InputError, match=r"export\(model\): it is a .* no nn\.Module"):
+    with pytest.raises(InputError, match=r"export\(model\): a .* was given\. Give an nn\.Module"):
         export(model, tmp_path / "net.pt2", torch.randn(2, 4))
 
 

@@ -161,7 +161,7 @@ LAYER, ROWS = torch.nn.Linear(4, 3), torch.randn(8, 4)
 @pytest.mark.parametrize(
     ("model", "scheme", "message"),
     [
-        (lambda x: x, None, "it is a function"),
+        (lambda x: x, None, "a function was given"),
         (LAYER, "int8", "it is no scheme"),
         (torch.nn.Linear(4, 3, device="meta"), rf.Half(), "'weight'.*no values"),
         (torch.nn.LazyLinear(3), rf.WeightOnly(method="rtn"), "'weight'.*no values"),

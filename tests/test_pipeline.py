@@ -451,7 +451,7 @@ GOOD: Data = [(X, Y)]
 @pytest.mark.parametrize(
     ("changes", "kind", "message"),
     [
-        ({"model": {"a": 1}}, InputError, r"compress\(model\): a dict is no torch.nn.Module"),
+        ({"model": {"a": 1}}, InputError, r"compress\(model\): a dict was given"),
         ({"model": nn.DataParallel(perceptron())}, InputError, r"model\.module"),
         ({"model": nn.LazyLinear(3)}, InputError, "weight is not initialized"),
         ({"model": with_nan("0.weight")}, InputError, r"0\.weight: .* NaN"),
