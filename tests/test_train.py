@@ -131,6 +131,13 @@ def test_optimizers_of_ones_own_find_the_weight_decay_in_their_groups() -> None:
     assert seen == [(0.25, {2}), (0.0, {1})]
 
 
+def test_an_optimizer_that_is_made_already_is_refused_in_a_line() -> None:
+    made = torch.optim.SGD(mlp().parameters(), lr=0.1)
+    with pytest.raises(InputError, match=r"optimizer=SGD \( .*or a function") as refused:
+        TrainOptions(optimizer=made)
+    assert "\n" not in str(refused.value)
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [

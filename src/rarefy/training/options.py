@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import textwrap
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
@@ -127,7 +128,8 @@ class TrainOptions:
         for name, (valid, rule) in _RULES.items():
             value = getattr(self, name)
             if not valid(value):
-                raise InputError(f"{name}={value!r}", f"{name} must be {rule}", f"Give {rule}")
+                shown = textwrap.shorten(repr(value), 60, placeholder=" ...")
+                raise InputError(f"{name}={shown}", f"{name} must be {rule}", f"Give {rule}")
 
 
 def _whole(value: object) -> bool:
