@@ -274,10 +274,10 @@ class GradualUnits(_Gradual):
             raise _no_data(
                 self, criterion, "'magnitude', 'lamp' or a function (group, evidence) -> scores"
             )
+        excluded(exclude, paths(model))
         self.network = trace(model, example_inputs)
         self.budget = Budget(sparsity=0.0, scope=scope)
         self.exclude, self._inputs = exclude, example_inputs
-        excluded(exclude, paths(model))
         self._criterion = rule
         self._sizes = Sizes(self.network, stated(model, self.network, example_inputs))
         self._directions = directions(self.network.captured.graph)

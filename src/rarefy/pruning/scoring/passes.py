@@ -181,11 +181,6 @@ class Sums:
                 zeros = torch.zeros(parameter.shape, dtype=dtype, device=parameter.device)
                 self.totals.setdefault(id(parameter), zeros)
 
-    @property
-    def bytes(self) -> int:
-        """Of all sums."""
-        return sum(t.numel() * t.element_size() for t in self.totals.values())
-
     def add(self, values: Mapping[str, Tensor], factor: float, size: int) -> None:
         """Add values of a batch, times a factor."""
         for path, value in values.items():
