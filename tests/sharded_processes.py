@@ -182,5 +182,3 @@ if __name__ == "__main__":
         state.__init__ = on_cpus(state.__init__)
     for one in CASES if os.environ["WORLD_SIZE"] != "1" else [plain]:
         main(Path(sys.argv[1]), sys.argv[2], one)
-    if torch.distributed.is_initialized():  # else its threads may outlive the interpreter
-        torch.distributed.destroy_process_group()

@@ -66,7 +66,9 @@ with open(f"{out}/{rank}.json", "w") as file:
 def ranks(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
     options = {"LOCAL_WORLD_SIZE": "2", "ACCELERATE_USE_CPU": "true"}
-    in_processes("-c", WORKER, str(folder), **options)
+    script = folder / "worker.py"
+    script.write_text(WORKER)
+    in_processes(script, str(folder), **options)
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
 
 

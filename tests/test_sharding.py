@@ -43,7 +43,7 @@ def found(tmp_path_factory):
     folder = tmp_path_factory.mktemp("shards")
     for run, (count, environment) in RUNS.items():
         environment = {"ACCELERATE_USE_CPU": "true", **environment}
-        in_processes(str(SCRIPT), str(folder), run, count=count, **environment)
+        in_processes(SCRIPT, str(folder), run, count=count, **environment)
     return {path.stem: json.loads(path.read_text()) for path in folder.glob("*.json")}
 
 

@@ -30,10 +30,10 @@ pytestmark = pytest.mark.slow
 def found(tmp_path_factory):
     """What each rank, and a process alone, wrote of every case; and what the ranks showed."""
     folder = tmp_path_factory.mktemp("ranks")
-    arguments = [str(SCRIPT), str(folder), *CASES]
-    shown = in_processes(*arguments)
+    arguments = [str(folder), *CASES]
+    shown = in_processes(SCRIPT, *arguments)
     subprocess.run(
-        [sys.executable, *arguments],
+        [sys.executable, str(SCRIPT), *arguments],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         timeout=280,

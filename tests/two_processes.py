@@ -202,5 +202,3 @@ def main(folder, case):
 if __name__ == "__main__":
     for name in sys.argv[2:]:
         main(sys.argv[1], name)
-    if torch.distributed.is_initialized():  # else its threads may outlive the interpreter
-        torch.distributed.destroy_process_group()
