@@ -87,7 +87,7 @@ def _resnet(depth: int, chosen: argparse.Namespace, folder: str) -> Subject:
     held_x, held_y = cifar.images("test", chosen.test)
     whole, whole_inner = (cifar.kept_whole(model, inner=inner) for inner in (False, True))
     test = list(zip(held_x.split(250), held_y.split(250), strict=True))
-    options = {"lr": 0.02, "weight_decay": 5e-4}
+    options = {"lr": 0.02, "weight_decay": 5e-4, "schedule": chosen.schedule, "ema": chosen.ema}
     change, views = (crop_and_flip, max(chosen.epochs)) if chosen.augmented else (same, 1)
     data = rf.soft_labels.Replay(TensorDataset(x, y), change, seed=0)
     batches = DataLoader(data, 128, shuffle=True, drop_last=True)
@@ -212,6 +212,8 @@ def main() -> None:
     parser.add_argument("--teacher", type=int, help="depth of a ResNet to learn from; own if none")
     parser.add_argument("--label-weight", type=float, default=0.1, help="beside soft labels")
     parser.add_argument("--augmented", action="store_true", help="shift and mirror the images")
+    parser.add_argument("--schedule", default="cosine", help="of the learning rate, on images")
+    parser.add_argument("--ema", type=float, help="decay of averaged weights, on images")
     parser.add_argument("--test", type=int, help="test images; all if not given")
     methods = ["unpruned", *METHODS]
     parser.add_argument("--methods", nargs="+", default=methods, choices=methods)
