@@ -116,7 +116,7 @@ def sparsify(
     share = _share(pattern, budget)
     _check_evidence(rule, criterion, data, loss)
     sparse = copied(model)
-    layers = [Layer(path, weight) for path, weight in prunable(sparse, exclude)]
+    layers = prunable(sparse, exclude)
     choice = _Choice(pattern, share, budget is None or budget.scope == "global")
     dense: dict[str, str] = {}
     evidence = Evidence(dict(model.named_parameters(remove_duplicate=False)))
