@@ -165,7 +165,7 @@ def test_empty_weights_are_left_alone(structure, criterion) -> None:
     assert int((sparse.some.weight == 0).sum()) == 32
     assert sparse.none.weight.shape == (8, 0)
     healed = rf.repair(net, sparse, [x]).repaired
-    assert healed.skipped.items() >= {("none", "its weight has no entries")}
+    assert healed.skipped["out"] == "its weight has no entries"
     assert "some" in healed.errors
 
 
