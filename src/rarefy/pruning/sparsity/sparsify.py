@@ -78,7 +78,8 @@ def sparsify(
 
     Concerns weights of two or more dimensions; biases and normalization stay. N:M and blocks are
     for the matrices of products: not for embeddings, and not for weights that are computed in the
-    forward or too small for one unit, which stay dense. Where data choose, weights that they say
+    forward or too small for one unit, which stay dense. What weight norm or spectral norm divides by
+    its length keeps its best entry. Where data choose, weights that they say
     nothing of, or that cannot be solved for, go by magnitude. The record names both.
 
     The share is exact: ``floor(sparsity * n)`` of the ``n`` units (weights or blocks), of every
@@ -104,7 +105,8 @@ def sparsify(
         A new network in eval mode; its attribute ``sparsified`` is a :class:`Sparsified` record.
 
     Raises:
-        BudgetError: the budget is not a sparsity, or not the one of N:M.
+        BudgetError: the budget is not a sparsity, or not the one of N:M, or leaves no length to
+            divide by.
         InputError: an excluded name matches nothing, no weight is left to prune, or data or a
             loss are missing or without use.
         DataError: the data yield nothing, are not finite or not labelled where labels are needed,
