@@ -78,9 +78,9 @@ def sparsify(
 
     Concerns weights of two or more dimensions; biases and normalization stay. N:M and blocks are
     for the matrices of products: not for embeddings, and not for weights that are computed in the
-    forward or too small for one unit, which stay dense. What weight norm or spectral norm divides by
-    its length keeps its best entry. Where data choose, weights that they say
-    nothing of, or that cannot be solved for, go by magnitude. The record names both.
+    forward or too small for one unit, which stay dense. What weight norm or spectral norm divides
+    by its length keeps its best entry. Where data choose, weights that they say nothing of, or that
+    cannot be solved for, go by magnitude. The record names both.
 
     The share is exact: ``floor(sparsity * n)`` of the ``n`` units (weights or blocks), of every
     tensor (``scope="local"``) or of all together (``scope="global"``). Weights that evidence says
