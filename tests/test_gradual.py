@@ -267,6 +267,17 @@ def test_units_of_weight_normed_layers_train_on_at_zero() -> None:
     torch.testing.assert_close(small(X), after.eval()(X))
 
 
+def test_vectors_of_weight_normed_layers_keep_a_length() -> None:
+    net = nn.Sequential(nn.Flatten(), weight_norm(nn.Linear(36, 8)), nn.ReLU(), nn.Linear(8, 3))
+    with torch.no_grad():
+        net[1].parametrizations.weight.original1[:2].mul_(0.1)
+    after = trained(net, GradualPruning(Cubic(0.9, steps=4), scope="local"), 6)
+    gone = after[1].parametrizations.weight.original1 == 0
+    assert int(gone.sum()) == int(0.9 * 36 * 8)
+    assert not gone.all(1).any()
+    assert after(X).isfinite().all()
+
+
 def test_a_layer_that_is_emptied_is_named_once() -> None:
     net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     with torch.no_grad():

@@ -140,6 +140,33 @@ def test_networks_are_held_within_wrappers(name) -> None:
         assert all(zeros[next(p for p in zeros if p.endswith(k))].equal(before[k]) for k in before)
 
 
+@pytest.mark.parametrize("name", WRAPPERS)
+def test_networks_made_sparse_within_wrappers_are_held(name) -> None:
+    model = copy.deepcopy(DENSE)
+    nn.init.zeros_(model[4].weight)
+    wrapped = WRAPPERS[name](model)
+    within = [path for path, _ in wrapped.named_parameters() if path.endswith("4.weight")]
+    sparse = sparsify(wrapped, Budget(sparsity=0.5), exclude=within)
+    assert set(Masks.of(sparse)) == {"0.weight", "2.weight", "5.weight"}
+
+
+def test_what_is_held_goes_on_with_the_masks_of_a_checkpoint() -> None:
+    sparse = sparsify(DENSE, Budget(sparsity=0.5))
+    before, other = zero_places(sparse), sparsify(DENSE, Budget(sparsity=0.3))
+    by_state, by_zeros, given = hold(other), hold(other), hold(other, Masks.of(other))
+    by_state.load_state_dict(copy.deepcopy(hold(sparse).state_dict()))
+    other.load_state_dict(sparse.state_dict())
+    by_zeros.resume(other, 100)
+    given.resume(other, 100)
+    assert set(given.masks) == set(by_state.masks) == set(by_zeros.masks)
+    for again in (by_state, by_zeros):
+        for parameter in other.parameters():
+            parameter.data.add_(1)
+        again()
+        assert same(zero_places(other), before)
+    assert not same({path: ~mask for path, mask in given.masks.items()}, before)
+
+
 def test_optimizers_that_take_no_hooks_are_refused() -> None:
     class Prepared(torch.optim.Optimizer):
         def __init__(self) -> None:

@@ -90,6 +90,15 @@ def test_a_matrix_becomes_the_weight_again(shape, input_dim, pattern) -> None:
     assert torch.equal(as_weight(matrix, weight, input_dim, pattern), weight)
 
 
+@pytest.mark.parametrize("pattern", [Unstructured(), NM(2, 4), Block(1, 4)])
+def test_a_matrix_of_groups_has_a_row_for_every_output(pattern) -> None:
+    weight = torch.rand(6, 4, 3)  # of a transposed convolution: 2 groups of 3 inputs, 4 outputs
+    matrix = as_matrix(weight, 0, pattern, groups=2)
+    expected = torch.cat([as_matrix(part, 0, pattern) for part in weight.chunk(2)])
+    assert torch.equal(matrix, expected)
+    assert torch.equal(as_weight(matrix, weight, 0, pattern, groups=2), weight)
+
+
 def test_groups_of_a_convolution_run_over_input_channels() -> None:
     weight = torch.rand(3, 8, 3, 3)
     matrix = as_matrix(weight, 1, NM(2, 4))

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.nn.utils import parametrizations
 
 import rarefy as rf
 from rarefy.errors import BudgetError, DataError, InputError
@@ -102,6 +103,72 @@ def test_a_network_without_weights_is_refused() -> None:
 # --- structures that need the graph -------------------------------------------------------------
 
 
+def normed_layers() -> nn.Module:
+    return nn.Sequential(
+        parametrizations.weight_norm(nn.Conv1d(3, 8, 3)),
+        parametrizations.spectral_norm(nn.Conv1d(8, 2, 1)),
+        parametrizations.weight_norm(nn.Conv1d(2, 4, 3), dim=None),
+    )
+
+
+def older_normed_layers() -> nn.Module:
+    norm, spectral = nn.utils.weight_norm, nn.utils.spectral_norm
+    layers = norm(nn.Conv1d(3, 8, 3)), spectral(nn.Conv1d(8, 2, 1)), norm(nn.Conv1d(2, 4, 3), dim=1)
+    return nn.Sequential(*layers)
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated:FutureWarning")
+@pytest.mark.parametrize("make", [normed_layers, older_normed_layers])
+@pytest.mark.parametrize("scope", ["local", "global"])
+def test_what_is_divided_by_its_length_keeps_one(make, scope) -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        net, x = make().eval(), torch.randn(2, 3, 9)
+    with torch.no_grad():
+        for path, parameter in net.named_parameters():  # all of its vectors are the smallest
+            parameter.mul_(
+                1e-3 if path.endswith(("0.weight_v", "0.parametrizations.weight.original1")) else 1
+            )
+    share = 0.85 if scope == "local" else 0.8
+    sparse = sparsify(net, Budget(sparsity=share, scope=scope))
+    zeros = sparse.sparsified.zeros
+    assert sorted(size for _, size in zeros.values()) == [16, 24, 72]  # the lengths stay
+    if scope == "global":
+        assert sum(gone for gone, _ in zeros.values()) == int(share * 112)
+    assert sparse(x).isfinite().all()
+    with pytest.raises(BudgetError, match=r"weight '0\..*a length of zero"):
+        sparsify(net, Budget(sparsity=0.99, scope=scope))
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element:UserWarning")
+@pytest.mark.parametrize("structure", ["weight", "2:4", "1x4"])
+@pytest.mark.parametrize("criterion", ["magnitude", "wanda", "sparsegpt"])
+def test_empty_weights_are_left_alone(structure, criterion) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.none, self.some, self.out = nn.Linear(0, 8), nn.Linear(8, 8), nn.Linear(8, 0)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = torch.relu(self.some(x) + self.none(x[:, :0]))
+            return y + self.out(y).sum(1, keepdim=True)
+
+    net, x = Net(), smooth(8, 1).flatten(1)[:, :8]
+    sparse = sparsify(
+        net,
+        None if structure == "2:4" else Budget(sparsity=0.5),
+        structure,
+        example_inputs=x,
+        criterion=criterion,
+        data=None if criterion == "magnitude" else [x],
+    )
+    assert int((sparse.some.weight == 0).sum()) == 32
+    assert sparse.none.weight.shape == (8, 0)
+    healed = rf.repair(net, sparse, [x]).repaired
+    assert healed.skipped["out"] == "its weight has no entries"
+    assert "some" in healed.errors
+
+
 class Mixed(nn.Module):
     """Layers of every kind that matters for the direction of the inputs."""
 
@@ -146,6 +213,19 @@ def test_n_of_m_runs_along_the_inputs_of_each_layer(mixed) -> None:
     assert set(sparse.sparsified.dense) == {"table.weight", "depthwise.weight"}
     assert "fewer than 4" in sparse.sparsified.dense["depthwise.weight"]
     assert torch.equal(sparse.table.weight, mixed.table.weight)
+
+
+def test_n_of_m_stays_within_the_groups_of_a_transposed_convolution() -> None:
+    net = nn.Sequential(
+        nn.ConvTranspose1d(10, 4, 3, groups=2),  # five inputs each: the last of them stays
+        nn.ConvTranspose1d(4, 4, 3, groups=4),
+    )
+    x = torch.randn(2, 10, 7)
+    sparse = sparsify(net, None, "2:4", example_inputs=x)
+    kept = sparse[0].weight.view(2, 5, 2, 3) != 0
+    assert (kept[:, :4].sum(1) == 2).all()
+    assert kept[:, 4].all()
+    assert sparse.sparsified.dense == {"1.weight": "it has 1 inputs, fewer than 4"}
 
 
 def test_n_of_m_takes_no_other_share(mixed) -> None:

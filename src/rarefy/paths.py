@@ -41,6 +41,17 @@ def wrapped_at(model: nn.Module) -> str | None:
     return next((WRAPPERS[name] for name in names if name in WRAPPERS), None)
 
 
+def within_wrappers(path: str) -> str:
+    """A path without the attributes at its beginning in which wrappers hold the network.
+
+    Example:
+        >>> within_wrappers("_orig_mod.module.conv.weight")
+        'conv.weight'
+    """
+    first, _, rest = path.partition(".")
+    return within_wrappers(rest) if rest and first in WRAPPERS.values() else path
+
+
 def paths(model: nn.Module) -> frozenset[str]:
     """Paths of all modules and parameters."""
     modules = (name for name, _ in model.named_modules() if name)

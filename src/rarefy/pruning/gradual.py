@@ -181,13 +181,13 @@ class GradualPruning(_Gradual):
                 "Give example_inputs",
             )
         self._rule, self._inputs = rule, example_inputs
-        self._dims: dict[str, int] = {}
+        self._places: dict[str, tuple[int, int]] = {}
 
     def __call__(self, model: nn.Module) -> None:
         """To be called after every optimizer step; changes the network in place."""
         model = unwrapped(model)
         self.masks.apply(model)
-        self._dims = self._dims or self._input_dims(model)
+        self._places = self._places or self._oriented(model)
         share = self._advance()
         if share is None:
             return
@@ -214,19 +214,22 @@ class GradualPruning(_Gradual):
         ]
 
     def _zeros(self, model: nn.Module) -> Mapping[str, Tensor]:
-        return {path: weight.detach() != 0 for path, weight in prunable(model, self.exclude)}
+        return {x.path: x.weight.detach() != 0 for x in prunable(model, self.exclude)}
 
-    def _input_dims(self, model: nn.Module) -> dict[str, int]:
-        """Path of every weight that is to be pruned -> its dimension of inputs."""
-        layers = [Layer(path, weight) for path, weight in prunable(model, self.exclude)]
+    def _oriented(self, model: nn.Module) -> dict[str, tuple[int, int]]:
+        """Path of every weight that is to be pruned -> its dimension of inputs, and groups."""
+        layers = prunable(model, self.exclude)
         if self._inputs is not None:
             graph = capture(model, self._inputs).graph
             layers, _ = oriented(layers, model, graph, self.pattern)
-        return {layer.path: layer.input_dim for layer in layers}
+        return {layer.path: (layer.input_dim, layer.groups) for layer in layers}
 
     def _layers(self, model: nn.Module) -> list[Layer]:
-        found = dict(model.named_parameters())
-        return [Layer(path, found[path], dim) for path, dim in self._dims.items()]
+        known = {layer.path: layer for layer in prunable(model, self.exclude)}
+        return [
+            replace(known[path], input_dim=dim, groups=groups)
+            for path, (dim, groups) in self._places.items()
+        ]
 
 
 class GradualUnits(_Gradual):

@@ -157,6 +157,8 @@ def unsolvable(graph: Graph, weight: Node, node: Node) -> str:
     """Why a layer's weight cannot be solved for; empty where it can."""
     if weight.op != "tensor":
         return "its weight is computed in the graph"
+    if 0 in weight.shape:
+        return "its weight has no entries"
     if len(graph.users[weight.name]) > 1:
         return "its weight is used several times"
     if node.kind in TRANSPOSED and (

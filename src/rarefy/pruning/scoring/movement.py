@@ -23,7 +23,8 @@ from rarefy.pruning.scoring.evidence import Evidence
 class Movement:
     """Sums ``-g w`` over the steps of a training: weights that move away from zero score high.
 
-    Call it after every ``backward()``, before the optimizer's step. Then its
+    Call it once before every step of the optimizer, after ``backward()``: gradients that are
+    accumulated over several batches count once, when they are complete. Then its
     :attr:`criterion` scores units, its :attr:`element` single weights; both may be given to
     ``GradualUnits`` and ``GradualPruning`` before the training.
 

@@ -19,7 +19,7 @@ from rarefy.pruning.running.examples import live
 from rarefy.pruning.running.lockstep import OPERANDS, Run, operand, unsolvable
 from rarefy.pruning.sparsity.elements import SparseGPT
 from rarefy.pruning.sparsity.gram import Sums, add_rows
-from rarefy.pruning.sparsity.patterns import NM, Pattern, as_matrix, as_weight
+from rarefy.pruning.sparsity.patterns import NM, Pattern
 from rarefy.pruning.sparsity.sparsegpt import Selection, moved, reconstructed, ridged
 from rarefy.pruning.sparsity.weights import Layer, zero
 from rarefy.types import Inputs
@@ -169,14 +169,14 @@ class Calibration:
         if not fit.count or not check.count:
             self._fall_back(layer, "too few examples to solve it on some and check it on others")
             return
-        matrix = as_matrix(layer.weight.double(), layer.input_dim, self.pattern)
+        matrix = layer.matrix(layer.weight.double(), self.pattern)
         weight = matrix.reshape(len(fit.xx), -1, matrix.shape[1])
         bias = self._bias(node)
         old = torch.zeros_like(fit.y) if bias is None else bias.old.view(fit.y.shape)
         sums = fit if bias is None else fit.centered()
         hessian = ridged(sums.xx, self.rule.damp)
         selection = Selection(self.pattern, self._count(layer), layer.inputs, self.rule.block)
-        mask = as_matrix(self.gone[layer.path], layer.input_dim, self.pattern).view(weight.shape)
+        mask = layer.matrix(self.gone[layer.path], self.pattern).view(weight.shape)
         try:
             optimum = moved(weight, sums.xx, sums.xy, hessian)
             found, gone = reconstructed(optimum, hessian, selection, mask)
@@ -199,13 +199,11 @@ class Calibration:
         """Units that go of a layer, as plain magnitude has it; for N:M, its inputs."""
         if isinstance(self.pattern, NM):
             return layer.inputs
-        mask = as_matrix(self.gone[layer.path].float(), layer.input_dim, self.pattern)
+        mask = layer.matrix(self.gone[layer.path].float(), self.pattern)
         return int(self.pattern.units(mask).sum().round())
 
     def _take(self, layer: Layer, matrix: Tensor, gone: Tensor) -> None:
-        new, mask = (
-            as_weight(m, layer.weight, layer.input_dim, self.pattern) for m in (matrix, gone)
-        )
+        new, mask = (layer.tensor(m, self.pattern) for m in (matrix, gone))
         layer.weight.copy_(new.to(layer.weight.dtype))
         self.gone[layer.path] = mask
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from rarefy.copies import copied
 from rarefy.errors import InputError
-from rarefy.paths import unwrapped
+from rarefy.paths import unwrapped, within_wrappers
 from rarefy.types import check_network
 
 
@@ -60,12 +60,13 @@ class Masks(Mapping[str, Tensor]):
         otherwise all weights of two or more dimensions that hold a zero.
         """
         network = unwrapped(model)
-        record = getattr(network, "sparsified", None)
+        record = getattr(model, "sparsified", getattr(network, "sparsified", None))
+        pruned = None if record is None else {within_wrappers(path) for path in record.zeros}
         return cls(
             {
                 path: parameter.detach() != 0
                 for path, parameter in network.named_parameters()
-                if (parameter.ndim > 1 if record is None else path in record.zeros)
+                if (parameter.ndim > 1 if pruned is None else within_wrappers(path) in pruned)
                 and bool((parameter == 0).any())
             }
         )
@@ -124,13 +125,27 @@ def _near(wanted: Mapping[str, Any], found: Mapping[str, Any]) -> str:
 class Hold:
     """Keeps weights at zero; made by :func:`hold`."""
 
-    def __init__(self, model: nn.Module, masks: Masks) -> None:
-        self.model, self.masks = model, masks
+    def __init__(self, model: nn.Module, masks: Masks | None) -> None:
+        self.model, self.masks = model, Masks.of(model) if masks is None else masks
+        self._given = masks is not None
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
 
     def __call__(self, model: nn.Module | None = None) -> None:
         """Set the weights to zero again: of the network that was held, or of a copy of it."""
         self.masks.apply(self.model if model is None else model)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What is needed to go on later: the masks."""
+        return {"masks": dict(self.masks)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from :meth:`state_dict`."""
+        self.masks = Masks(state["masks"])
+
+    def resume(self, model: nn.Module, step: int) -> None:
+        """Go on without a state: with what is zero in the network now, or the masks given."""
+        if not self._given:
+            self.masks = Masks.of(model)
 
     def attach(self, optimizer: torch.optim.Optimizer) -> Hold:
         """Do so after every step of an optimizer, until :meth:`detach`.
@@ -196,7 +211,7 @@ def hold(model: nn.Module, masks: Mapping[str, Tensor] | None = None) -> Hold:
         [[0.0, 2.0]]
     """
     check_network(model, "hold(model)")
-    return Hold(model, Masks.of(model) if masks is None else Masks(masks))
+    return Hold(model, None if masks is None else Masks(masks))
 
 
 def rewind(

@@ -206,26 +206,43 @@ def shorthand(pattern: Pattern) -> str:
 # --- weights as matrices -------------------------------------------------------------------------
 
 
-def as_matrix(weight: Tensor, input_dim: int, pattern: Pattern) -> Tensor:
+def as_matrix(weight: Tensor, input_dim: int, pattern: Pattern, groups: int = 1) -> Tensor:
     """A weight as (outputs, columns), in the order of columns that the pattern wants.
 
     Args:
         weight: two dimensions or more; those beyond are the places of a kernel.
         input_dim: 0 or 1, the dimension of its inputs; the other one is that of its outputs.
         pattern: N:M takes all inputs of one place of the kernel together, all others the reverse.
+        groups: how many groups of channels follow each other along dimension 0 though it is that
+            of the inputs, as in transposed convolutions.
     """
+    if groups > 1:
+        weight = _by_output(weight, groups)
     parts = weight.movedim(input_dim, 1).flatten(2) if weight.ndim > 2 else weight
     if weight.ndim == 2:
         return parts.movedim(input_dim, 1)
     return (parts.transpose(1, 2) if isinstance(pattern, NM) else parts).flatten(1)
 
 
-def as_weight(matrix: Tensor, like: Tensor, input_dim: int, pattern: Pattern) -> Tensor:
+def as_weight(
+    matrix: Tensor, like: Tensor, input_dim: int, pattern: Pattern, groups: int = 1
+) -> Tensor:
     """What :func:`as_matrix` was given, of the shape of ``like``."""
+    if groups > 1:
+        weight = as_weight(matrix, _by_output(like, groups), input_dim, pattern)
+        inputs, outputs = len(weight), weight.shape[1] // groups
+        parts = weight.reshape(inputs, groups, outputs, *weight.shape[2:])
+        return parts.movedim(1, 0).flatten(0, 1)
     shape = like.movedim(input_dim, 1).shape
     if isinstance(pattern, NM) and like.ndim > 2:
         matrix = matrix.reshape(len(matrix), -1, shape[1]).transpose(1, 2)
     return matrix.reshape(shape).movedim(1, input_dim)
+
+
+def _by_output(weight: Tensor, groups: int) -> Tensor:
+    """(groups * inputs, outputs of one, ...) as (inputs, groups * outputs, ...)."""
+    parts = weight.reshape(groups, len(weight) // groups, *weight.shape[1:])
+    return parts.movedim(0, 1).flatten(1, 2)
 
 
 # --- what goes -----------------------------------------------------------------------------------

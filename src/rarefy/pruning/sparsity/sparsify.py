@@ -78,8 +78,9 @@ def sparsify(
 
     Concerns weights of two or more dimensions; biases and normalization stay. N:M and blocks are
     for the matrices of products: not for embeddings, and not for weights that are computed in the
-    forward or too small for one unit, which stay dense. Where data choose, weights that they say
-    nothing of, or that cannot be solved for, go by magnitude. The record names both.
+    forward or too small for one unit, which stay dense. What weight norm or spectral norm divides
+    by its length keeps its best entry. Where data choose, weights that they say nothing of, or that
+    cannot be solved for, go by magnitude. The record names both.
 
     The share is exact: ``floor(sparsity * n)`` of the ``n`` units (weights or blocks), of every
     tensor (``scope="local"``) or of all together (``scope="global"``). Weights that evidence says
@@ -104,7 +105,8 @@ def sparsify(
         A new network in eval mode; its attribute ``sparsified`` is a :class:`Sparsified` record.
 
     Raises:
-        BudgetError: the budget is not a sparsity, or not the one of N:M.
+        BudgetError: the budget is not a sparsity, or not the one of N:M, or leaves no length to
+            divide by.
         InputError: an excluded name matches nothing, no weight is left to prune, or data or a
             loss are missing or without use.
         DataError: the data yield nothing, are not finite or not labelled where labels are needed,
@@ -116,7 +118,7 @@ def sparsify(
     share = _share(pattern, budget)
     _check_evidence(rule, criterion, data, loss)
     sparse = copied(model)
-    layers = [Layer(path, weight) for path, weight in prunable(sparse, exclude)]
+    layers = prunable(sparse, exclude)
     choice = _Choice(pattern, share, budget is None or budget.scope == "global")
     dense: dict[str, str] = {}
     evidence = Evidence(dict(model.named_parameters(remove_duplicate=False)))

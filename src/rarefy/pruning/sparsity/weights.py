@@ -8,10 +8,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from rarefy.errors import InputError, shortened, warn
+from rarefy.errors import BudgetError, InputError, shortened, warn
 from rarefy.graph.program import Graph, Ref
 from rarefy.paths import excluded, paths, within
 from rarefy.pruning.running.lockstep import OPERANDS, TRANSPOSED, operand
+from rarefy.pruning.sparsity.norms import WHOLE, norms
 from rarefy.pruning.sparsity.patterns import (
     NM,
     Block,
@@ -32,29 +33,54 @@ class Layer:
         path: of the parameter.
         weight: the parameter.
         input_dim: which of its first two dimensions is that of its inputs.
+        groups: how many groups of inputs follow each other along that dimension.
+        normed: the dimension along which vectors follow each other that are divided by their
+            length (:mod:`rarefy.pruning.sparsity.norms`); None where nothing is.
     """
 
     path: str
     weight: Tensor
     input_dim: int = 1
+    groups: int = 1
+    normed: int | None = None
 
     @property
     def inputs(self) -> int:
         """Input channels of one group."""
-        return self.weight.shape[self.input_dim]
+        return self.weight.shape[self.input_dim] // self.groups
+
+    def matrix(self, tensor: Tensor, pattern: Pattern) -> Tensor:
+        """A tensor of the weight's shape as the matrix that the pattern looks at."""
+        return as_matrix(tensor, self.input_dim, pattern, self.groups)
+
+    def tensor(self, matrix: Tensor, pattern: Pattern) -> Tensor:
+        """What :meth:`matrix` was given."""
+        return as_weight(matrix, self.weight, self.input_dim, pattern, self.groups)
+
+    def spared(self, scores: Tensor) -> Tensor:
+        """The scores, infinite for the best entry of every vector that has to keep a length."""
+        if self.normed is None or not scores.numel():
+            return scores
+        vectors = scores[None] if self.normed == WHOLE else scores.movedim(self.normed, 0)
+        flat = vectors.flatten(1)
+        flat = flat.scatter(1, flat.argmax(1, keepdim=True), torch.inf).view(vectors.shape)
+        return flat[0] if self.normed == WHOLE else flat.movedim(0, self.normed)
 
 
-def prunable(model: nn.Module, exclude: Sequence[str] = ()) -> list[tuple[str, Tensor]]:
-    """Paths and weights of two or more dimensions, shared ones once, without the excluded.
+def prunable(model: nn.Module, exclude: Sequence[str] = ()) -> list[Layer]:
+    """Weights of two or more dimensions, shared ones once, without the excluded.
+
+    The lengths of a weight norm stay, as other normalization does.
 
     Raises:
         InputError: an excluded name matches nothing, or nothing is left.
     """
     whole = excluded(exclude, paths(model))
     every = list(model.named_parameters(remove_duplicate=False))
-    out = {id(tensor) for path, tensor in every if within(path, whole)}
-    found: list[tuple[str, Tensor]] = [
-        (path, parameter)
+    lengths, vectors = norms(model)
+    out = {id(tensor) for path, tensor in every if within(path, whole)} | lengths
+    found = [
+        Layer(path, parameter, normed=vectors.get(id(parameter)))
         for path, parameter in model.named_parameters()
         if parameter.ndim > 1 and parameter.is_floating_point() and id(parameter) not in out
     ]
@@ -91,25 +117,37 @@ def choose(
 ) -> list[Tensor]:
     """For every weight of every layer, whether it goes.
 
+    Vectors that are divided by their length keep their best entry.
+
     Args:
         layers: the weights.
         scores: of each of their entries, of their shapes.
         pattern: what goes together.
         share: of the units that go.
         together: rank the units of all layers together.
+
+    Raises:
+        BudgetError: nothing would be left of such a vector.
     """
     matrices = [
-        as_matrix(checked(s, layer), layer.input_dim, pattern)
+        layer.matrix(layer.spared(checked(s, layer)), pattern)
         for s, layer in zip(scores, layers, strict=True)
     ]
     if isinstance(pattern, NM):
         numbers = [layer.inputs for layer in layers]
     else:
         numbers = counts(pattern, matrices, share, together=together)
-    return [
-        as_weight(pattern.gone(m, n), layer.weight, layer.input_dim, pattern)
-        for m, n, layer in zip(matrices, numbers, layers, strict=True)
-    ]
+    gone = [pattern.gone(m, n) for m, n in zip(matrices, numbers, strict=True)]
+    for layer, matrix, mask in zip(layers, matrices, gone, strict=True):
+        if layer.normed is not None and bool(matrix[mask].isinf().any()):
+            raise BudgetError(
+                f"prune(structure={shorthand(pattern)!r}), weight {layer.path!r}",
+                "it is divided by a length of zero where nothing is left of it, or of one of its "
+                "outputs",
+                "Ask for less, use scope='global', exclude it, or take its norm off before "
+                "(torch.nn.utils.parametrize.remove_parametrizations)",
+            )
+    return [layer.tensor(mask, pattern) for mask, layer in zip(gone, layers, strict=True)]
 
 
 def checked(scores: Tensor, layer: Layer) -> Tensor:
@@ -143,18 +181,18 @@ def oriented(
         InputError: there is none.
     """
     identity = {path: id(t) for path, t in model.named_parameters(remove_duplicate=False)}
-    dims = {identity.get(path): dim for path, dim in input_dims(graph)}
+    places = {identity.get(path): place for path, *place in input_dims(graph)}
     found: list[Layer] = []
     dense: dict[str, str] = {}
     for layer in candidates:
-        dim = dims.get(id(layer.weight))
-        if dim is None:
+        place = places.get(id(layer.weight))
+        if place is None:
             if isinstance(pattern, Unstructured):
                 found.append(layer)
             else:
                 dense[layer.path] = "it is not the matrix of a product"
             continue
-        turned = replace(layer, input_dim=dim)
+        turned = replace(layer, input_dim=place[0], groups=place[1])
         if reason := _too_small(turned, pattern):
             dense[layer.path] = reason
         else:
@@ -170,17 +208,20 @@ def oriented(
 
 def _too_small(layer: Layer, pattern: Pattern) -> str:
     """Why not one unit of the pattern fits into a weight; empty where one does."""
+    if not layer.weight.numel():
+        return "it has no entries"
     if isinstance(pattern, NM) and layer.inputs < pattern.m:
         return f"it has {layer.inputs} inputs, fewer than {pattern.m}"
-    outputs = layer.weight.shape[1 - layer.input_dim]
-    columns = layer.weight.numel() // max(outputs, 1)
+    outputs = layer.weight.shape[1 - layer.input_dim] * layer.groups
+    columns = layer.weight.numel() // outputs
     if isinstance(pattern, Block) and (outputs < pattern.rows or columns < pattern.columns):
         return f"it is {outputs}x{columns}, smaller than a block of {shorthand(pattern)}"
     return ""
 
 
-def input_dims(graph: Graph) -> Iterator[tuple[str, int]]:
-    """Path of a weight -> which of its dimensions a product sums over."""
+def input_dims(graph: Graph) -> Iterator[tuple[str, int, int]]:
+    """Path of a weight, which of its dimensions a product sums over, and how many groups of
+    inputs follow each other along it."""
     for node in graph.calls:
         if node.kind in OPERANDS:
             weight, dim = operand(node, 1), int(node.kind not in TRANSPOSED)
@@ -188,14 +229,14 @@ def input_dims(graph: Graph) -> Iterator[tuple[str, int]]:
             while source.kind in _TRANSPOSES and len(source.shape) == 2:
                 source, dim = graph.by_name[source.inputs[0]], 1 - dim
             if source.op == "tensor":
-                yield source.path, dim
+                yield source.path, dim, 1
         elif node.kind.startswith("conv_transpose"):
             source = graph.by_name[node.args[1].name]
             if source.op == "tensor":
-                yield source.path, 0
+                yield source.path, 0, node.argument("groups")
         elif node.kind in _RECURRENT:
             tables = [graph.by_name[name] for name in node.inputs]
-            yield from ((t.path, 1) for t in tables if t.op == "tensor" and len(t.shape) == 2)
+            yield from ((t.path, 1, 1) for t in tables if t.op == "tensor" and len(t.shape) == 2)
 
 
 _TRANSPOSES = frozenset("t transpose numpy_T permute mT".split())
