@@ -129,7 +129,7 @@ def _axis(module: nn.Module, name: str) -> int | None:
 
 def _graph_axes(graph: Graph) -> Iterator[tuple[str, int]]:
     """Path of a weight -> the dimension of its outputs, where a graph tells."""
-    for path, dim in input_dims(graph):
+    for path, dim, _ in input_dims(graph):
         yield path, 1 - dim
     for node in graph.calls:
         if node.kind == "embedding" and isinstance(node.args[0], Ref):
