@@ -42,7 +42,7 @@ def test_a_budget_out_of_range_is_refused(wrong: dict) -> None:
 
 @pytest.mark.parametrize("name", ["min_keep", "max_drop", "round_to"])
 def test_a_limit_that_is_none_is_refused(name: str) -> None:
-    with pytest.raises(BudgetError, match=f"{name}=None.*Leave it out"):
+    with pytest.raises(BudgetError, match=rf"{name}=None.*Leave it out"):
         Budget(macs=0.5, **{name: None})
 
 

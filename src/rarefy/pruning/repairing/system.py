@@ -91,8 +91,8 @@ def solve(fit: Sums, check: Sums, weights: Weights) -> Solved:
     """The best of the weights that least squares give, and of the present ones.
 
     The present ones are tried with their bias corrected, too, and alone where the inputs hardly
-    differ from row to row, so that rounding leaves nothing to solve for. Weights with a grid change only where
-    the error on the rows to solve on does not rise either.
+    differ from row to row, so that rounding leaves nothing to solve for. Weights with a grid change
+    only where the error on the rows to solve on does not rise either.
 
     Args:
         fit: sums over the rows to solve on.
@@ -103,7 +103,7 @@ def solve(fit: Sums, check: Sums, weights: Weights) -> Solved:
     judged, seen = (g.centered() if weights.mean is Mean.NORM else g for g in (check, fit))
     hessian = _regularized(sums.xx, fit.xx)
     tried = [weights.values]
-    with suppress(torch.linalg.LinAlgError):  # it is not positive definite
+    with suppress(torch.linalg.LinAlgError):  # type: ignore[attr-defined]
         tried.append(least_squares(sums, hessian, weights))
     before = error(judged, weights.values, weights.bias)
     limit = float("inf") if weights.grid is None else error(seen, weights.values, weights.bias)
