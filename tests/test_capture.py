@@ -111,6 +111,18 @@ def test_the_batch_is_free_where_the_network_allows_it() -> None:
     torch.testing.assert_close(graph_model(net, captured)(X.repeat(3, 1, 1, 1))[:2], net(X))
 
 
+def test_a_batch_that_is_counted_by_len_is_free() -> None:
+    def tagged(net, x):
+        tags = net.hidden.flatten(2).mT.expand(len(x), -1, -1)
+        return torch.cat([tags, net.conv(x).flatten(2).mT.reshape(len(x), -1, 8)], 1) / len(x)
+
+    net = Net(tagged)
+    model = graph_model(net, capture(net, (X,)))
+    for x in (X, X[:1], torch.cat([X, X, X])):
+        torch.testing.assert_close(model(x), net(x), rtol=0, atol=0)
+    assert "len" not in globals()
+
+
 def test_the_model_is_left_alone() -> None:
     net = Net(counted).train()
     net.norm.eval()

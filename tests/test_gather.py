@@ -360,6 +360,36 @@ def test_a_network_of_one_batch_size_is_run_as_it_is() -> None:
     torch.testing.assert_close(found.gates.square, expected)
 
 
+@pytest.mark.parametrize("need", GATHERERS)
+def test_a_network_that_is_captured_for_one_batch_size_takes_others(need) -> None:
+    class Tagged(nn.Module):
+        """A token before all others, of as many examples as there are."""
+
+        def __init__(self, number) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.number, self.tag = number, nn.Parameter(torch.randn(1, 1, 6))
+            self.a, self.b = nn.Linear(3, 6), nn.Linear(6, 2)
+
+        def forward(self, x):
+            tags = self.tag.expand(self.number(x.shape[0]), -1, -1)
+            return self.b(torch.cat([tags, self.a(x)], 1).relu().mean(1))
+
+    x, y = torch.randn(7, 4, 3, dtype=torch.float64), torch.tensor([0, 1, 0, 1, 1, 1, 0])
+    data = [(x[:4], y[:4]), (x[4:], y[4:])]
+    found, expected = (
+        gather(net, trace(net, x[:2]), frozenset({need, "labels"}), data)
+        for net in (Tagged(number).double() for number in (int, lambda size: size))
+    )
+    assert found.samples == 7
+    one, other = getattr(found, need), getattr(expected, need)
+    if need == "gates":
+        one, other = one.square, other.square
+    if need == "grams":
+        one, other = ({k: v[0].matrix for k, v in e.items()} for e in (one, other))
+    torch.testing.assert_close(one, other)
+
+
 def test_mappings_and_outputs_with_logits_are_taken() -> None:
     class Model(nn.Module):
         def __init__(self) -> None:

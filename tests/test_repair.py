@@ -152,8 +152,9 @@ def test_data_are_checked() -> None:
         repair(net, small, [x * torch.nan])
     with pytest.raises(InputError, match="record"):
         repair(net, net, [x])
-    with pytest.raises(InputError, match="samples"):
-        repair(net, small, [x], samples=0)
+    for wrong in (0, None, True, 2.5, "all"):
+        with pytest.raises(InputError, match=r"samples.*number of examples"):
+            repair(net, small, [x], samples=wrong)
     with pytest.raises(InputError, match="operators"):
         repair(nn.Sequential(nn.Flatten(), nn.Linear(192, 4)), small, [x])
 

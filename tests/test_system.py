@@ -177,6 +177,16 @@ def test_where_weights_do_not_help_the_bias_alone_is_corrected() -> None:
     assert found.is_better
 
 
+def test_where_the_inputs_are_constant_the_bias_alone_is_corrected() -> None:
+    """In single precision, sums less their means are not positive definite then."""
+    x = randn(1, 1, 17).float().expand(1, 8192, 17)
+    y = torch.full((1, 8192, 2), 3.0)
+    given = Weights(randn(1, 2, 17, seed=1), torch.zeros(1, 1, 2).double(), Mean.BIAS)
+    found = solve(gram(x, y), gram(x[:, :50], y[:, :50]), given)
+    assert torch.equal(found.values, given.values)
+    assert found.errors[1] < 1e-6
+
+
 def test_sums_that_are_not_finite_are_refused_or_change_nothing() -> None:
     x, y = randn(1, 50, 4), randn(1, 50, 2, seed=1)
     broken = gram(x * torch.nan, y)

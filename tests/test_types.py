@@ -40,6 +40,17 @@ def test_a_budget_out_of_range_is_refused(wrong: dict) -> None:
         Budget(**wrong)
 
 
+@pytest.mark.parametrize("name", ["min_keep", "max_drop", "round_to"])
+def test_a_limit_that_is_none_is_refused(name: str) -> None:
+    with pytest.raises(BudgetError, match=rf"{name}=None.*Leave it out"):
+        Budget(macs=0.5, **{name: None})
+
+
+def test_a_max_drop_is_told_to_be_a_share_that_goes() -> None:
+    with pytest.raises(BudgetError, match="may go"):
+        Budget(macs=0.5, max_drop=0)
+
+
 @pytest.mark.parametrize("wrong", ["0.5", True, float("inf"), [0.5]])
 def test_what_is_no_number_is_refused(wrong: object) -> None:
     for make in (

@@ -183,6 +183,11 @@ class Budget:
     def __post_init__(self) -> None:
         check_numbers(self, "macs params bytes latency sparsity max_drop", float)
         check_numbers(self, "min_keep blocks", int)
+        for name in ("min_keep", "max_drop", "round_to"):
+            if getattr(self, name) is None:
+                raise BudgetError(
+                    f"Budget({name}=None)", "it must be a number", "Leave it out for its default"
+                )
         given = [n for n in KINDS if getattr(self, n) is not None]
         if len(given) != 1:
             raise BudgetError(
@@ -190,8 +195,14 @@ class Budget:
                 f"exactly one of {', '.join(KINDS)} must be given, not {given or 'none'}",
                 "Write for example Budget(macs=0.5)",
             )
-        for name in ("macs", "params", "bytes", "latency", "max_drop"):
+        for name in ("macs", "params", "bytes", "latency"):
             _check_share("Budget", name, getattr(self, name))
+        if not 0 < self.max_drop <= 1:
+            raise BudgetError(
+                f"Budget(max_drop={self.max_drop!r})",
+                "it is the largest share of a group's units that may go, above 0 and at most 1",
+                "Write max_drop=0.5 to keep half of each; exclude and layers hold single layers",
+            )
         _check_sparsity("Budget", self.sparsity)
         if self.blocks is not None and self.blocks < 0:
             raise BudgetError(

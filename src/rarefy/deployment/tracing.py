@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 
 from rarefy.batches import arguments, doubled, is_single, tensors
 from rarefy.deployment.refusals import untraceable
+from rarefy.graph.lengths import free_lengths
 from rarefy.graph.program import GraphModel
 from rarefy.types import Inputs
 
@@ -99,7 +100,8 @@ def _program(model: nn.Module, inputs: Inputs, dynamic: bool) -> ExportedProgram
         shapes = named or positional
         if isinstance(model, GraphModel):  # its forward takes (*args, **kwargs)
             shapes = {"kwargs": named} if named else {"args": positional}
-    return torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
+    with free_lengths(model):
+        return torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
 
 
 def _is_free(size: int | torch.SymInt) -> bool:

@@ -37,6 +37,7 @@ from rarefy.batches import (
 )
 from rarefy.errors import CaptureError, InputError, first_line
 from rarefy.graph.convert import constants, convert, read_once
+from rarefy.graph.lengths import free_lengths
 from rarefy.graph.program import Graph, GraphModel, Node, Spec, is_known
 from rarefy.types import Inputs
 
@@ -80,6 +81,7 @@ def capture(model: nn.Module, example_inputs: Inputs, *, training: bool = False)
             unchanged(model, values=training),
             _functions_forget(model),
             plain_attention(model),
+            free_lengths(model),
             _quiet(),
             seeded(0),
             evaluating(model, training=training),

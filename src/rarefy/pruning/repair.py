@@ -112,8 +112,12 @@ def repair(
             "it has no record of a compression",
             "Give what prune() or quantize() returned",
         )
-    if samples < 1:
-        raise InputError(f"repair(samples={samples})", "no sample", "Use a few hundred")
+    if not isinstance(samples, int) or isinstance(samples, bool) or samples < 1:
+        raise InputError(
+            f"repair(samples={samples!r})",
+            "it is the number of examples to use, at least 1",
+            "Use a few hundred",
+        )
     if rounding not in ROUNDINGS:
         raise InputError(
             f"repair(rounding={rounding!r})",

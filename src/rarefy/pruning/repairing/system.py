@@ -7,6 +7,7 @@ it is nearer to ``y`` on rows that no solve has seen.
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 from enum import Enum
 
@@ -89,25 +90,25 @@ class Solved:
 def solve(fit: Sums, check: Sums, weights: Weights) -> Solved:
     """The best of the weights that least squares give, and of the present ones.
 
-    The present ones are tried with their bias corrected, too. Weights with a grid change only where
-    the error on the rows to solve on does not rise either.
+    The present ones are tried with their bias corrected, too, and alone where the inputs hardly
+    differ from row to row, so that rounding leaves nothing to solve for. Weights with a grid change
+    only where the error on the rows to solve on does not rise either.
 
     Args:
         fit: sums over the rows to solve on.
         check: sums over held-out rows.
         weights: the present ones.
-
-    Raises:
-        RuntimeError: the sums are not finite or not positive definite.
     """
     sums = fit if weights.mean is Mean.NONE else fit.centered()
     judged, seen = (g.centered() if weights.mean is Mean.NORM else g for g in (check, fit))
     hessian = _regularized(sums.xx, fit.xx)
-    found = least_squares(sums, hessian, weights)
+    tried = [weights.values]
+    with suppress(torch.linalg.LinAlgError):  # type: ignore[attr-defined]
+        tried.append(least_squares(sums, hessian, weights))
     before = error(judged, weights.values, weights.bias)
     limit = float("inf") if weights.grid is None else error(seen, weights.values, weights.bias)
     best = Solved(weights.values, weights.bias, (before, before))
-    for values in (weights.values, found):
+    for values in tried:
         bias = weights.bias
         if weights.mean is Mean.BIAS:
             bias = (fit.y - fit.x @ values.transpose(1, 2)) / max(fit.count, 1)

@@ -99,7 +99,7 @@ class Runner:
         self._model, self._network, self._where = model, network, where
         self._attach, self._trainable = attach, trainable
         self._traces: dict[tuple[Any, ...], Network] = {}
-        self._ready: dict[tuple[Any, ...], Watched] = {}
+        self._ready: dict[int, Watched] = {}
 
     def of(self, inputs: Inputs) -> Watched:
         """The network that runs on inputs of this form.
@@ -107,28 +107,35 @@ class Runner:
         Raises:
             DataError: it runs on none such, or its units are others then.
         """
-        form = _form(inputs)
-        if form not in self._ready:
-            self._ready[form] = self._made(self.trace(inputs), inputs)
-        return self._ready[form]
+        network = self.trace(inputs)
+        if id(network) not in self._ready:
+            self._ready[id(network)] = self._made(network, inputs)
+        return self._ready[id(network)]
 
     def trace(self, inputs: Inputs) -> Network:
-        """The trace for inputs of this form.
+        """The trace for inputs of this form; of as many examples, where one holds for no others.
 
         Raises:
             DataError: the network runs on none such.
         """
         form = _form(inputs)
-        if form not in self._traces:
-            known = _form_of(self._network.captured.graph)
-            suits = form == known and any(map(self._runs, (take(inputs, 1), inputs)))
-            self._traces[form] = self._network if suits else self._again(inputs)
-        return self._traces[form]
+        sized = (batch_size(inputs), form)
+        for key in (form, sized):
+            if key in self._traces:
+                return self._traces[key]
+        network = self._network
+        if form != _form_of(network.captured.graph):
+            network = self._again(inputs)
+        any_size = self._runs(network, take(inputs, 1))
+        if not any_size and network is self._network and not self._runs(network, inputs):
+            network = self._again(inputs)
+        self._traces[form if any_size else sized] = network
+        return network
 
-    def _runs(self, inputs: Inputs) -> bool:
+    def _runs(self, network: Network, inputs: Inputs) -> bool:
         try:
             with torch.no_grad():
-                call(Watched(self._model, self._network), map_tensors(torch.clone, inputs))
+                call(Watched(self._model, network), map_tensors(torch.clone, inputs))
         except Exception:  # noqa: BLE001 - operators raise anything
             return False
         return True

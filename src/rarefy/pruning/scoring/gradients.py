@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from rarefy.batches import batch_size, between, map_tensors
-from rarefy.errors import InputError, first_line
+from rarefy.errors import DataError, InputError, first_line
 from rarefy.pruning.running.taps import Runner, Watched
 from rarefy.pruning.scoring.passes import WHERE, Job, Sums, check_differentiable
 from rarefy.pruning.scoring.samples import Together, finite
@@ -22,7 +22,9 @@ def means(job: Job) -> dict[str, Any]:
     total = Sums(job.model)
     runner = Runner(job.model, job.network, trainable=True, where=WHERE)
     for running, inputs, targets, size in job.passes(runner):
-        total.add(_gradient(job, running, inputs, targets), size, size)
+        with torch.enable_grad():
+            loss = job.losses(running, inputs, targets)
+        total.add(_gradient(running, loss), size, size)
     return {"gradients": total.means(), "samples": total.samples}
 
 
@@ -69,19 +71,28 @@ def _own(
         else:
             yield found, len(some)
             return
-    size = batch_size(inputs)
     for n in some:
-        single, target = (between(v, n, n + 1, size) for v in (inputs, targets))
-        found = _gradient(job, running, map_tensors(torch.clone, single), target)
+        with torch.enable_grad():
+            loss = _alone(job, running, inputs, targets, n)
+        found = _gradient(running, loss)
         yield {path: wide(g).square() for path, g in found.items()}, 1  # some share memory
 
 
-def _gradient(
-    job: Job, running: Watched, inputs: Inputs, targets: Tensor | None
-) -> dict[str, Tensor]:
-    """The gradient of the mean loss of a batch, by path in the graph."""
-    with torch.enable_grad():
-        loss = job.losses(running, inputs, targets)
+def _alone(job: Job, running: Watched, inputs: Inputs, targets: Tensor | None, n: int) -> Tensor:
+    """The loss of one sample of a batch, run among the others where the network needs them all."""
+    size = batch_size(inputs)
+    single, target = (between(v, n, n + 1, size) for v in (inputs, targets))
+    try:
+        return job.losses(running, map_tensors(torch.clone, single), target)
+    except DataError:
+        if size == 1:
+            raise
+    answers = job.outputs(running, map_tensors(torch.clone, inputs))
+    return job.judged(between(answers, n, n + 1, size), target)
+
+
+def _gradient(running: Watched, loss: Tensor) -> dict[str, Tensor]:
+    """The gradient of a loss, by path in the graph."""
     leaves = learned(running)
     check_differentiable(loss)
     try:
