@@ -36,6 +36,21 @@ class Transposed(nn.Module):
 
 
 CASES["transposed"] = (Transposed(), (7, 4, 5))
+CASES |= {
+    "conv_transpose1d": (nn.ConvTranspose1d(4, 6, 3, padding=1, dilation=2), (5, 4, 11)),
+    "conv_transpose2d": (
+        nn.ConvTranspose2d(3, 4, (3, 2), stride=(2, 3), output_padding=(1, 2)),
+        (5, 3, 4, 3),
+    ),
+    "conv_transpose3d": (nn.ConvTranspose3d(2, 3, 2, stride=2, padding=1), (2, 2, 3, 4, 2)),
+}
+
+
+def with_outputs_first(node, weight):
+    """A weight whose rows are of one output each, as those of a plain convolution."""
+    if node.kind not in TRANSPOSED:
+        return weight
+    return weight.transpose(0, 1).flip(tuple(range(2, weight.ndim)))
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -53,7 +68,7 @@ def test_rows_times_the_weight_are_the_outputs(name, share, monkeypatch) -> None
         run.through(node)
     x, y = run.values[operand(node, 0).name], run.values[node.name]
     weight = layer.weight.detach()
-    matrix = (weight.T if node.kind in TRANSPOSED else weight).flatten(1)
+    matrix = with_outputs_first(node, weight).flatten(1)
     generator = torch.Generator().manual_seed(0)
     total, numbers = 0, []
     for left, right, index in rows(node, x, y, weight, share, generator):
@@ -96,7 +111,7 @@ def test_sums_of_parts_are_the_sums_of_all_and_nothing_is_lost(name) -> None:
         run.through(node)
     given, y = run.values[operand(node, 0).name], run.values[node.name]
     weight = layer.weight.detach()
-    matrix = weight.T if node.kind in TRANSPOSED else weight
+    matrix = with_outputs_first(node, weight)
     groups = node.argument("groups") if node.kind.startswith("conv") else 1
     sizes = (groups, matrix[0].numel(), len(matrix) // groups)
     held = torch.tensor([False, True, False, False, True, False])

@@ -129,26 +129,3 @@ def test_the_nearest_number_never_removes_more_than_asked(size, count, data) -> 
     found = Range(size, 0, high, step).nearest(count)
     assert 0 <= found <= min(count, high)
     assert size <= step or found == 0 or (size - found) % step == 0
-
-
-class Projected(nn.Module):
-    """An LSTM that projects its hidden units."""
-
-    def __init__(self):
-        super().__init__()
-        self.lstm = nn.LSTM(6, 10, batch_first=True, proj_size=4)
-
-    def forward(self, x):
-        return self.lstm(x)[0]
-
-
-@pytest.mark.filterwarnings("ignore:LSTM with projections")
-def test_an_lstm_keeps_more_hidden_units_than_projections() -> None:
-    net = Projected()
-    example = torch.randn(2, 3, 6)
-    for limit in (0.55, 0.65, 0.9):
-        small = prune(net, example, Budget(sparsity=0.4, layers={"lstm": limit}))
-        assert small.lstm.hidden_size == 5
-        again = nn.LSTM(6, 5, batch_first=True, proj_size=small.lstm.proj_size)
-        again.load_state_dict(small.lstm.state_dict())
-        assert torch.equal(again(example)[0], small(example))

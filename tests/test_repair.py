@@ -227,14 +227,59 @@ def test_layers_of_all_kinds_are_repaired_or_named() -> None:
     net, x = layered()
     small = rf.prune(net, x[:2], HALF)
     healed = repair(net, small, [x[:64]])
-    assert healed.repaired.errors.keys() == {"matmul", "addmm"}
+    assert healed.repaired.errors.keys() == {"matmul", "up", "addmm"}
     assert healed.repaired.skipped == {
         "memory": "weights of gru are not solved",
-        "up": "weights of conv_transpose1d are not solved",
         "mix": "units that went are among the rows of its inputs",
     }
     first, second = outputs(net, x[64:])[0], outputs(small, x[64:])[0]
     assert (outputs(healed, x[64:])[0] - first).square().sum() < (second - first).square().sum()
+
+
+class Decoder(nn.Module):
+    """A transposed convolution that reads every channel twice, the second time twice as large."""
+
+    def __init__(self, rank: int, **options: object) -> None:
+        super().__init__()
+        down = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[rank - 1]
+        up = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)[rank - 1]
+        self.conv = down(3, 8, 3, padding=1)
+        self.up = up(8, 5, 3, **options)
+        with torch.no_grad():
+            for value in (self.conv.weight, self.conv.bias):
+                value[4:] = 2 * value[:4]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.up(torch.relu(self.conv(x)))
+
+
+@pytest.mark.parametrize(
+    ("rank", "options"),
+    [
+        (1, {"stride": 2, "output_padding": 1}),
+        (2, {"stride": (2, 3), "padding": 1}),
+        (2, {"dilation": 2, "bias": False}),
+        (3, {"stride": 2, "padding": 1, "output_padding": 1}),
+    ],
+)
+def test_transposed_convolutions_are_solved(rank, options) -> None:
+    net, x = Decoder(rank, **options).eval(), torch.randn(64, 3, *[5] * rank)
+    small = rf.prune(net, x[:2], rf.Budget(sparsity=0.5))
+    assert small.conv.out_channels == 4
+    healed = repair(net, small, [x])
+    with torch.no_grad():
+        wanted, before, after = (m(x) for m in (net, small, healed))
+    assert (after - wanted).abs().max() < 0.02 * (before - wanted).abs().max()
+    assert healed.repaired.errors["up"][1] < 1e-4
+
+
+def test_transposed_convolutions_in_groups_are_named() -> None:
+    net = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.ReLU(), nn.ConvTranspose2d(8, 8, 2, groups=8), nn.Conv2d(8, 2, 1)
+    ).eval()
+    x = torch.randn(32, 3, 6, 6)
+    healed = repair(net, rf.prune(net, x[:2], HALF), [x])
+    assert healed.repaired.skipped == {"2": "it is a transposed convolution in groups"}
 
 
 def test_a_repair_that_does_not_help_as_a_whole_is_taken_back(monkeypatch) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 from rarefy.batches import evaluating, tensors
 from rarefy.errors import DataError
 from rarefy.graph.program import Graph, GraphModel, Node, Ref, is_view
+from rarefy.pruning.running.inputs import DECONVOLUTIONS
 from rarefy.pruning.running.lockstep import OPERANDS, Run, operand
 from rarefy.pruning.sparsity.gram import rows
 from rarefy.quantization.affine import sqnr
@@ -62,7 +63,8 @@ def _ratio(exact: object, found: object) -> float:
 
 def _multiplies(graph: Graph, node: Node, path: str) -> bool:
     """Whether a call multiplies its inputs with the weight as it is."""
-    given = operand(node, 1) if node.kind in OPERANDS else None
+    own = node.kind in OPERANDS.keys() - DECONVOLUTIONS
+    given = operand(node, 1) if own else None
     source = graph.by_name[given.name] if isinstance(given, Ref) else None
     return source is not None and source.op == "tensor" and source.path == path
 

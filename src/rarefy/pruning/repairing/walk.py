@@ -219,8 +219,8 @@ class _Layer:
         if not solved.is_better:
             return
         held, bias = self.walk.second.tensor(self.weight.path), self._bias()
-        shape = held.T.shape if self._transposed else held.shape
-        (held.T if self._transposed else held).copy_(solved.values.reshape(shape))
+        rows = held.transpose(0, 1) if self._transposed else held
+        rows.copy_(self._turned(solved.values.reshape(rows.shape)))
         if bias is not None:
             bias.copy_(solved.bias.flatten())
         if self.quantizer is not None:
@@ -307,7 +307,10 @@ class _Layer:
         """These values; None where they are not one grid for each output."""
         dim = int(self._transposed)
         if self.quantizer is None:
-            return as_rows(self.walk.grids[id(held)], tuple(held.shape), groups, dim)
+            found = as_rows(self.walk.grids[id(held)], tuple(held.shape), groups, dim)
+            if found is None or not (self._transposed and held.ndim > 2):
+                return found
+            return found if bool((found.scale == found.scale[:, :, :1]).all()) else None
         return grid_of(self.walk.second, self.quantizer, held.shape[dim], groups, dim)
 
     def _gone(self, held: Tensor, groups: int) -> Tensor | None:
@@ -323,8 +326,12 @@ class _Layer:
 
     def _matrix(self, tensor: Tensor, groups: int) -> Tensor:
         """(groups, outputs of one group, unknowns)."""
-        turned = tensor.T if self._transposed else tensor
-        return turned.reshape(groups, turned.shape[0] // groups, -1)
+        rows = self._turned(tensor.transpose(0, 1) if self._transposed else tensor)
+        return rows.reshape(groups, rows.shape[0] // groups, -1)
+
+    def _turned(self, rows: Tensor) -> Tensor:
+        """The other way round along the kernel: a transposed convolution as a plain one."""
+        return rows.flip(tuple(range(2, rows.ndim))) if self._transposed else rows
 
 
 def _before(pair: Pair, runs: Runs) -> Iterator[tuple[Run, Run, Tensor]]:

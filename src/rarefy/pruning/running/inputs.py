@@ -24,7 +24,7 @@ CHUNK = 1 << 25
 """Bytes of input rows that are held at once."""
 
 CONVOLUTIONS = frozenset(("conv1d", "conv2d", "conv3d"))
-TRANSPOSED = frozenset(("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"))
+DECONVOLUTIONS = frozenset(("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"))
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ def _viewed(node: Node, index: Any) -> Any:
 def _product(graph: Graph, node: Node, held: Mapping[str, tuple[str, Tensor]]) -> Iterator[Product]:
     kind = node.kind.removesuffix("_")
     letters = None
-    if kind in CONVOLUTIONS | TRANSPOSED:
+    if kind in CONVOLUTIONS | DECONVOLUTIONS:
         operands: Sequence[Any] = node.args[:2]
     elif kind in EQUATIONS:
         found = equation(node, lambda ref: len(graph.by_name[ref.name].shape))
@@ -140,7 +140,7 @@ def matrix(product: Product, weight: Tensor) -> Tensor:
         shared, outputs, unknowns = roles(product.letters)
         return _arranged(weight, product.letters[1], shared, outputs, unknowns)
     groups = int(product.node.argument("groups"))
-    if product.node.kind in TRANSPOSED:
+    if product.node.kind in DECONVOLUTIONS:
         inputs, outs = weight.shape[:2]
         split = weight.reshape(groups, inputs // groups, outs, *weight.shape[2:])
         dims = tuple(range(3, split.ndim))
@@ -185,7 +185,7 @@ def rows(
         x = x[None]
     groups = int(product.node.argument("groups"))
     unknowns_size = prod(weight.shape[2:]) * x.shape[1] * x.element_size()
-    places = prod(x.shape[2:]) * (4 if product.node.kind in TRANSPOSED else 1)
+    places = prod(x.shape[2:]) * (4 if product.node.kind in DECONVOLUTIONS else 1)
     for part in torch.split(x, max(1, CHUNK // max(unknowns_size * places, 1))):
         found = patches(product.node, _precise(part), weight)
         lead = found.shape[: weight.ndim - 1]
@@ -222,7 +222,7 @@ def patches(node: Node, x: Tensor, weight: Tensor) -> Tensor:
     kernel = tuple(weight.shape[2:])
     stride, dilation = (each(node.argument(name), rank) for name in ("stride", "dilation"))
     sides = padding(node, kernel, dilation)
-    if node.kind in TRANSPOSED:
+    if node.kind in DECONVOLUTIONS:
         x, sides = _spread(node, x, kernel, stride, dilation), []
         stride = [1] * rank
     if sides:

@@ -1,7 +1,7 @@
 """What healing and reconstruction share: two networks on their way through a graph, layer by layer.
 
 A layer is an operator with an input, a weight and perhaps a bias that can be solved by least
-squares: convolutions of any rank, linear layers, products with a matrix.
+squares: convolutions of any rank, transposed ones too, linear layers, products with a matrix.
 """
 
 from __future__ import annotations
@@ -15,17 +15,18 @@ from torch.utils import _pytree as pytree
 
 from rarefy.batches import arguments, map_tensors
 from rarefy.graph.program import Graph, GraphModel, Node, Ref, last_use, resolve, substitute, writes
+from rarefy.pruning.running.inputs import CONVOLUTIONS, DECONVOLUTIONS
 from rarefy.types import Inputs
 
 OPERANDS = {
-    **dict.fromkeys(("conv1d", "conv2d", "conv3d", "linear"), ("input", "weight", "bias")),
+    **dict.fromkeys((*CONVOLUTIONS, *DECONVOLUTIONS, "linear"), ("input", "weight", "bias")),
     "addmm": ("mat1", "mat2", "self"),
     "mm": ("self", "mat2", ""),
     "matmul": ("self", "other", ""),
 }
 """Operators whose weights are solved -> the names of their inputs, weight and bias."""
 
-TRANSPOSED = frozenset(("addmm", "mm", "matmul"))
+TRANSPOSED = frozenset(("addmm", "mm", "matmul")) | DECONVOLUTIONS
 """Those whose weight has its outputs along the second dimension."""
 
 
@@ -161,7 +162,9 @@ def unsolvable(graph: Graph, weight: Node, node: Node) -> str:
         return "its weight has no entries"
     if len(graph.users[weight.name]) > 1:
         return "its weight is used several times"
-    if node.kind in TRANSPOSED and (
+    if node.kind in DECONVOLUTIONS and node.argument("groups") > 1:
+        return "it is a transposed convolution in groups"
+    if node.kind in TRANSPOSED - DECONVOLUTIONS and (
         len(weight.shape) != 2 or {node.argument("alpha"), node.argument("beta")} - {None, 1}
     ):
         return "it is more than a product with a matrix"

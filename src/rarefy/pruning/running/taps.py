@@ -21,7 +21,7 @@ from rarefy.graph.equations import equation
 from rarefy.graph.flow import every
 from rarefy.graph.program import Graph, GraphModel, Node, Spec, is_view
 from rarefy.graph.trace import Network, trace
-from rarefy.pruning.running.inputs import CONVOLUTIONS, TRANSPOSED
+from rarefy.pruning.running.inputs import CONVOLUTIONS, DECONVOLUTIONS
 from rarefy.types import Inputs
 
 Watcher: TypeAlias = Callable[[Mapping[str, Any]], Mapping[str, Any]]
@@ -254,7 +254,7 @@ def _is_summed(graph: Graph, node: Node, name: str, dim: int) -> bool:
     Its result may have the same units along another: those of a layer in a stream to which it adds.
     """
     kind = node.kind.removesuffix("_")
-    if kind in CONVOLUTIONS | TRANSPOSED:
+    if kind in CONVOLUTIONS | DECONVOLUTIONS:
         channels = len(graph.by_name[name].shape) - int(kind[-2]) - 1  # conv2d: the third last
         return node.argument("groups") == 1 and dim == channels
     found = equation(node, lambda ref: len(graph.by_name[ref.name].shape))

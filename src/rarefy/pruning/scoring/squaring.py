@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rarefy.graph.program import Node, Ref
-from rarefy.pruning.running.inputs import CONVOLUTIONS, TRANSPOSED, each
+from rarefy.pruning.running.inputs import CONVOLUTIONS, DECONVOLUTIONS, each
 from rarefy.pruning.running.taps import Watched
 
 PART = 1 << 22
@@ -307,7 +307,7 @@ def _made(node: Node) -> Callable[..., Layer] | None:
         return lambda padding=-1, *_: _Embedding(padding)
     if node.kind == "batch_norm" and node.argument("training") is False:
         return lambda mean, variance, _, __, eps, *___: _BatchNorm(mean, variance, eps)
-    transposed = node.kind in TRANSPOSED
+    transposed = node.kind in DECONVOLUTIONS
     if not transposed and node.kind not in CONVOLUTIONS:
         return None
     rank = int(node.kind[-2])

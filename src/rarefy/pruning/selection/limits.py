@@ -88,9 +88,7 @@ def ranges(
             )
         limits |= dict.fromkeys(concerned, limit)
     return {
-        g: _range(
-            len(group), _least(model, group), budget, limits.get(g, Limit(max_drop=budget.max_drop))
-        )
+        g: _range(len(group), budget, limits.get(g, Limit(max_drop=budget.max_drop)))
         for g, group in enumerate(network.groups)
         if g not in held and g not in (closed or {})
     }
@@ -124,28 +122,14 @@ def _named(names: frozenset[str], outputs: Mapping[int, Sequence[str]]) -> list[
     return [g for g, own in outputs.items() if any(within(path, names) for path in own)]
 
 
-def _least(model: nn.Module, group: Group) -> int:
-    """How many units have to stay: one, or as many as leave an LSTM more than it projects to.
-
-    PyTorch makes no LSTM with fewer, and takes one with equally many for one without projections.
-    """
-    least = 1
-    for member in group.members:
-        if member.dim == 1 and member.path.rpartition(".")[2].startswith("weight_hr_l"):
-            projected, hidden = model.get_parameter(member.path).shape
-            excess = hidden - projected - 1
-            least = max(least, len(group) - max(excess, 0) // len(member.indices[0]))
-    return least
-
-
-def _range(size: int, least: int, budget: Budget, limit: Limit) -> Range:
-    """The bounds of one group; so many units stay at least."""
+def _range(size: int, budget: Budget, limit: Limit) -> Range:
+    """The bounds of one group; at least one unit stays."""
     assert budget.round_to != "auto"
     if limit.sparsity is not None:
-        count = min(math.floor(size * limit.sparsity + 1e-9), size - least)
+        count = min(math.floor(size * limit.sparsity + 1e-9), size - 1)
         count = Range(size, 0, count, budget.round_to).nearest(count)
         return Range(size, count, count, budget.round_to)
     drop = budget.max_drop if limit.max_drop is None else limit.max_drop
     keep = budget.min_keep if limit.min_keep is None else limit.min_keep
-    most = min(math.floor(size * drop + 1e-9), size - keep, size - least)
+    most = min(math.floor(size * drop + 1e-9), size - keep, size - 1)
     return Range(size, 0, max(most, 0), budget.round_to)

@@ -22,6 +22,7 @@ from rarefy.pruning.selection.allocation import Allocation, Choices, Lane, even,
 from rarefy.pruning.selection.costs import Costs
 from rarefy.pruning.selection.landing import Landed, Track, is_close, landed
 from rarefy.pruning.selection.limits import Range, ranges
+from rarefy.pruning.selection.projections import projections
 from rarefy.pruning.structure.sizes import Sizes
 from rarefy.types import Budget
 
@@ -84,7 +85,7 @@ def select(
     allocate = choice.allocation(budget, losses)
     if account is None and losses is None:
         wanted = allocate(budget.share)
-        missed = _held_back(budget, wanted, list(allowed.values()))
+        missed = _held_back(budget, sum(wanted), sum(choice.taken(wanted).values()))
         return replace(attempt(wanted).plan, missed=missed)
     limit = 1 - budget.share if account is None else budget.share
     levels = max(sum(map(len, network.groups)), LEVELS)
@@ -100,15 +101,13 @@ LEVELS = 1000
 """Amounts of removal that are told apart, at least."""
 
 
-def _held_back(budget: Budget, wanted: Sequence[int], allowed: Sequence[Range]) -> str:
+def _held_back(budget: Budget, asked: int, free: int) -> str:
     """How many of the units that a sparsity takes the limits hold; empty where these are few."""
-    asked = sum(wanted)
-    free = sum(limits.nearest(n) for n, limits in zip(wanted, allowed, strict=True))
     if is_close(free, asked):
         return ""
     return (
-        f"sparsity={budget.share:g} takes {asked} units, and min_keep, max_drop, round_to and "
-        f"layers let {free} of them go"
+        f"sparsity={budget.share:g} takes {asked} units, and min_keep, max_drop, round_to, layers, "
+        f"or the projections of an LSTM, let {free} of them go"
     )
 
 
@@ -160,6 +159,7 @@ class Choice:
         self.account, self.force = account, force
         self.groups = tuple(allowed)
         self.dimensions = _Dimensions(network)
+        self.projections = [one for one in projections(network) if one.hidden[0] in allowed]
         self.order = {g: np.argsort(scores[g], kind="stable") for g in self.groups}
         self.lanes = tuple(
             Lane(np.sort(scores[g]), self._saved_by_one(g), allowed[g]) for g in self.groups
@@ -168,9 +168,8 @@ class Choice:
     def plan(self, counts: Sequence[int], closed: Mapping[int, str], sizes: Sizes | None) -> Plan:
         """The units with the least scores go, as many of each group as are counted and allowed."""
         removed = np.zeros(self.network.coupling.units, np.bool_)
-        for g, count in zip(self.groups, counts, strict=True):
-            first = self.order[g][: self.allowed[g].nearest(count)]
-            removed[self.network.groups[g].units[first]] = True
+        for g, count in self.taken(counts).items():
+            removed[self.network.groups[g].units[self.order[g][:count]]] = True
         found = replace(
             _keep_alive(self.network, self.dimensions, removed, self.scores), whole=closed
         )
@@ -179,6 +178,14 @@ class Choice:
         floors = {g: r.size - r.high for g, r in self.allowed.items()}
         step = max(r.step for r in self.allowed.values())
         return sizes.agree(found, self.scores, floors, step, force=self.force)
+
+    def taken(self, counts: Sequence[int]) -> dict[int, int]:
+        """Group -> how many of its units may go where so many should."""
+        found = {g: self.allowed[g].nearest(n) for g, n in zip(self.groups, counts, strict=True)}
+        for projection in self.projections:
+            hidden, *_ = projection.hidden
+            found[hidden] = min(found[hidden], projection.most(found))
+        return found
 
     def together(self, sizes: Sizes) -> tuple[Track, ...]:
         """Groups that may have to shrink by one share, by their places among the lanes."""

@@ -33,7 +33,7 @@ def rows(
     """
     convolution = node.kind.startswith("conv")
     groups = node.argument("groups") if convolution else 1
-    unknowns = prod(weight.shape[1:]) if node.kind not in TRANSPOSED else weight.shape[0]
+    unknowns = weight.numel() // weight.shape[int(node.kind in TRANSPOSED)]
     if x.ndim < 2:
         x, y = x[None], y[None]
     places = prod(y.shape[2:]) if convolution else prod(x.shape[1:-1])

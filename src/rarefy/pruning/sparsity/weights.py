@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from rarefy.errors import BudgetError, InputError, shortened, warn
 from rarefy.graph.program import Graph, Ref
 from rarefy.paths import excluded, paths, within
+from rarefy.pruning.running.inputs import DECONVOLUTIONS
 from rarefy.pruning.running.lockstep import OPERANDS, TRANSPOSED, operand
 from rarefy.pruning.sparsity.norms import WHOLE, norms
 from rarefy.pruning.sparsity.patterns import (
@@ -229,11 +230,8 @@ def input_dims(graph: Graph) -> Iterator[tuple[str, int, int]]:
             while source.kind in _TRANSPOSES and len(source.shape) == 2:
                 source, dim = graph.by_name[source.inputs[0]], 1 - dim
             if source.op == "tensor":
-                yield source.path, dim, 1
-        elif node.kind.startswith("conv_transpose"):
-            source = graph.by_name[node.args[1].name]
-            if source.op == "tensor":
-                yield source.path, 0, node.argument("groups")
+                grouped = node.kind in DECONVOLUTIONS
+                yield source.path, dim, node.argument("groups") if grouped else 1
         elif node.kind in _RECURRENT:
             tables = [graph.by_name[name] for name in node.inputs]
             yield from ((t.path, 1, 1) for t in tables if t.op == "tensor" and len(t.shape) == 2)
