@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -469,6 +469,7 @@ def test_prune_takes_every_criterion(name) -> None:
 
 @settings(max_examples=20, deadline=None)
 @given(st.lists(st.floats(0, 1e6), min_size=1, max_size=30))
+@example([2.5e-159])  # whose square is subnormal
 def test_lamp_keeps_the_order_and_ends_at_one(values) -> None:
     weight = torch.tensor(values, dtype=torch.float64)
     found = criteria.lamp(weight)

@@ -17,8 +17,9 @@ TINY = torch.finfo(torch.float64).tiny
 def share_of_the_rest(squares: Tensor) -> Tensor:
     """Each value over the sum of those that are not smaller: the scores of LAMP."""
     ordered, order = squares.double().flatten().sort(stable=True)
-    rest = ordered.flip(0).cumsum(0).flip(0).clamp_min(TINY)
-    return torch.empty_like(ordered).scatter_(0, order, ordered / rest).view(squares.shape)
+    rest = ordered.flip(0).cumsum(0).flip(0)
+    found = torch.where(rest == 0, 0.0, ordered / rest)
+    return torch.empty_like(ordered).scatter_(0, order, found).view(squares.shape)
 
 
 OVER: Mapping[str, Callable[[Tensor], Tensor]] = {

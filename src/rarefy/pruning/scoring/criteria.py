@@ -51,7 +51,7 @@ def lamp(weight: Tensor) -> Tensor:
 
     Layer-adaptive magnitude, Lee et al. 2021, https://arxiv.org/abs/2010.07611.
     """
-    return share_of_the_rest(weight.square())
+    return share_of_the_rest(weight.double().square())
 
 
 def taylor(weight: Tensor, gradient: Tensor) -> Tensor:
