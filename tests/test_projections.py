@@ -29,8 +29,7 @@ class Net(nn.Module):
 X = torch.randn(2, 3, 6)
 
 
-@pytest.mark.parametrize("scope", ["global", "local"])
-@pytest.mark.parametrize("share", [0.3, 0.45, 0.55, 0.7, 0.9])
+@pytest.mark.parametrize(("share", "scope"), [(0.45, "global"), (0.55, "local"), (0.9, "global")])
 @pytest.mark.parametrize("options", [{}, {"num_layers": 2, "bidirectional": True}], ids=str)
 @pytest.mark.parametrize("read", [True, False])
 def test_what_remains_can_be_made_again(read, options, share, scope) -> None:
