@@ -1,9 +1,11 @@
 """What all tests share: one thread, the same random numbers, and Ctrl-C that counts."""
 
+import os
 import signal
 
 import pytest
 import torch
+from hypothesis import settings
 
 # Small networks: more threads wait for each other longer than they compute.
 torch.set_num_threads(1)
@@ -13,6 +15,10 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 torch.manual_seed(0)  # for what test files draw while they are imported
+
+# Properties are tried on the same examples every time; HYPOTHESIS_PROFILE=default looks for more.
+settings.register_profile("repeatable", derandomize=True, database=None)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
 
 
 @pytest.fixture(autouse=True)
