@@ -10,8 +10,7 @@ from torch import Tensor
 from rarefy.batches import evaluating, tensors
 from rarefy.errors import DataError
 from rarefy.graph.program import Graph, GraphModel, Node, Ref, is_view
-from rarefy.pruning.running.inputs import DECONVOLUTIONS
-from rarefy.pruning.running.lockstep import OPERANDS, Run, operand
+from rarefy.pruning.running.lockstep import AS_THEY_LIE, Run, operand
 from rarefy.pruning.sparsity.gram import rows
 from rarefy.quantization.affine import sqnr
 from rarefy.types import Inputs
@@ -63,8 +62,7 @@ def _ratio(exact: object, found: object) -> float:
 
 def _multiplies(graph: Graph, node: Node, path: str) -> bool:
     """Whether a call multiplies its inputs with the weight as it is."""
-    own = node.kind in OPERANDS.keys() - DECONVOLUTIONS
-    given = operand(node, 1) if own else None
+    given = operand(node, 1) if node.kind in AS_THEY_LIE else None
     source = graph.by_name[given.name] if isinstance(given, Ref) else None
     return source is not None and source.op == "tensor" and source.path == path
 

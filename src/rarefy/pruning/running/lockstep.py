@@ -29,6 +29,9 @@ OPERANDS = {
 TRANSPOSED = frozenset(("addmm", "mm", "matmul")) | DECONVOLUTIONS
 """Those whose weight has its outputs along the second dimension."""
 
+AS_THEY_LIE = OPERANDS.keys() - DECONVOLUTIONS
+"""Those whose weight is the matrix of a product as it lies, or transposed: nothing is turned."""
+
 
 class Run:
     """One network on its way through a graph, operator by operator."""

@@ -16,8 +16,7 @@ from rarefy.batches import answering, batch_size, evaluating, take
 from rarefy.errors import DataError, first_line
 from rarefy.graph.program import GraphModel, Node, Ref
 from rarefy.pruning.running.examples import live
-from rarefy.pruning.running.inputs import DECONVOLUTIONS
-from rarefy.pruning.running.lockstep import OPERANDS, Run, operand, unsolvable
+from rarefy.pruning.running.lockstep import AS_THEY_LIE, Run, operand, unsolvable
 from rarefy.pruning.sparsity.elements import SparseGPT
 from rarefy.pruning.sparsity.gram import Sums, add_rows
 from rarefy.pruning.sparsity.patterns import NM, Pattern
@@ -98,8 +97,7 @@ class Calibration:
         uses = [n for n in self.graph.calls for name in n.inputs if self._weight(name) in by_id]
         for node in uses:
             layer = next(by_id[i] for i in map(self._weight, node.inputs) if i in by_id)
-            solved = node.kind in OPERANDS.keys() - DECONVOLUTIONS
-            weight = self.graph.by_name[_weight_name(node)] if solved else None
+            weight = self.graph.by_name[_weight_name(node)] if node.kind in AS_THEY_LIE else None
             if weight is None or self._weight(weight.name) != id(layer.weight):
                 reasons[layer.path] = f"{node.kind} is not solved"
             elif sum(id(layer.weight) in map(self._weight, n.inputs) for n in uses) > 1:
