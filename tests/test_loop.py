@@ -370,6 +370,7 @@ def test_trackers_that_are_not_there(monkeypatch) -> None:
         {"ema": 1},
         {"patience": 0},
         {"keep": "first"},
+        {"min_lr_rate": 1.5},
     ],
 )
 def test_options_out_of_range(change) -> None:

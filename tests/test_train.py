@@ -120,6 +120,27 @@ def test_optimizers_of_ones_own_step_as_in_a_bare_loop(make, lr) -> None:
         assert torch.allclose(a, b, atol=1e-6)
 
 
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
+def test_the_learning_rate_ends_at_the_share_that_is_asked_for(schedule) -> None:
+    data, model = random_batches(3), mlp()
+    wanted = copy.deepcopy(model)
+    optimizer = torch.optim.SGD(wanted.parameters(), lr=0.05, momentum=0.9)
+    fade = {
+        "cosine": torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 6, eta_min=0.05 * 0.3),
+        "linear": torch.optim.lr_scheduler.LinearLR(optimizer, 1, 0.3, 6),
+        "constant": torch.optim.lr_scheduler.ConstantLR(optimizer, 1, 6),
+    }[schedule]
+    for x, y in data * 2:
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(wanted(x), y).backward()
+        optimizer.step()
+        fade.step()
+    options = {"schedule": schedule, "min_lr_rate": 0.3, "warmup": 0, "weight_decay": 0}
+    found = train(model, data, **{**QUICK, **options})
+    for a, b in zip(found.parameters(), wanted.parameters(), strict=True):
+        assert torch.allclose(a, b, atol=1e-6)
+
+
 def test_optimizers_of_ones_own_find_the_weight_decay_in_their_groups() -> None:
     seen = []
 

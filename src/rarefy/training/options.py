@@ -17,12 +17,12 @@ from torch.utils import _pytree as pytree
 from rarefy.errors import InputError, first_line
 from rarefy.schedules import Constant, Cosine, Linear, Schedule, Warmup
 
-SCHEDULES: Mapping[str, Callable[[int], Schedule]] = {
-    "cosine": lambda steps: Cosine(1.0, steps),
-    "linear": lambda steps: Linear(1.0, 0.0, steps),
-    "constant": lambda steps: Constant(1.0),
+SCHEDULES: Mapping[str, Callable[[int, float], Schedule]] = {
+    "cosine": lambda steps, end: Cosine(1.0, steps, end),
+    "linear": lambda steps, end: Linear(1.0, end, steps),
+    "constant": lambda steps, end: Constant(1.0),
 }
-"""Name to the schedule of the factor on the learning rate, over so many steps."""
+"""Name to the schedule of the factor on the learning rate, over so many steps to that end."""
 
 
 PRECISIONS = ("no", "bf16", "fp16")
@@ -80,7 +80,9 @@ class TrainOptions:
         momentum: of ``"sgd"``, and the first beta of ``"adamw"``, in [0, 1).
         weight_decay: on parameters of two and more dimensions; biases, BatchNorm and other scales
             and vectors are not decayed. At least 0. Optimizers of one's own find it in the groups.
-        schedule: ``"cosine"``, ``"linear"`` (both fall to 0) or ``"constant"``.
+        schedule: ``"cosine"``, ``"linear"`` (both fall to ``min_lr_rate``) or ``"constant"``.
+        min_lr_rate: share of ``lr`` at which the learning rate ends, in [0, 1]. Above 0 it suits
+            averaged weights (``ema``), which need no small steps at the end.
         warmup: share of the training over which the learning rate rises to ``lr``, in [0, 1).
         clip_norm: the largest norm of all gradients together; None for no limit.
         precision: ``"no"``, ``"bf16"`` or ``"fp16"`` (not on a CPU): mixed precision by autocast,
@@ -116,6 +118,7 @@ class TrainOptions:
     momentum: float = 0.9
     weight_decay: float = 5e-4
     schedule: str = "cosine"
+    min_lr_rate: float = 0.0
     warmup: float = 0.1
     clip_norm: float | None = None
     precision: str | None = None
@@ -154,6 +157,10 @@ _RULES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "momentum": (lambda v: _number(v, lambda n: 0 <= n < 1), "at least 0 and below 1"),
     "weight_decay": (lambda v: _number(v, lambda n: 0 <= n < math.inf), "a number, at least 0"),
     "schedule": (lambda v: v in tuple(SCHEDULES), f"one of {', '.join(SCHEDULES)}"),
+    "min_lr_rate": (
+        lambda v: _number(v, lambda n: 0 <= n <= 1),
+        "a share of lr, at least 0 and at most 1",
+    ),
     "warmup": (
         lambda v: _number(v, lambda n: 0 <= n < 1),
         "a share of the training, at least 0 and below 1",
@@ -172,7 +179,8 @@ _RULES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
 
 def schedule_of(options: TrainOptions, steps: int) -> Schedule:
     warmup = int(options.warmup * steps)
-    return Warmup(SCHEDULES[options.schedule](steps - warmup), warmup)
+    fall = SCHEDULES[options.schedule](steps - warmup, options.min_lr_rate)
+    return Warmup(fall, warmup)
 
 
 def optimizer_of(model: nn.Module, options: TrainOptions) -> torch.optim.Optimizer:
