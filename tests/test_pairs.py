@@ -31,14 +31,14 @@ def graph(**options: bool) -> Graph:
 
 def test_a_norm_of_both_networks_is_a_pair_of_its_own() -> None:
     pairs, alone = layer_pairs(graph(), graph())
-    assert [p.right.kind for p in pairs] == ["conv2d", "batch_norm", "conv2d"]
-    assert all(p.end is p.left for p in pairs)
+    assert [p.right.kind for (p,) in pairs] == ["conv2d", "batch_norm", "conv2d"]
+    assert all(p.end is p.left for (p,) in pairs)
     assert not alone
 
 
 def test_a_norm_that_only_the_original_has_belongs_to_the_layer_before() -> None:
     pairs, alone = layer_pairs(graph(), graph(has_norm=False))
-    assert [(p.left.kind, p.end.kind) for p in pairs] == [
+    assert [(p.left.kind, p.end.kind) for (p,) in pairs] == [
         ("conv2d", "batch_norm"),
         ("conv2d", "conv2d"),
     ]
@@ -47,7 +47,7 @@ def test_a_norm_that_only_the_original_has_belongs_to_the_layer_before() -> None
 
 def test_what_is_only_known_behind_the_next_layer_is_left_alone() -> None:
     pairs, alone = layer_pairs(graph(is_late=True), graph(has_norm=False))
-    assert [p.right.scope for p in pairs] == ["b"]
+    assert [p.right.scope for (p,) in pairs] == ["b"]
     assert [node.scope for node in alone] == ["a"]
 
 

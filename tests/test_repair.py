@@ -14,6 +14,7 @@ from rarefy.pruning import repair as module
 from rarefy.pruning.repair import repair
 from rarefy.pruning.repairing import walk
 from rarefy.pruning.running import examples
+from shared_weights import Heads, Siamese
 
 torch.set_num_threads(1)
 HALF = rf.Budget(sparsity=0.5, scope="local")
@@ -141,6 +142,70 @@ def test_layers_that_are_used_twice_are_left_and_named() -> None:
     healed = repair(net, small, [x])
     assert healed.repaired.skipped == {"b": "its weight is used several times"}
     torch.testing.assert_close(healed.n.running_mean, small.n.running_mean)
+
+
+def apart(net: nn.Module, other: nn.Module, inputs: dict[str, torch.Tensor]) -> float:
+    with evaluating(net, other):
+        first, second = (torch.cat([y.flatten() for y in [*m(**inputs)]]) for m in (net, other))
+    return float((first - second).norm() / first.norm())
+
+
+@pytest.mark.parametrize(("make", "names"), [(Siamese, "xy"), (Heads, "x")])
+def test_a_layer_of_several_calls_is_solved_for_all_of_them(make, names) -> None:
+    net = make().train()
+    batches = [{name: torch.randn(24, 3, 8, 8).cumsum(2) / 2 for name in names} for _ in range(8)]
+    for batch in batches * 4:
+        net(**batch)
+    small = rf.prune(net.eval(), batches[0], rf.Budget(sparsity=0.3, scope="local"))
+    healed = repair(net, small, batches[:6], samples=144)
+    assert not healed.repaired.skipped
+    assert apart(net, healed, batches[7]) < 0.7 * apart(net, small, batches[7])
+
+
+def test_what_spans_the_lost_units_makes_up_for_them_in_every_call() -> None:
+    class Towers(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(6, 8), nn.Linear(8, 5)
+            with torch.no_grad():
+                for held in (self.a.weight, self.a.bias):
+                    held[4:] = 0.5 * held[:4]  # the weaker half, whose outputs are half the others
+
+        def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+            one, two = (self.b(torch.relu(self.a(v))) for v in (x, y))
+            return one * two
+
+    net = Towers().eval()
+    batches = [{"x": torch.randn(64, 6), "y": 3 * torch.rand(64, 6)} for _ in range(4)]
+    small = rf.prune(net, batches[0], HALF)
+    assert apart(net, small, batches[3]) > 0.05
+    assert apart(net, repair(net, small, batches[:3]), batches[3]) < 1e-3
+
+
+def test_statistics_of_a_norm_of_several_calls_are_those_of_all() -> None:
+    class Towers(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(6, 8), nn.Linear(8, 5)
+            self.n, self.o = nn.BatchNorm1d(5), nn.Linear(5, 2)
+
+        def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+            one, two = (self.n(torch.relu(self.b(torch.relu(self.a(v))))) for v in (x, y))
+            return self.o(torch.relu(one)) - self.o(torch.relu(two))
+
+    net = Towers().eval()
+    inputs = {"x": torch.randn(200, 6), "y": 1 + torch.randn(200, 6)}
+    rows = torch.cat([*inputs.values()])
+    with torch.no_grad():  # the statistics of its inputs
+        before = torch.relu(net.b(torch.relu(net.a(rows))))
+        net.n.running_mean.copy_(before.mean(0))
+        net.n.running_var.copy_(before.var(0, correction=0))
+    small = rf.prune(net, inputs, rf.Budget(params=0.61), exclude=["b", "o"])
+    healed = repair(net, small, [inputs])
+    with torch.no_grad():
+        after = torch.relu(healed.b(torch.relu(healed.a(rows))))
+    torch.testing.assert_close(healed.n.running_mean, after.mean(0))
+    torch.testing.assert_close(healed.n.running_var, after.var(0, correction=0))
 
 
 def test_data_are_checked() -> None:
@@ -444,7 +509,11 @@ def test_sparse_weights_with_their_inputs_first() -> None:
 
 def quantized(net: nn.Module, x: torch.Tensor, bits: int = 4) -> nn.Module:
     """A network of which the weights have few values, so that rounding them costs something."""
-    q = rf.quantize(net, [x])
+    return coarse(rf.quantize(net, [x]), bits)
+
+
+def coarse(q: nn.Module, bits: int = 4) -> nn.Module:
+    """The same network with fewer values."""
     for node in q.graph.calls:
         if node.kind == "fake_quantize_per_channel_affine":
             weight, scale, _ = (q.tensor(q.graph.by_name[name].path) for name in node.inputs)
@@ -460,6 +529,11 @@ def test_quantized_networks_come_nearer_and_stay_on_their_grids() -> None:
     healed = repair(net, q, [x[:64]])
     assert distance(net, healed, x[64:]) < 0.9 * distance(net, q, x[64:])
     assert healed.repaired.errors.keys() == {"a", "d", "b", "o"}  # BatchNorms are folded
+    assert changed_on_grids(healed, q)
+
+
+def changed_on_grids(healed: nn.Module, q: nn.Module) -> int:
+    """How many weights changed; all have to be on the grids that they were on."""
     changed = 0
     for node in healed.graph.calls:
         if node.kind == "fake_quantize_per_channel_affine":
@@ -470,7 +544,18 @@ def test_quantized_networks_come_nearer_and_stay_on_their_grids() -> None:
             torch.testing.assert_close(steps, steps.round(), rtol=0, atol=1e-3)
             assert float(steps.detach().abs().max()) < 127.5
             changed += not torch.equal(weight, q.tensor(path))
-    assert changed
+    return changed
+
+
+def test_a_quantized_layer_of_several_calls_stays_on_its_grid() -> None:
+    torch.manual_seed(0)
+    net = Siamese().eval()
+    batches = [{name: torch.randn(24, 3, 8, 8).cumsum(2) / 2 for name in "xy"} for _ in range(4)]
+    q = coarse(rf.quantize(net, batches))
+    healed = repair(net, q, batches[:3])
+    assert apart(net, healed, batches[3]) < 0.9 * apart(net, q, batches[3])
+    assert changed_on_grids(healed, q)
+    assert healed.repaired.errors.keys() == {"tower.0", "tower.3", "out"}
 
 
 @pytest.mark.parametrize("rounding", ["gptq", "learned"])

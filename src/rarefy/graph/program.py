@@ -168,22 +168,33 @@ class Graph:
         return {name: tuple(nodes) for name, nodes in found.items()}
 
     @cached_property
+    def owner(self) -> Mapping[str, str]:
+        """For each node's name, the node whose value lies in the same memory, if any but itself:
+        views, and what is written in place, share that of what they are made of."""
+        found: dict[str, str] = {}
+        for node in self.nodes:
+            shares = bool(node.inputs) and node.op != "output" and shares_memory(node.op)
+            found[node.name] = found[node.inputs[0]] if shares else node.name
+        return found
+
+    @cached_property
+    def readers(self) -> Mapping[str, tuple[Node, ...]]:
+        """For each :attr:`owner` of memory, the nodes that read or write it, in order."""
+        found: dict[str, list[Node]] = {}
+        for node in self.nodes:
+            for name in dict.fromkeys(self.owner[name] for name in node.inputs):
+                found.setdefault(name, []).append(node)
+        return {name: tuple(nodes) for name, nodes in found.items()}
+
+    @cached_property
     def effects(self) -> Mapping[str, tuple[str, ...]]:
         """For each node's name, the nodes that depend on it: its users, and after a write in place
         those that read the memory that was written; the output where that is an argument's."""
         found = {name: [user.name for user in users] for name, users in self.users.items()}
-        owner: dict[str, str] = {}
-        touching: dict[str, list[Node]] = {}
-        for node in self.nodes:
-            inputs = node.inputs
-            shares = bool(inputs) and node.op != "output" and shares_memory(node.op)
-            owner[node.name] = owner[inputs[0]] if shares else node.name
-            for name in dict.fromkeys(owner[i] for i in inputs):
-                touching.setdefault(name, []).append(node)
-        rank = {node.name: number for number, node in enumerate(self.nodes)}
         for node in (n for n in self.calls if writes(n.op)):
-            memory, own = owner[node.name], rank[node.name]
-            found[node.name] += [n.name for n in touching[memory] if rank[n.name] > own]
+            memory = self.owner[node.name]
+            touching = self.readers[memory]
+            found[node.name] += [n.name for n in touching[touching.index(node) + 1 :]]
             if self.by_name[memory].op in ("input", "tensor"):
                 found[node.name].append(self.output.name)
         return {name: tuple(dict.fromkeys(names)) for name, names in found.items()}

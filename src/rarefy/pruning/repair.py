@@ -4,10 +4,10 @@ The original and the compressed network run side by side, operator by operator, 
 At every convolution and linear layer whose inputs or weights changed, the weights that best
 reproduce the original's outputs from the *compressed* network's own activations are found by least
 squares, regularized towards the weights it has. Zeros of a sparse network stay zero, so that 2:4
-stays 2:4; weights of a quantized one are rounded to the grid that they have. At every BatchNorm
-the running statistics are moved by as much as the statistics of its input moved. A layer is
-changed only where that lowers its error on examples that no solve has seen: the same fifth of
-them, at all layers.
+stays 2:4; weights of a quantized one are rounded to the grid that they have. Calls of one layer on
+several inputs are solved at once. At every BatchNorm the running statistics are moved by as much
+as the statistics of its input moved. A layer is changed only where that lowers its error on
+examples that no solve has seen: the same fifth of them, at all layers.
 
 The reconstruction follows He et al. 2017 (https://arxiv.org/abs/1707.06168), done for all layers
 in sequence. Units that are chosen by the same second-order solve, with the layer behind adapted,
@@ -35,6 +35,7 @@ from rarefy.graph.stubs import plain_graph, stubs, without_zeros
 from rarefy.grid import grids
 from rarefy.pruning.repairing.pairs import StrangersError
 from rarefy.pruning.repairing.rounding import ROUNDINGS
+from rarefy.pruning.repairing.uses import gathered
 from rarefy.pruning.repairing.walk import Runs, Walk
 from rarefy.pruning.running.examples import Misses, affordable, collect, parts
 from rarefy.pruning.running.lockstep import Run
@@ -161,6 +162,7 @@ def _healed(
     plain, second = _graphs(pruned, healed, shown)
     if plain.is_quantized:
         first = fold_constants(first)  # as quantization did
+    first, second = (model.with_graph(gathered(model.graph)) for model in (first, second))
     divided = [inputs]
     if shown is not inputs:
         layers = {node.name for node in first.graph.calls if _is_stop(first, node.inputs)}

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher
+from typing import TypeAlias
 
 from rarefy.errors import InputError
 from rarefy.graph.count import COSTS, is_uncounted
@@ -31,7 +32,11 @@ class StrangersError(InputError):
     """The two networks have no layer in common."""
 
 
-def layer_pairs(first: Graph, second: Graph) -> tuple[list[Pair], list[Node]]:
+Group: TypeAlias = tuple[Pair, ...]
+"""One layer with those of its calls that stand next to each other, of which none reads another."""
+
+
+def layer_pairs(first: Graph, second: Graph) -> tuple[list[Group], list[Node]]:
     """Layers of both graphs that go together, in order, and those of the second that are alone.
 
     Raises:
@@ -40,20 +45,35 @@ def layer_pairs(first: Graph, second: Graph) -> tuple[list[Pair], list[Node]]:
     sides = [_layers(graph) for graph in (first, second)]
     keys = [[key for key, _ in side] for side in sides]
     blocks = SequenceMatcher(None, keys[0], keys[1], autojunk=False).get_matching_blocks()
-    found = [
-        (sides[0][block.a + i][1], sides[1][block.b + i][1])
-        for block in blocks
-        for i in range(block.size)
-    ]
-    if sides[1] and not found:
+    matched = [(block.a + i, block.b + i) for block in blocks for i in range(block.size)]
+    if sides[1] and not matched:
         raise StrangersError(
             "repair(original, compressed)",
             "the two networks do not run the same operators",
             "Give the network that was compressed and the result of compressing it",
         )
-    pairs = list(_ended(first, second, found))
-    paired = {pair.right.name for pair in pairs}
-    return pairs, [node for _, node in sides[1] if node.name not in paired]
+    ranks = [{node.name: number for number, node in enumerate(g.nodes)} for g in (first, second)]
+    found: list[list[_Calls]] = []
+    for i, j in matched:
+        calls, is_same = (sides[0][i][1], sides[1][j][1]), keys[0][i] == keys[0][i - 1]
+        if found and is_same and _adjoin(ranks, found[-1][-1], calls):
+            found[-1].append(calls)
+        else:
+            found.append([calls])
+    groups = list(_ended(first, second, ranks[0], found))
+    paired = {pair.right.name for group in groups for pair in group}
+    return groups, [node for _, node in sides[1] if node.name not in paired]
+
+
+_Calls: TypeAlias = tuple[Node, Node]
+"""One call in both graphs."""
+
+
+def _adjoin(ranks: Sequence[Mapping[str, int]], calls: _Calls, others: _Calls) -> bool:
+    return all(
+        rank[other.name] == rank[one.name] + 1 and one.name not in other.inputs
+        for rank, one, other in zip(ranks, calls, others, strict=True)
+    )
 
 
 def _layers(graph: Graph) -> list[tuple[tuple[str, str], Node]]:
@@ -76,16 +96,23 @@ def _layers(graph: Graph) -> list[tuple[tuple[str, str], Node]]:
     return found
 
 
-def _ended(first: Graph, second: Graph, found: Sequence[tuple[Node, Node]]) -> Iterator[Pair]:
+def _ended(
+    first: Graph, second: Graph, rank: Mapping[str, int], found: Sequence[Sequence[_Calls]]
+) -> Iterator[Group]:
     """The pairs with their ends; without those whose end is only behind the next layer."""
-    rank = {node.name: number for number, node in enumerate(first.nodes)}
-    lefts = [left.name for left, _ in found]
-    for (left, right), following in zip(found, [*lefts[1:], first.output.name], strict=True):
-        norm, end = next_norm(first, left), left
-        if norm is not None and norm.name not in lefts and next_norm(second, right) is None:
-            end = norm
-        if rank[end.name] < rank[following]:
-            yield Pair(left, right, end)
+    lefts = {left.name for calls in found for left, _ in calls}
+    limits = [rank[calls[0][0].name] for calls in found[1:]] + [rank[first.output.name]]
+    for calls, limit in zip(found, limits, strict=True):
+        group: list[Pair] = []
+        for left, right in calls:
+            norm, end = next_norm(first, left), left
+            if norm is not None and norm.name not in lefts and next_norm(second, right) is None:
+                end = norm
+            is_next = not group or rank[group[-1].end.name] < rank[end.name]
+            if is_next and rank[end.name] < limit:
+                group.append(Pair(left, right, end))
+        if group:
+            yield tuple(group)
 
 
 def next_norm(graph: Graph, layer: Node) -> Node | None:

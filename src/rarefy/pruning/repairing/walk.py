@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -22,7 +22,7 @@ from rarefy.graph.program import GraphModel, Node, Ref
 from rarefy.grid import Grid as WeightGrid
 from rarefy.pruning.repairing.grids import Grid, as_rows, grid_of
 from rarefy.pruning.repairing.moments import Moments
-from rarefy.pruning.repairing.pairs import Pair, layer_pairs, next_norm
+from rarefy.pruning.repairing.pairs import Group, Pair, layer_pairs, next_norm
 from rarefy.pruning.repairing.system import Mean, Weights, solve
 from rarefy.pruning.running.lockstep import (
     OPERANDS,
@@ -39,6 +39,9 @@ from rarefy.types import Inputs
 
 ROWS = 64
 """Rows of a layer per unknown of one output that are used at most, drawn at random."""
+
+Statistics: TypeAlias = tuple[str, str]
+"""Paths of the running mean and the running variance of a BatchNorm."""
 
 Runs = Sequence[tuple[Run, Run, Tensor]]
 """For each part of the examples, the run of both networks and which examples are held out."""
@@ -72,7 +75,7 @@ class Walk:
     rescaled: Mapping[str, Tensor] = field(default_factory=dict)
     errors: dict[str, tuple[float, float]] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
-    _norms: set[str] = field(default_factory=set)  # BatchNorms whose statistics can be moved
+    _norms: dict[str, Statistics] = field(default_factory=dict)  # of BatchNorms, to be moved
     _means: dict[str, Tensor] = field(default_factory=dict)  # what results before those should have
 
     def run(self, parts: Sequence[Inputs], held_out: Sequence[Tensor]) -> Runs:
@@ -85,35 +88,37 @@ class Walk:
         Returns:
             The runs, behind the last layer.
         """
-        pairs, alone = layer_pairs(self.first.graph, self.second.graph)
+        groups, alone = layer_pairs(self.first.graph, self.second.graph)
         for node in alone:
             self.skipped[layer_name(node)] = "the original does not run it in the same place"
-        self._norms = {p.right.name for p in pairs if p.right.kind == "batch_norm"}
-        self._norms = {name for name in self._norms if self._statistics(name)}
+        for group in groups:
+            if group[0].right.kind == "batch_norm":
+                self._norms |= self._statistics([pair.right for pair in group])
         runs = [
             (Run(self.first, part), Run(self.second, part), held)
             for part, held in zip(parts, held_out, strict=True)
         ]
-        for pair in pairs:
-            self._heal(pair, runs)
+        for group in groups:
+            self._heal(group, runs)
         return runs
 
-    def _heal(self, pair: Pair, runs: Runs) -> None:
-        right = pair.right
+    def _heal(self, pairs: Group, runs: Runs) -> None:
+        rights = [pair.right for pair in pairs]
+        right = rights[0]
         if right.kind in OPERANDS:
             weight, quantizer = weight_of(self.second.graph, right)
-            one, two, _ = next(_before(pair, runs[:1]))
-            reason = unsolvable(self.second.graph, weight, right)
+            one, two, _ = next(_before(pairs, runs[:1]))
+            reason = unsolvable(self.second.graph, weight, *rights)
+            for pair in pairs:
+                reason = reason or self._unlike(pair, weight, one.values, two.values)
             if not reason:
-                reason = self._unlike(pair, weight, one.values, two.values)
-            if not reason:
-                _Layer(self, pair, weight, quantizer).heal(runs)
-            elif any(_differ(pair, one, two) for one, two, _ in _before(pair, runs)):
+                _Layer(self, pairs, weight, quantizer).heal(runs)
+            elif any(_differ(pairs, one, two) for one, two, _ in _before(pairs, runs)):
                 self.skipped[layer_name(right)] = reason
         elif right.name in self._norms:
-            self._move_statistics(pair, runs)
+            self._move_statistics(pairs, runs)
         elif right.kind != "batch_norm" and any(
-            _is_changed(pair, one.values, two.values) for one, two, _ in _before(pair, runs)
+            _is_changed(pairs[0], one.values, two.values) for one, two, _ in _before(pairs, runs)
         ):
             self.skipped[layer_name(right)] = f"weights of {right.kind} are not solved"
 
@@ -140,30 +145,35 @@ class Walk:
         every = torch.arange(tensor.shape[dim]) if kept is None else torch.from_numpy(kept)
         return every.to(tensor.device)
 
-    def _statistics(self, name: str) -> list[Node]:
-        """Running mean and variance of a BatchNorm; empty where they are not its own to change."""
-        graph, norm = self.second.graph, self.second.graph.by_name[name]
-        given = [norm.argument("running_mean"), norm.argument("running_var")]
+    def _statistics(self, norms: Sequence[Node]) -> dict[str, Statistics]:
+        """Those of calls of one BatchNorm; empty where they are not its own to change."""
+        graph, own = self.second.graph, {norm.name for norm in norms}
+        given = [norms[0].argument(name) for name in ("running_mean", "running_var")]
         found = [graph.by_name[ref.name] for ref in given if isinstance(ref, Ref)]
-        own = [n for n in found if n.op == "tensor" and len(graph.users[n.name]) == 1]
-        own = [n for n in own if id(self.second.tensor(n.path)) in self.own]
-        return own if len(own) == 2 else []
+        found = [
+            n for n in found if n.op == "tensor" and id(self.second.tensor(n.path)) in self.own
+        ]
+        readers = [{user.name for user in graph.users[node.name]} for node in found]
+        if readers != [own, own]:
+            return {}
+        return dict.fromkeys(own, (found[0].path, found[1].path))
 
-    def _move_statistics(self, pair: Pair, runs: Runs) -> None:
+    def _move_statistics(self, pairs: Group, runs: Runs) -> None:
         old, new = Moments(1), Moments(1)
         like = True
-        for one, two, _ in _before(pair, runs):
-            x, y = one.values[pair.left.args[0].name], two.values[pair.right.args[0].name]
-            check_finite(pair.right, x, y)
-            like = like and (x.shape[0], *x.shape[2:]) == (y.shape[0], *y.shape[2:])
-            old.add(x)
-            new.add(y)
-        sources = self._statistics(pair.right.name)
-        mean, variance = (self.second.tensor(node.path) for node in sources)
-        survivors = self.survivors(sources[0].path, 0)
+        for one, two, _ in _before(pairs, runs):
+            for pair in pairs:
+                x, y = one.values[pair.left.args[0].name], two.values[pair.right.args[0].name]
+                check_finite(pair.right, x, y)
+                like = like and (x.shape[0], *x.shape[2:]) == (y.shape[0], *y.shape[2:])
+                old.add(x)
+                new.add(y)
+        sources = self._norms[pairs[0].right.name]
+        mean, variance = map(self.second.tensor, sources)
+        survivors = self.survivors(sources[0], 0)
         if not like or len(survivors) != len(mean):
             return  # its other dimensions are units, too
-        solved = self._means.get(pair.right.args[0].name)
+        solved = self._means.get(pairs[0].right.args[0].name)
         if solved is not None:  # it gives less where its inputs cannot tell: that is to stay less
             mean.add_(new.mean - solved)
             return
@@ -172,30 +182,31 @@ class Walk:
         mean.add_(new.mean - old.mean[survivors])
         variance.mul_(ratio.clamp(1e-3, 1e3))
 
-    def mean_of(self, right: Node) -> Mean:
+    def mean_of(self, rights: Sequence[Node]) -> Mean:
         """What takes up the mean of a layer's outputs."""
-        if isinstance(operand(right, 2), Ref):
+        if isinstance(operand(rights[0], 2), Ref):
             return Mean.BIAS
-        norm = next_norm(self.second.graph, right)
-        return Mean.NORM if norm is not None and norm.name in self._norms else Mean.NONE
+        norms = [next_norm(self.second.graph, right) for right in rights]
+        found = {None if norm is None else self._norms.get(norm.name) for norm in norms}
+        return Mean.NORM if len(found) == 1 and None not in found else Mean.NONE
 
-    def solved(self, pair: Pair, mean: Tensor) -> None:
+    def solved(self, pairs: Group, mean: Tensor) -> None:
         """Note the mean that a solved layer's outputs should have; a BatchNorm follows it."""
-        self._means[pair.right.name] = mean
+        self._means |= {pair.right.name: mean for pair in pairs}
 
 
 @dataclass
 class _Layer:
-    """One layer that can be solved."""
+    """One layer that can be solved, with all calls of it."""
 
     walk: Walk
-    pair: Pair
+    pairs: Group
     weight: Node
     quantizer: Node | None
 
     def heal(self, runs: Runs) -> None:
         """Solve it, and put what was found into the network, if that is better."""
-        name = layer_name(self.pair.right)
+        name = layer_name(self._right)
         weights = self._weights()
         if weights is None:
             self.walk.skipped[name] = "its weight has another grid than one for each output"
@@ -227,7 +238,7 @@ class _Layer:
             for _, two, _ in runs:
                 two.renew(self.quantizer)
         if weights.mean is Mean.NORM:
-            self.walk.solved(self.pair, means.mean)
+            self.walk.solved(self.pairs, means.mean)
 
     def _sum_up(self, runs: Runs, sums: tuple[Sums, Sums], means: Moments) -> bool:
         """Add all rows to the sums, and tell whether there is anything to heal."""
@@ -237,22 +248,23 @@ class _Layer:
         examples = sum(len(held) for _, _, held in runs)
         generator = torch.Generator().manual_seed(int(torch.randint(1 << 62, ())))
         changed = False
-        for one, two, held in _before(self.pair, runs):
-            changed = _differ(self.pair, one, two) or changed
-            one.through(self.pair.end)
-            x = two.values[operand(self.pair.right, 0).name]
-            target = one.values[self.pair.end.name]
-            check_finite(self.pair.right, target, x)
-            target = self._rescaled(target.index_select(self._dim, survivors))
-            layers = (self.pair.end, self.pair.right)
-            lacking = owed(graphs, layers, (one.values, two.values), survivors, self._dim)
-            if lacking is not None:
-                target += lacking
+        for one, two, held in _before(self.pairs, runs):
+            changed = _differ(self.pairs, one, two) or changed
+            for pair in self.pairs:
+                one.through(pair.end)
+                x = two.values[operand(pair.right, 0).name]
+                target = one.values[pair.end.name]
+                check_finite(pair.right, target, x)
+                target = self._rescaled(target.index_select(self._dim, survivors))
+                layers = (pair.end, pair.right)
+                lacking = owed(graphs, layers, (one.values, two.values), survivors, self._dim)
+                if lacking is not None:
+                    target += lacking
+                means.add(target)
+                every = target.numel() // len(survivors) * examples / len(held) * len(self.pairs)
+                share = min(1.0, max(ROWS * sums[0].xx.shape[1], 2048) / max(every, 1))
+                add_rows(sums, pair.right, (x, target), weight, held, share, generator)
             one.forget()
-            means.add(target)
-            every = target.numel() // len(survivors) * examples / len(held)
-            share = min(1.0, max(ROWS * sums[0].xx.shape[1], 2048) / max(every, 1))
-            add_rows(sums, self.pair.right, (x, target), weight, held, share, generator)
         return changed
 
     def _rescaled(self, target: Tensor) -> Tensor:
@@ -264,23 +276,28 @@ class _Layer:
         return target / factors.to(target.device, target.dtype).reshape(shape)
 
     @property
+    def _right(self) -> Node:
+        """The first of the calls."""
+        return self.pairs[0].right
+
+    @property
     def _transposed(self) -> bool:
-        return self.pair.right.kind in TRANSPOSED
+        return self._right.kind in TRANSPOSED
 
     @property
     def _dim(self) -> int:
         """Dimension of the outputs in what the layer gives."""
-        return 1 if self.pair.right.kind.startswith("conv") else -1
+        return 1 if self._right.kind.startswith("conv") else -1
 
     def _bias(self) -> Tensor | None:
-        given = operand(self.pair.right, 2)
+        given = operand(self._right, 2)
         if not isinstance(given, Ref):
             return None
         return self.walk.second.tensor(self.walk.second.graph.by_name[given.name].path)
 
     def _weights(self) -> Weights | None:
         """What the system needs to know; None where the grid is of an unknown form."""
-        second, right = self.walk.second, self.pair.right
+        second, right = self.walk.second, self._right
         held, bias = second.tensor(self.weight.path), self._bias()
         groups = right.argument("groups") if right.kind.startswith("conv") else 1
         values = self._matrix(held.detach(), groups).double()
@@ -294,7 +311,7 @@ class _Layer:
         if bias is not None:
             offset = bias.detach().double().reshape(offset.shape)
         gone = self._gone(held, groups)
-        mean, rounding = self.walk.mean_of(right), self.walk.rounding
+        mean, rounding = self.walk.mean_of([p.right for p in self.pairs]), self.walk.rounding
         return Weights(values, offset, mean, gone, grid, rounding)
 
     @property
@@ -334,25 +351,27 @@ class _Layer:
         return rows.flip(tuple(range(2, rows.ndim))) if self._transposed else rows
 
 
-def _before(pair: Pair, runs: Runs) -> Iterator[tuple[Run, Run, Tensor]]:
-    """The runs, one by one, each brought to what stands before the layer."""
+def _before(pairs: Group, runs: Runs) -> Iterator[tuple[Run, Run, Tensor]]:
+    """The runs, one by one, each brought to what stands before the calls."""
     for one, two, held in runs:
-        one.before(pair.left)
-        two.before(pair.right)
+        one.before(pairs[0].left)
+        two.before(pairs[0].right)
         one.forget()
         two.forget()
         yield one, two, held
 
 
-def _differ(pair: Pair, one: Run, two: Run) -> bool:
+def _differ(pairs: Group, one: Run, two: Run) -> bool:
     """Whether a layer has other inputs than the original's, or other weights of the same shape."""
-    given = [
-        [run.values[operand(node, which).name] for which in (0, 1)]
-        for run, node in ((one, pair.left), (two, pair.right))
-    ]
-    (x, w), (y, v) = given
-    other = w.shape == v.shape and not torch.equal(w, v)
-    return other or x.shape != y.shape or not torch.equal(x, y)
+    for pair in pairs:
+        (x, w), (y, v) = (
+            [run.values[operand(node, which).name] for which in (0, 1)]
+            for run, node in ((one, pair.left), (two, pair.right))
+        )
+        other = w.shape == v.shape and not torch.equal(w, v)
+        if other or x.shape != y.shape or not torch.equal(x, y):
+            return True
+    return False
 
 
 def _is_changed(pair: Pair, a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:

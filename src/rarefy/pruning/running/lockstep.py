@@ -143,9 +143,9 @@ def operand(node: Node, which: int) -> Any:
 
 
 def weight_of(graph: Graph, node: Node) -> tuple[Node, Node | None]:
-    """The tensor that a layer's weight is, and the fake quantizer that alone reads it, if any."""
+    """The tensor that a layer's weight is, and the fake quantizer between them, if any."""
     given = graph.by_name[operand(node, 1).name]
-    if given.kind.startswith("fake_quantize") and len(graph.users[given.name]) == 1:
+    if given.kind.startswith("fake_quantize"):
         sources = [graph.by_name[name] for name in given.inputs]
         if all(source.op == "tensor" for source in sources):
             return sources[0], given
@@ -157,28 +157,42 @@ def layer_name(node: Node) -> str:
     return node.scope or node.name
 
 
-def unsolvable(graph: Graph, weight: Node, node: Node) -> str:
-    """Why a layer's weight cannot be solved for; empty where it can."""
+def unsolvable(graph: Graph, weight: Node, *uses: Node) -> str:
+    """Why the weight of one layer, or of several calls at once, cannot be solved for; or empty."""
+    node, own = uses[0], {use.name for use in uses}
     if weight.op != "tensor":
         return "its weight is computed in the graph"
     if 0 in weight.shape:
         return "its weight has no entries"
-    if len(graph.users[weight.name]) > 1:
+    if not _readers(graph, weight) <= own:
         return "its weight is used several times"
+    ways = {(u.kind, u.argument("groups"), *(repr(operand(u, i)) for i in (1, 2))) for u in uses}
+    if len(ways) > 1:
+        return "its weight is used in several ways"
     if node.kind in DECONVOLUTIONS and node.argument("groups") > 1:
         return "it is a transposed convolution in groups"
     if node.kind in TRANSPOSED - DECONVOLUTIONS and (
-        len(weight.shape) != 2 or {node.argument("alpha"), node.argument("beta")} - {None, 1}
+        len(weight.shape) != 2
+        or {use.argument(name) for use in uses for name in ("alpha", "beta")} - {None, 1}
     ):
         return "it is more than a product with a matrix"
     bias = operand(node, 2)
     if isinstance(bias, Ref) and graph.by_name[bias.name].op != "tensor":
         return "its bias is computed in the graph"
-    if isinstance(bias, Ref) and len(graph.users[bias.name]) > 1:
+    if isinstance(bias, Ref) and not _readers(graph, graph.by_name[bias.name]) <= own:
         return "its bias is used several times"
-    if node.kind.startswith("conv") and len(node.shape) != len(weight.shape):
+    if node.kind.startswith("conv") and any(len(u.shape) != len(weight.shape) for u in uses):
         return "its inputs have no batch dimension"
     return ""
+
+
+def _readers(graph: Graph, tensor: Node) -> set[str]:
+    """Names of the calls that read a tensor, itself or through a fake quantizer."""
+    found = set()
+    for user in graph.users[tensor.name]:
+        rounds = user.kind.startswith("fake_quantize") and user.inputs[0] == tensor.name
+        found |= {n.name for n in graph.users[user.name]} if rounds else {user.name}
+    return found
 
 
 def unseen(lead: tuple[int, ...], held_out: Tensor) -> Tensor:

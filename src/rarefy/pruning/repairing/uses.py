@@ -1,0 +1,77 @@
+"""Calls that share a weight, such as the towers of a Siamese network or a head on many scales.
+
+What all of them say about the weight has to be known at once to solve it. So the calls are brought
+next to each other, wherever none of them waits for another.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+
+from rarefy.graph.program import Graph, Node, is_random, writes
+from rarefy.pruning.running.lockstep import OPERANDS, weight_of
+
+
+def gathered(graph: Graph) -> Graph:
+    """The same computation, with the calls of one weight next to each other where they can be."""
+    uses: dict[str, list[str]] = {}
+    for node in graph.calls:
+        uses.setdefault(_source(graph, node), []).append(node.name)
+    later = _later(graph)
+    unit = {node.name: node.name for node in graph.nodes}
+    order: Sequence[Node] = graph.nodes
+    for name, calls in uses.items():
+        if name and len(calls) > 1:
+            tried = unit | dict.fromkeys(calls, calls[0])
+            found = _ordered(graph, later, tried)
+            unit, order = (unit, order) if found is None else (tried, found)
+    return graph.with_nodes(order)
+
+
+def _source(graph: Graph, node: Node) -> str:
+    """Name of the weight, of a BatchNorm the running mean; empty for others, and where computed."""
+    if node.kind in OPERANDS:
+        weight, _ = weight_of(graph, node)
+        return weight.name if weight.op == "tensor" else ""
+    mean = node.argument("running_mean") if node.kind == "batch_norm" else None
+    return mean.name if mean is not None else ""
+
+
+def _later(graph: Graph) -> Mapping[str, list[str]]:
+    """For each node's name, nodes that have to stay behind it."""
+    found = {name: list(names) for name, names in graph.effects.items()}
+    for node in (call for call in graph.calls if writes(call.op)):
+        touching = graph.readers[graph.owner[node.name]]
+        for before in touching[: touching.index(node)]:
+            found[before.name].append(node.name)
+    drawing = [call.name for call in graph.calls if is_random(call.op)]
+    for one, other in pairwise(drawing):
+        found[one].append(other)
+    return found
+
+
+def _ordered(
+    graph: Graph, later: Mapping[str, list[str]], unit: Mapping[str, str]
+) -> list[Node] | None:
+    """The nodes with those of a unit together, as near to their order as can be; None for none."""
+    waiting = dict.fromkeys(unit.values(), 0)
+    members: dict[str, list[Node]] = {name: [] for name in waiting}
+    for node in graph.nodes:
+        members[unit[node.name]].append(node)
+        for name in later[node.name]:
+            waiting[unit[name]] += 1
+    rank = {name: number for number, name in enumerate(members)}
+    ready = [(rank[name], name) for name, count in waiting.items() if not count]
+    heapq.heapify(ready)
+    found: list[Node] = []
+    while ready:
+        _, name = heapq.heappop(ready)
+        found += members[name]
+        for node in members[name]:
+            for other in (unit[after] for after in later[node.name]):
+                waiting[other] -= 1
+                if not waiting[other]:
+                    heapq.heappush(ready, (rank[other], other))
+    return found if len(found) == len(graph.nodes) else None
