@@ -7,8 +7,10 @@ import pytest
 import torch
 from hypothesis import settings
 
-# Small networks: more threads wait for each other longer than they compute.
+# Small networks: more threads wait for each other longer than they compute, here and in the
+# processes that tests start.
 torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"
 
 # A shell that starts a program in the background lets it ignore Ctrl-C, and so its children.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

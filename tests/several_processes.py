@@ -16,7 +16,7 @@ def in_processes(script, *arguments, count=2, **environment):
     ranks = [
         subprocess.Popen(
             [sys.executable, __file__, str(script), *arguments],
-            env={**os.environ, "OMP_NUM_THREADS": "1", **shared, **environment}
+            env={**os.environ, **shared, **environment}
             | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

@@ -35,7 +35,7 @@ def command(*arguments: str | Path, **environment: str) -> subprocess.CompletedP
     """The command as a process of its own."""
     return subprocess.run(
         [sys.executable, "-c", "from rarefy.cli import app; app()", *map(str, arguments)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        env={**os.environ, **environment},
         capture_output=True,
         text=True,
         timeout=200,

@@ -1,7 +1,6 @@
 """Training in two processes that average their gradients (gloo)."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -34,7 +33,6 @@ def found(tmp_path_factory):
     shown = in_processes(SCRIPT, *arguments)
     subprocess.run(
         [sys.executable, str(SCRIPT), *arguments],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         timeout=280,
     )
