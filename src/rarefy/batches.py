@@ -361,6 +361,13 @@ def _located(where: str) -> Iterator[None]:
         raise DataError(where, error.what, error.remedy) from None
 
 
+LIKE_TRACED = (
+    "Yield inputs like those that the network was traced with; of a batch (a, b), a are the inputs "
+    "and b the labels: yield ((a, b), labels), or a dictionary, where both are inputs"
+)
+"""What to do where a network does not run on a batch."""
+
+
 @contextmanager
 def answering(where: str) -> Iterator[None]:
     """Whatever a network raises on data says so: these are not data that it was traced with.
@@ -376,7 +383,7 @@ def answering(where: str) -> Iterator[None]:
         raise DataError(
             where,
             f"the network does not run on a batch: {first_line(error)}",
-            "Yield inputs like those that the network was traced with",
+            LIKE_TRACED,
         ) from error
 
 

@@ -10,7 +10,16 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from rarefy.batches import batch_size, batches, between, call, logits, map_tensors, tensors
+from rarefy.batches import (
+    LIKE_TRACED,
+    batch_size,
+    batches,
+    between,
+    call,
+    logits,
+    map_tensors,
+    tensors,
+)
 from rarefy.distillation.losses import CrossEntropy
 from rarefy.distillation.losses.layouts import IGNORE
 from rarefy.errors import DataError, InputError, RarefyError, first_line
@@ -52,7 +61,7 @@ class Job:
             raise DataError(
                 WHERE,
                 f"the network does not run on a batch: {first_line(error)}",
-                "Yield inputs like those that the network was traced with",
+                LIKE_TRACED,
             ) from error
 
     def losses(self, running: Watched, inputs: Inputs, targets: Tensor | None) -> Tensor:
