@@ -2,6 +2,7 @@
 
 import copy
 import functools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -356,6 +357,27 @@ def test_a_repair_that_does_not_help_as_a_whole_is_taken_back(monkeypatch) -> No
     assert all(torch.equal(v, state[k]) for k, v in healed.state_dict().items())
     assert "farther from the original" in healed.repaired.skipped["addmm"]
     assert all(before == after for before, after in healed.repaired.errors.values())
+
+
+def test_what_does_not_help_is_taken_back_from_the_last_layer_on(monkeypatch) -> None:
+    net, x = settled()
+    small = rf.prune(net, x, HALF)
+    wanted = repair(net, small, [x])
+    solve = walk.solve
+
+    def spoilt(fit, check, weights):
+        found = solve(fit, check, weights)
+        is_last = weights.values.shape[1] == 4  # the outputs of the network
+        return replace(found, values=100 * found.values) if is_last else found
+
+    monkeypatch.setattr(walk, "solve", spoilt)
+    healed = repair(net, small, [x])
+    assert list(healed.repaired.skipped) == ["o"]
+    assert healed.repaired.errors["o"][0] == healed.repaired.errors["o"][1]
+    assert healed.repaired.errors["b"] == wanted.repaired.errors["b"]
+    for name, tensor in healed.state_dict().items():
+        source = small if name.startswith("o.") else wanted
+        assert torch.equal(tensor, source.state_dict()[name])
 
 
 class Branching(nn.Module):

@@ -7,7 +7,8 @@ squares, regularized towards the weights it has. Zeros of a sparse network stay 
 stays 2:4; weights of a quantized one are rounded to the grid that they have. Calls of one layer on
 several inputs are solved at once. At every BatchNorm the running statistics are moved by as much
 as the statistics of its input moved. A layer is changed only where that lowers its error on
-examples that no solve has seen: the same fifth of them, at all layers.
+examples that no solve has seen: the same fifth of them, at all layers. Where the outputs end
+farther from the original's nevertheless, layers are taken back from the last on.
 
 The reconstruction follows He et al. 2017 (https://arxiv.org/abs/1707.06168), done for all layers
 in sequence. Units that are chosen by the same second-order solve, with the layer behind adapted,
@@ -17,7 +18,7 @@ are those of ``prune(criterion="obs")`` and ``"compensated"``
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -36,7 +37,7 @@ from rarefy.grid import grids
 from rarefy.pruning.repairing.pairs import StrangersError
 from rarefy.pruning.repairing.rounding import ROUNDINGS
 from rarefy.pruning.repairing.uses import gathered
-from rarefy.pruning.repairing.walk import Runs, Walk
+from rarefy.pruning.repairing.walk import Walk
 from rarefy.pruning.running.examples import Misses, affordable, collect, parts
 from rarefy.pruning.running.lockstep import Run
 from rarefy.types import Data, Inputs, check_network
@@ -183,13 +184,18 @@ def _healed(
         getattr(pruned, "rescaled", {}),
     )
     held_out = torch.split(_held_out(size), [batch_size(part) for part in divided])
-    runs = walk.run(divided, held_out)
+    runs = [(one, two) for one, two, _ in walk.run(divided, held_out)]
     before, after = _distances(runs, plain, divided)
     errors, skipped = walk.errors, walk.skipped
-    if not after <= before:
-        healed = copied(pruned)
-        skipped |= dict.fromkeys(errors, "with it, the outputs are farther from the original's")
-        errors = {layer: (error, error) for layer, (error, _) in errors.items()}
+    while walk.changed and not after <= before:
+        layer, paths = walk.changed.popitem()
+        for path in paths:
+            second.tensor(path).copy_(plain.tensor(path))
+        if layer in errors:
+            errors[layer] = (errors[layer][0], errors[layer][0])
+        skipped[layer] = "with it, the outputs are farther from the original's"
+        runs = [(Run(first, part), Run(second, part)) for part in divided]
+        _, after = _distances(runs, plain, divided)
     healed.repaired = Repaired(errors, skipped, size)  # type: ignore[assignment]
     return healed
 
@@ -220,10 +226,12 @@ def _graphs(pruned: nn.Module, healed: nn.Module, shown: Inputs) -> tuple[GraphM
     return graph_model(pruned, captured), graph_model(healed, captured)
 
 
-def _distances(runs: Runs, plain: GraphModel, divided: list[Inputs]) -> tuple[float, float]:
+def _distances(
+    runs: Sequence[tuple[Run, Run]], plain: GraphModel, divided: list[Inputs]
+) -> tuple[float, float]:
     """How far the outputs are from the original's without the repair, and with it."""
     before, after = Misses(), Misses()
-    for (one, two, _), part in zip(runs, divided, strict=True):
+    for (one, two), part in zip(runs, divided, strict=True):
         expected = one.rest({}, {})
         after.add(two.rest({}, {}), expected)
         before.add(Run(plain, part).rest({}, {}), expected)

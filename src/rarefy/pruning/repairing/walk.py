@@ -63,6 +63,7 @@ class Walk:
             by, channel by channel, in the network to heal alone.
         errors: layer -> held-out error before, after.
         skipped: layer -> why it was not solved.
+        changed: layer -> paths of its tensors that were changed, in order.
     """
 
     first: GraphModel
@@ -75,6 +76,7 @@ class Walk:
     rescaled: Mapping[str, Tensor] = field(default_factory=dict)
     errors: dict[str, tuple[float, float]] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
+    changed: dict[str, Sequence[str]] = field(default_factory=dict)
     _norms: dict[str, Statistics] = field(default_factory=dict)  # of BatchNorms, to be moved
     _means: dict[str, Tensor] = field(default_factory=dict)  # what results before those should have
 
@@ -173,6 +175,7 @@ class Walk:
         survivors = self.survivors(sources[0], 0)
         if not like or len(survivors) != len(mean):
             return  # its other dimensions are units, too
+        self.changed[layer_name(pairs[0].right)] = sources
         solved = self._means.get(pairs[0].right.args[0].name)
         if solved is not None:  # it gives less where its inputs cannot tell: that is to stay less
             mean.add_(new.mean - solved)
@@ -229,11 +232,13 @@ class _Layer:
         self.walk.errors[name] = solved.errors
         if not solved.is_better:
             return
-        held, bias = self.walk.second.tensor(self.weight.path), self._bias()
+        paths = [self.weight.path, *self._bias()]
+        held, *biases = map(self.walk.second.tensor, paths)
         rows = held.transpose(0, 1) if self._transposed else held
         rows.copy_(self._turned(solved.values.reshape(rows.shape)))
-        if bias is not None:
+        for bias in biases:
             bias.copy_(solved.bias.flatten())
+        self.walk.changed[name] = paths
         if self.quantizer is not None:
             for _, two, _ in runs:
                 two.renew(self.quantizer)
@@ -289,16 +294,15 @@ class _Layer:
         """Dimension of the outputs in what the layer gives."""
         return 1 if self._right.kind.startswith("conv") else -1
 
-    def _bias(self) -> Tensor | None:
+    def _bias(self) -> list[str]:
+        """Path of the bias, if there is one."""
         given = operand(self._right, 2)
-        if not isinstance(given, Ref):
-            return None
-        return self.walk.second.tensor(self.walk.second.graph.by_name[given.name].path)
+        return [self.walk.second.graph.by_name[given.name].path] if isinstance(given, Ref) else []
 
     def _weights(self) -> Weights | None:
         """What the system needs to know; None where the grid is of an unknown form."""
         second, right = self.walk.second, self._right
-        held, bias = second.tensor(self.weight.path), self._bias()
+        held = second.tensor(self.weight.path)
         groups = right.argument("groups") if right.kind.startswith("conv") else 1
         values = self._matrix(held.detach(), groups).double()
         grid: Grid | None = None
@@ -308,8 +312,8 @@ class _Layer:
                 return None
             values = grid.nearest(values)
         offset = values.new_zeros(groups, 1, values.shape[1])
-        if bias is not None:
-            offset = bias.detach().double().reshape(offset.shape)
+        for path in self._bias():
+            offset = second.tensor(path).detach().double().reshape(offset.shape)
         gone = self._gone(held, groups)
         mean, rounding = self.walk.mean_of([p.right for p in self.pairs]), self.walk.rounding
         return Weights(values, offset, mean, gone, grid, rounding)
