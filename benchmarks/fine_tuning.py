@@ -5,8 +5,11 @@ Run it: python benchmarks/fine_tuning.py --subject resnet20 --macs 0.5 0.33 --ep
 Every method starts from the same trained network, keeps the same share of its multiply-accumulates,
 and is then trained with the same optimizer, learning rate, batches and number of epochs: on the
 labels alone, or, where rarefy pruned it, on soft labels, too, which are stored once for images: the
-original's, or those of a larger ResNet (``--teacher 56``). ``unpruned`` is the original itself,
-trained as long on the labels.
+original's, or those of a larger ResNet (``--teacher 56``). With ``--tuned`` they are the mean of
+the teacher's logits and of those that it has after as many epochs on the labels: training beside
+that of the small network, once for all of them; with ``--mirrored`` it is asked of an image and its
+mirror image, and images are mirrored at random. ``unpruned`` is the original itself, trained as
+long on the labels.
 """
 
 import argparse
@@ -87,13 +90,29 @@ def _resnet(depth: int, chosen: argparse.Namespace, folder: str) -> Subject:
     held_x, held_y = cifar.images("test", chosen.test)
     whole, whole_inner = (cifar.kept_whole(model, inner=inner) for inner in (False, True))
     test = list(zip(held_x.split(250), held_y.split(250), strict=True))
-    options = {"lr": 0.02, "weight_decay": 5e-4, "schedule": chosen.schedule, "ema": chosen.ema}
-    change, views = (crop_and_flip, max(chosen.epochs)) if chosen.augmented else (same, 1)
+    options = {
+        "lr": 0.02,
+        "weight_decay": 5e-4,
+        "ema": chosen.ema,
+        "min_lr_rate": chosen.min_lr_rate,
+    }
+    change, views = same, 1
+    if chosen.augmented:
+        change, views = crop_and_flip, max(chosen.epochs)
+    elif chosen.mirrored:
+        change, views = flip, 2
     data = rf.soft_labels.Replay(TensorDataset(x, y), change, seed=0)
     batches = DataLoader(data, 128, shuffle=True, drop_last=True)
     teacher = model
     if "soft labels" in chosen.targets:
         tutor = cifar.network(chosen.teacher) if chosen.teacher else model
+        if chosen.tuned:
+            plain = {"lr": 0.02, "weight_decay": 5e-4, "progress": False, "seed": 0}
+            tuned = rf.train(tutor, batches, epochs=max(chosen.epochs), **plain)
+            tutor = rf.Ensemble([tutor, tuned])
+            found = [f"{rf.evaluate(net, test):.2%}" for net in (*tutor.networks, tutor)]
+            print(f"teacher: {found[0]}, trained {found[1]}, both together {found[2]}", flush=True)
+        tutor = Mirrored(tutor) if chosen.mirrored else tutor
         rf.write_soft_labels(tutor, batches, folder, views=views)
         teacher = rf.SoftLabels(folder)
     return Subject(model, batches, teacher, test, x[:SAMPLES], options, whole, whole_inner)
@@ -102,6 +121,24 @@ def _resnet(depth: int, chosen: argparse.Namespace, folder: str) -> Subject:
 def same(image: Tensor) -> Tensor:
     """The image as it is."""
     return image
+
+
+def flip(image: Tensor) -> Tensor:
+    """The image, mirrored at random."""
+    return image.flip(-1) if torch.rand(()) < 0.5 else image
+
+
+class Mirrored(nn.Module):
+    """The mean of what a network says of an image and of its mirror image."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits of images (B, 3, H, W)."""
+        mean: Tensor = (self.net(x) + self.net(x.flip(-1))) / 2
+        return mean
 
 
 def _trained(model: nn.Module, parts: Any, last: str, epochs: int) -> Subject:
@@ -212,7 +249,11 @@ def main() -> None:
     parser.add_argument("--teacher", type=int, help="depth of a ResNet to learn from; own if none")
     parser.add_argument("--label-weight", type=float, default=0.1, help="beside soft labels")
     parser.add_argument("--augmented", action="store_true", help="shift and mirror the images")
-    parser.add_argument("--schedule", default="cosine", help="of the learning rate, on images")
+    parser.add_argument("--tuned", action="store_true", help="the teacher is trained first, too")
+    parser.add_argument(
+        "--mirrored", action="store_true", help="images at random; the teacher sees both"
+    )
+    parser.add_argument("--min-lr-rate", type=float, default=0.0, help="where it ends, on images")
     parser.add_argument("--ema", type=float, help="decay of averaged weights, on images")
     parser.add_argument("--test", type=int, help="test images; all if not given")
     methods = ["unpruned", *METHODS]
