@@ -37,7 +37,7 @@ def equal(model: GraphModel, other: GraphModel, *inputs: torch.Tensor) -> bool:
 def test_independent_calls_come_together(make, number) -> None:
     net, inputs = make(), [torch.randn(4, 3, 8, 8) for _ in range(number)]
     model = model_of(net, *inputs)
-    found = model.with_graph(gathered(model.graph))
+    found = model.with_graph(gathered(model.graph, model.graph.tensor_paths))
     assert any(max(places) - min(places) >= len(places) for places in runs(model))
     assert all(max(places) - min(places) == len(places) - 1 for places in runs(found))
     assert equal(model, found, *inputs)
@@ -58,7 +58,7 @@ class Chain(nn.Module):
 
 def test_calls_that_wait_for_each_other_stay_apart() -> None:
     model = model_of(Chain(), torch.randn(4, 6))
-    graph = gathered(model.graph)
+    graph = gathered(model.graph, model.graph.tensor_paths)
     assert graph.nodes == model.graph.nodes
     groups, _ = layer_pairs(graph, graph)
     assert [len(group) for group in groups] == [1, 1]
@@ -101,6 +101,6 @@ def test_whatever_is_written_in_place_the_outputs_are_the_same(steps) -> None:
     torch.manual_seed(0)
     inputs = torch.randn(3, 6), torch.randn(3, 6)
     model = model_of(Steps(steps), *inputs)
-    found = model.with_graph(gathered(model.graph))
+    found = model.with_graph(gathered(model.graph, model.graph.tensor_paths))
     assert sorted(n.name for n in found.graph.nodes) == sorted(n.name for n in model.graph.nodes)
     assert equal(model, found, *inputs)

@@ -7,30 +7,44 @@ next to each other, wherever none of them waits for another.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from itertools import pairwise
 
 from rarefy.graph.program import Graph, Node, is_random, writes
 from rarefy.pruning.running.lockstep import OPERANDS, weight_of
 
 
-def gathered(graph: Graph) -> Graph:
-    """The same computation, with the calls of one weight next to each other where they can be."""
+def gathered(graph: Graph, paths: Collection[str]) -> Graph:
+    """The same computation, with the calls of one weight next to each other where they can be.
+
+    Args:
+        graph: any.
+        paths: of the weights for which that is done, of BatchNorms the running means.
+    """
     uses: dict[str, list[str]] = {}
     for node in graph.calls:
-        uses.setdefault(_source(graph, node), []).append(node.name)
+        uses.setdefault(source(graph, node), []).append(node.name)
     later = _later(graph)
     unit = {node.name: node.name for node in graph.nodes}
     order: Sequence[Node] = graph.nodes
-    for name, calls in uses.items():
-        if name and len(calls) > 1:
-            tried = unit | dict.fromkeys(calls, calls[0])
-            found = _ordered(graph, later, tried)
-            unit, order = (unit, order) if found is None else (tried, found)
+    shared = [
+        calls
+        for name, calls in uses.items()
+        if name and graph.by_name[name].path in paths and len(calls) > 1
+    ]
+    left = [shared] if shared else []
+    while left:  # those that can come together all at once, else half of them, and so on
+        some = left.pop()
+        tried = unit | {name: calls[0] for calls in some for name in calls}
+        found = _ordered(graph, later, tried)
+        if found is not None:
+            unit, order = tried, found
+        elif len(some) > 1:
+            left += [some[len(some) // 2 :], some[: len(some) // 2]]
     return graph.with_nodes(order)
 
 
-def _source(graph: Graph, node: Node) -> str:
+def source(graph: Graph, node: Node) -> str:
     """Name of the weight, of a BatchNorm the running mean; empty for others, and where computed."""
     if node.kind in OPERANDS:
         weight, _ = weight_of(graph, node)
