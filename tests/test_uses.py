@@ -45,6 +45,35 @@ def test_independent_calls_come_together(make, number) -> None:
     assert [len(group) for group in groups if len(group) > 1] == [len(p) for p in runs(found)]
 
 
+class Drawing(nn.Module):
+    """Attention and dropout, which draw nothing, and noise where it is told so."""
+
+    def __init__(self, *, is_noisy: bool) -> None:
+        super().__init__()
+        self.inner = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.1, batch_first=True)
+        self.out, self.is_noisy = nn.Linear(8, 4), is_noisy
+
+    def tower(self, x):
+        x = nn.functional.rrelu(self.inner(x))
+        return self.out(x + torch.randn_like(x) if self.is_noisy else x)
+
+    def forward(self, x, y):
+        return [self.tower(x), self.tower(y)]
+
+
+@pytest.mark.parametrize("is_noisy", [False, True])
+def test_only_what_draws_numbers_keeps_its_order(is_noisy) -> None:
+    inputs = torch.randn(4, 3, 8), torch.randn(4, 3, 8)
+    model = model_of(Drawing(is_noisy=is_noisy), *inputs)
+    found = model.with_graph(gathered(model.graph, model.graph.tensor_paths))
+    assert all(max(places) - min(places) == 1 for places in runs(found))
+    results = []
+    for net in (model, found):
+        torch.manual_seed(0)
+        results.append(net(*inputs))
+    assert all(map(torch.equal, *results))
+
+
 class Chain(nn.Module):
     """A layer that reads what it gave."""
 

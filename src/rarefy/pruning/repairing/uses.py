@@ -60,10 +60,15 @@ def _later(graph: Graph) -> Mapping[str, list[str]]:
         touching = graph.readers[graph.owner[node.name]]
         for before in touching[: touching.index(node)]:
             found[before.name].append(node.name)
-    drawing = [call.name for call in graph.calls if is_random(call.op)]
-    for one, other in pairwise(drawing):
+    for one, other in pairwise(call.name for call in graph.calls if _draws(call)):
         found[one].append(other)
     return found
+
+
+def _draws(node: Node) -> bool:
+    """Whether a call draws numbers: dropout, and attention with it, do so only where told to."""
+    told = map(node.argument, ("train", "training", "dropout_p"))
+    return is_random(node.op) and not any(value == 0 for value in told)
 
 
 def _ordered(
