@@ -51,6 +51,27 @@ def test_what_is_only_known_behind_the_next_layer_is_left_alone() -> None:
     assert [node.scope for node in alone] == ["a"]
 
 
+class Twice(nn.Module):
+    """Calls in a row: of one layer, the last of them on what the first gave, and on one query."""
+
+    def __init__(self, *, is_deep: bool) -> None:
+        super().__init__()
+        self.a, self.b, self.c = (nn.Linear(4, 4) for _ in range(3))
+        self.query, self.is_deep = nn.Parameter(torch.randn(2, 4)), is_deep
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        if not self.is_deep:
+            return self.b(self.query), self.c(self.query)
+        one, two = self.a(x), self.a(y)
+        return two, self.a(one)
+
+
+@pytest.mark.parametrize(("is_deep", "sizes"), [(True, [2, 1]), (False, [1, 1])])
+def test_calls_of_one_weight_that_read_none_of_the_others_are_a_group(is_deep, sizes) -> None:
+    found = capture(Twice(is_deep=is_deep).eval(), (torch.randn(2, 4), torch.randn(2, 4))).graph
+    assert [len(group) for group in layer_pairs(found, found)[0]] == sizes
+
+
 def test_next_norm_is_that_of_the_result_alone() -> None:
     found = graph()
     layers = {n.scope: n for n in found.calls if n.kind == "conv2d"}

@@ -77,6 +77,38 @@ def test_who_shares_memory_and_who_writes(op, shares, written) -> None:
     assert (shares_memory(op), writes(op)) == (shares, written)
 
 
+class Writes(nn.Module):
+    """A value that is read, written through another and read again."""
+
+    def __init__(self, write) -> None:
+        super().__init__()
+        self.write = write
+
+    def forward(self, x, y):
+        before = y * 2
+        self.write(x, y)
+        return before, y * 3
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda x, y: torch.broadcast_tensors(x, y)[1].mul_(2),
+        lambda x, y: torch.atleast_2d(x, y)[1].mul_(2),
+        lambda x, y: torch.add(x, 1, out=y),
+        lambda x, y: torch._foreach_mul_([x, y], 2),
+        lambda x, y: y[:, :1].mul_(2),
+    ],
+)
+def test_what_is_written_is_known_by_all_of_its_names(write) -> None:
+    graph = capture(Writes(write), (torch.randn(3, 2), torch.randn(3, 2))).graph
+    (written,) = (node for node in graph.calls if writes(node.op))
+    before, after = (node for node in graph.calls if node.op == "aten.mul.Tensor")
+    assert after.name in graph.effects[written.name]
+    assert before in graph.readers[graph.owner[written.name]]
+    assert graph.output.name in graph.effects[written.name]
+
+
 def test_a_graph_model_is_a_module_like_any_other() -> None:
     net, model = network()
     assert torch.equal(model(X), net(X))

@@ -209,6 +209,81 @@ def test_statistics_of_a_norm_of_several_calls_are_those_of_all() -> None:
     torch.testing.assert_close(healed.n.running_var, after.var(0, correction=0))
 
 
+class Shared(nn.Module):
+    """Two layers of one BatchNorm, the first of which is used twice where it is told so."""
+
+    def __init__(self, *, is_twice: bool) -> None:
+        super().__init__()
+        self.p, self.q = nn.Linear(6, 10), nn.Linear(6, 10)
+        self.a, self.b = (nn.Linear(10, 8, bias=False) for _ in range(2))
+        self.n, self.is_twice = nn.BatchNorm1d(8), is_twice
+
+    def inner(self, x, y):
+        pairs = [(self.p, self.a, x), (self.q, self.b, 3 * y + 1)]
+        pairs += [(self.p, self.a, y)] * self.is_twice
+        return (layer(torch.relu(before(v))) for before, layer, v in pairs)
+
+    def forward(self, x, y):
+        return torch.cat([torch.relu(self.n(v)) for v in self.inner(x, y)], 1)
+
+
+@pytest.mark.parametrize("is_twice", [False, True])
+def test_statistics_of_a_norm_of_several_layers_are_those_of_all(is_twice) -> None:
+    net = Shared(is_twice=is_twice).eval()
+    inputs = {name: torch.randn(200, 6) for name in "xy"}
+
+    def moments(model: nn.Module) -> list[torch.Tensor]:
+        with torch.no_grad():
+            rows = torch.cat([*model.inner(**inputs)])
+        return [rows.mean(0), rows.var(0, correction=0)]
+
+    with torch.no_grad():
+        for held, own in zip((net.n.running_mean, net.n.running_var), moments(net), strict=True):
+            held.copy_(own)
+    small = rf.prune(net, inputs, HALF, exclude=["a", "b"])
+    healed = repair(net, small, [inputs])
+    found = [healed.n.running_mean, healed.n.running_var]
+    torch.testing.assert_close(found, moments(healed), rtol=1e-3, atol=1e-4)
+    assert apart(net, healed, inputs) < 0.8 * apart(net, small, inputs)
+
+
+def test_calls_in_a_row_of_which_the_last_reads_the_first_are_left_and_named() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.p, self.a, self.o = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 4)
+
+        def forward(self, x, y):
+            x, y = torch.relu(self.p(x)), torch.relu(self.p(y))
+            one, two = self.a(x), self.a(y)
+            return self.o(self.a(one)) - self.o(two)
+
+    net = Net().eval()
+    batches = [{name: torch.randn(64, 6) for name in "xy"} for _ in range(3)]
+    sparse = rf.prune(net, batches[0], rf.Budget(sparsity=0.6), structure="weight")
+    healed = repair(net, sparse, batches[:2])
+    assert healed.repaired.skipped == {"a": "its weight is used several times"}
+    assert healed.repaired.errors.keys() == {"p", "o"}
+    assert apart(net, healed, batches[2]) < apart(net, sparse, batches[2])
+
+
+def test_layers_of_one_learned_query_are_not_one_layer() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.query = nn.Parameter(torch.randn(40, 8))
+            self.a, self.b, self.c = (nn.Linear(8, 8) for _ in range(3))
+
+        def forward(self, x):
+            one, two = self.a(self.query), self.b(self.query)
+            return self.c(x) @ one.T @ two
+
+    net, x = Net().eval(), torch.randn(64, 8)
+    healed = repair(net, rf.prune(net, x, structure="2:4"), [x])
+    assert healed.repaired.errors.keys() == {"a", "b", "c"}
+    assert not healed.repaired.skipped
+
+
 def test_data_are_checked() -> None:
     net, x = settled()
     small = rf.prune(net, x, HALF)
@@ -578,6 +653,14 @@ def test_a_quantized_layer_of_several_calls_stays_on_its_grid() -> None:
     assert apart(net, healed, batches[3]) < 0.9 * apart(net, q, batches[3])
     assert changed_on_grids(healed, q)
     assert healed.repaired.errors.keys() == {"tower.0", "tower.3", "out"}
+
+
+def test_layers_into_which_one_norm_was_folded_are_held_against_it() -> None:
+    net = Shared(is_twice=False).eval()
+    inputs = {name: torch.randn(64, 6) for name in "xy"}
+    healed = repair(net, coarse(rf.quantize(net, [inputs])), [inputs])
+    assert healed.repaired.errors.keys() == {"p", "a", "q", "b"}
+    assert not healed.repaired.skipped
 
 
 @pytest.mark.parametrize("rounding", ["gptq", "learned"])

@@ -173,8 +173,10 @@ class Graph:
         views, and what is written in place, share that of what they are made of."""
         found: dict[str, str] = {}
         for node in self.nodes:
-            shares = bool(node.inputs) and node.op != "output" and shares_memory(node.op)
-            found[node.name] = found[node.inputs[0]] if shares else node.name
+            owners = [found[name] for name in sharing(node)] or [node.name]
+            found[node.name] = owners[0]
+            if len({*owners}) > 1:  # which of them it is cannot be told
+                found = {name: owners[0] if o in owners else o for name, o in found.items()}
         return found
 
     @cached_property
@@ -191,11 +193,12 @@ class Graph:
         """For each node's name, the nodes that depend on it: its users, and after a write in place
         those that read the memory that was written; the output where that is an argument's."""
         found = {name: [user.name for user in users] for name, users in self.users.items()}
+        given = {self.owner[n.name] for n in self.nodes if n.op in ("input", "tensor")}
         for node in (n for n in self.calls if writes(n.op)):
             memory = self.owner[node.name]
             touching = self.readers[memory]
             found[node.name] += [n.name for n in touching[touching.index(node) + 1 :]]
-            if self.by_name[memory].op in ("input", "tensor"):
+            if memory in given:
                 found[node.name].append(self.output.name)
         return {name: tuple(dict.fromkeys(names)) for name, names in found.items()}
 
@@ -328,6 +331,18 @@ def shares_memory(op: str) -> bool:
     if declared is None or kind(op) in _MAY_RETURN_INPUT:
         return True
     return any(value.alias_info is not None for value in declared.returns)
+
+
+def sharing(node: Node) -> tuple[str, ...]:
+    """Names of the nodes in whose memory a call's result may lie, or into which it writes."""
+    declared = schema(node.op)
+    if node.op == "output" or not node.inputs:
+        return ()
+    if declared is None or node.kind in _MAY_RETURN_INPUT:
+        given = (*node.args, *node.options.values())
+        return tuple(ref.name for ref in refs(next(arg for arg in given if any(refs(arg)))))
+    formals = [formal.name for formal in declared.arguments if formal.alias_info is not None]
+    return tuple(ref.name for name in formals for ref in refs(node.argument(name)))
 
 
 def is_view(op: str) -> bool:

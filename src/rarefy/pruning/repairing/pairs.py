@@ -10,6 +10,7 @@ from typing import TypeAlias
 from rarefy.errors import InputError
 from rarefy.graph.count import COSTS, is_uncounted
 from rarefy.graph.program import Graph, Node
+from rarefy.pruning.repairing.uses import source
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,8 @@ def layer_pairs(first: Graph, second: Graph) -> tuple[list[Group], list[Node]]:
     Raises:
         StrangersError: no two layers go together.
     """
-    sides = [_layers(graph) for graph in (first, second)]
+    graphs = first, second
+    sides = [_layers(graph) for graph in graphs]
     keys = [[key for key, _ in side] for side in sides]
     blocks = SequenceMatcher(None, keys[0], keys[1], autojunk=False).get_matching_blocks()
     matched = [(block.a + i, block.b + i) for block in blocks for i in range(block.size)]
@@ -52,11 +54,11 @@ def layer_pairs(first: Graph, second: Graph) -> tuple[list[Group], list[Node]]:
             "the two networks do not run the same operators",
             "Give the network that was compressed and the result of compressing it",
         )
-    ranks = [{node.name: number for number, node in enumerate(g.nodes)} for g in (first, second)]
+    ranks = [{node.name: number for number, node in enumerate(g.nodes)} for g in graphs]
     found: list[list[_Calls]] = []
     for i, j in matched:
-        calls, is_same = (sides[0][i][1], sides[1][j][1]), keys[0][i] == keys[0][i - 1]
-        if found and is_same and _adjoin(ranks, found[-1][-1], calls):
+        calls = sides[0][i][1], sides[1][j][1]
+        if found and all(map(_adjoins, graphs, ranks, zip(*found[-1], strict=True), calls)):
             found[-1].append(calls)
         else:
             found.append([calls])
@@ -69,11 +71,11 @@ _Calls: TypeAlias = tuple[Node, Node]
 """One call in both graphs."""
 
 
-def _adjoin(ranks: Sequence[Mapping[str, int]], calls: _Calls, others: _Calls) -> bool:
-    return all(
-        rank[other.name] == rank[one.name] + 1 and one.name not in other.inputs
-        for rank, one, other in zip(ranks, calls, others, strict=True)
-    )
+def _adjoins(graph: Graph, rank: Mapping[str, int], group: Sequence[Node], call: Node) -> bool:
+    """Whether a call of the weight of a group stands right behind it and reads nothing of it."""
+    weight, last = source(graph, call), group[-1]
+    is_next = rank[call.name] == rank[last.name] + 1 and weight == source(graph, last)
+    return bool(weight) and is_next and {node.name for node in group}.isdisjoint(call.inputs)
 
 
 def _layers(graph: Graph) -> list[tuple[tuple[str, str], Node]]:

@@ -7,30 +7,44 @@ next to each other, wherever none of them waits for another.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from itertools import pairwise
 
 from rarefy.graph.program import Graph, Node, is_random, writes
 from rarefy.pruning.running.lockstep import OPERANDS, weight_of
 
 
-def gathered(graph: Graph) -> Graph:
-    """The same computation, with the calls of one weight next to each other where they can be."""
+def gathered(graph: Graph, paths: Collection[str]) -> Graph:
+    """The same computation, with the calls of one weight next to each other where they can be.
+
+    Args:
+        graph: any.
+        paths: of the weights for which that is done, of BatchNorms the running means.
+    """
     uses: dict[str, list[str]] = {}
     for node in graph.calls:
-        uses.setdefault(_source(graph, node), []).append(node.name)
+        uses.setdefault(source(graph, node), []).append(node.name)
     later = _later(graph)
     unit = {node.name: node.name for node in graph.nodes}
     order: Sequence[Node] = graph.nodes
-    for name, calls in uses.items():
-        if name and len(calls) > 1:
-            tried = unit | dict.fromkeys(calls, calls[0])
-            found = _ordered(graph, later, tried)
-            unit, order = (unit, order) if found is None else (tried, found)
+    shared = [
+        calls
+        for name, calls in uses.items()
+        if name and graph.by_name[name].path in paths and len(calls) > 1
+    ]
+    left = [shared] if shared else []
+    while left:  # those that can come together all at once, else half of them, and so on
+        some = left.pop()
+        tried = unit | {name: calls[0] for calls in some for name in calls}
+        found = _ordered(graph, later, tried)
+        if found is not None:
+            unit, order = tried, found
+        elif len(some) > 1:
+            left += [some[len(some) // 2 :], some[: len(some) // 2]]
     return graph.with_nodes(order)
 
 
-def _source(graph: Graph, node: Node) -> str:
+def source(graph: Graph, node: Node) -> str:
     """Name of the weight, of a BatchNorm the running mean; empty for others, and where computed."""
     if node.kind in OPERANDS:
         weight, _ = weight_of(graph, node)
@@ -46,10 +60,15 @@ def _later(graph: Graph) -> Mapping[str, list[str]]:
         touching = graph.readers[graph.owner[node.name]]
         for before in touching[: touching.index(node)]:
             found[before.name].append(node.name)
-    drawing = [call.name for call in graph.calls if is_random(call.op)]
-    for one, other in pairwise(drawing):
+    for one, other in pairwise(call.name for call in graph.calls if _draws(call)):
         found[one].append(other)
     return found
+
+
+def _draws(node: Node) -> bool:
+    """Whether a call draws numbers: dropout, and attention with it, do so only where told to."""
+    told = map(node.argument, ("train", "training", "dropout_p"))
+    return is_random(node.op) and not any(value == 0 for value in told)
 
 
 def _ordered(

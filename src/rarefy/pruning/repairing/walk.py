@@ -190,8 +190,11 @@ class Walk:
         if isinstance(operand(rights[0], 2), Ref):
             return Mean.BIAS
         norms = [next_norm(self.second.graph, right) for right in rights]
-        found = {None if norm is None else self._norms.get(norm.name) for norm in norms}
-        return Mean.NORM if len(found) == 1 and None not in found else Mean.NONE
+        behind = {norm.name for norm in norms if norm is not None}
+        found = {self._norms.get(name) for name in behind}
+        calls = {name for name, statistics in self._norms.items() if statistics in found}
+        alone = len(found) == 1 and calls == behind and len(behind) == len(rights)
+        return Mean.NORM if alone else Mean.NONE
 
     def solved(self, pairs: Group, mean: Tensor) -> None:
         """Note the mean that a solved layer's outputs should have; a BatchNorm follows it."""
