@@ -163,8 +163,8 @@ def _healed(
     plain, second = _graphs(pruned, healed, shown)
     if plain.is_quantized:
         first = fold_constants(first)  # as quantization did
-    paths = first.graph.tensor_paths & second.graph.tensor_paths
-    first, second = (model.with_graph(gathered(model.graph, paths)) for model in (first, second))
+    both = first.graph.tensor_paths & second.graph.tensor_paths
+    first, second = (model.with_graph(gathered(model.graph, both)) for model in (first, second))
     divided = [inputs]
     if shown is not inputs:
         layers = {node.name for node in first.graph.calls if _is_stop(first, node.inputs)}
