@@ -108,13 +108,14 @@ def _resnet(depth: int, chosen: argparse.Namespace, folder: str) -> Subject:
         tutor = cifar.network(chosen.teacher) if chosen.teacher else model
         if chosen.tuned:
             plain = {"lr": 0.02, "weight_decay": 5e-4, "progress": False, "seed": 0}
-            tuned = rf.train(tutor, batches, epochs=max(chosen.epochs), **plain)
-            tutor = rf.Ensemble([tutor, tuned])
+            kept = {"checkpoint": f"{folder}/teacher", "resume": True}
+            tuned = rf.train(tutor, batches, epochs=max(chosen.epochs), **plain, **kept)
+            tutor = rf.teachers.Ensemble([tutor, tuned])
             found = [f"{rf.evaluate(net, test):.2%}" for net in (*tutor.networks, tutor)]
             print(f"teacher: {found[0]}, trained {found[1]}, both together {found[2]}", flush=True)
         tutor = Mirrored(tutor) if chosen.mirrored else tutor
-        rf.write_soft_labels(tutor, batches, folder, views=views)
-        teacher = rf.SoftLabels(folder)
+        rf.write_soft_labels(tutor, batches, f"{folder}/labels", views=views)
+        teacher = rf.SoftLabels(f"{folder}/labels")
     return Subject(model, batches, teacher, test, x[:SAMPLES], options, whole, whole_inner)
 
 
@@ -255,6 +256,7 @@ def main() -> None:
     )
     parser.add_argument("--min-lr-rate", type=float, default=0.0, help="where it ends, on images")
     parser.add_argument("--ema", type=float, help="decay of averaged weights, on images")
+    parser.add_argument("--folder", help="where teacher and soft labels stay for other runs")
     parser.add_argument("--test", type=int, help="test images; all if not given")
     methods = ["unpruned", *METHODS]
     parser.add_argument("--methods", nargs="+", default=methods, choices=methods)
@@ -264,7 +266,7 @@ def main() -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as folder:
-        table(SUBJECTS[chosen.subject](chosen, folder), chosen)
+        table(SUBJECTS[chosen.subject](chosen, chosen.folder or folder), chosen)
 
 
 if __name__ == "__main__":
