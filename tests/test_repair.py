@@ -455,6 +455,32 @@ def test_what_does_not_help_is_taken_back_from_the_last_layer_on(monkeypatch) ->
         assert torch.equal(tensor, source.state_dict()[name])
 
 
+def test_layers_of_one_name_are_all_taken_back(monkeypatch) -> None:
+    class Bare(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            sizes = ((8, 6), (8, 8), (3, 8))
+            self.w = nn.ParameterList([nn.Parameter(torch.randn(size)) for size in sizes])
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            for w in self.w[:2]:
+                x = torch.relu(nn.functional.linear(x, w))
+            return nn.functional.linear(x, self.w[2])
+
+    net, x = Bare().eval(), torch.randn(100, 6)
+    small = rf.prune(net, x[:2], HALF)
+    solve = walk.solve
+
+    def spoilt(fit, check, weights):
+        found = solve(fit, check, weights)
+        return replace(found, values=100 * found.values, errors=(1.0, 0.5))
+
+    monkeypatch.setattr(walk, "solve", spoilt)
+    healed = repair(net, small, [x])
+    state = small.state_dict()
+    assert all(torch.equal(v, state[k]) for k, v in healed.state_dict().items())
+
+
 class Branching(nn.Module):
     """Takes another way where it is narrow, so that the graphs differ."""
 

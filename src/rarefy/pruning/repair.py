@@ -189,7 +189,7 @@ def _healed(
     before, after = _distances(runs, plain, divided)
     errors, skipped = walk.errors, walk.skipped
     while walk.changed and not after <= before:
-        layer, paths = walk.changed.popitem()
+        layer, paths = walk.changed.pop()
         for path in paths:
             second.tensor(path).copy_(plain.tensor(path))
         if layer in errors:

@@ -63,7 +63,7 @@ class Walk:
             by, channel by channel, in the network to heal alone.
         errors: layer -> held-out error before, after.
         skipped: layer -> why it was not solved.
-        changed: layer -> paths of its tensors that were changed, in order.
+        changed: layers and the paths of their tensors that were changed, in order.
     """
 
     first: GraphModel
@@ -76,7 +76,7 @@ class Walk:
     rescaled: Mapping[str, Tensor] = field(default_factory=dict)
     errors: dict[str, tuple[float, float]] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
-    changed: dict[str, Sequence[str]] = field(default_factory=dict)
+    changed: list[tuple[str, Sequence[str]]] = field(default_factory=list)
     _norms: dict[str, Statistics] = field(default_factory=dict)  # of BatchNorms, to be moved
     _means: dict[str, Tensor] = field(default_factory=dict)  # what results before those should have
 
@@ -175,7 +175,7 @@ class Walk:
         survivors = self.survivors(sources[0], 0)
         if not like or len(survivors) != len(mean):
             return  # its other dimensions are units, too
-        self.changed[layer_name(pairs[0].right)] = sources
+        self.changed.append((layer_name(pairs[0].right), sources))
         solved = self._means.get(pairs[0].right.args[0].name)
         if solved is not None:  # it gives less where its inputs cannot tell: that is to stay less
             mean.add_(new.mean - solved)
@@ -241,7 +241,7 @@ class _Layer:
         rows.copy_(self._turned(solved.values.reshape(rows.shape)))
         for bias in biases:
             bias.copy_(solved.bias.flatten())
-        self.walk.changed[name] = paths
+        self.walk.changed.append((name, paths))
         if self.quantizer is not None:
             for _, two, _ in runs:
                 two.renew(self.quantizer)
