@@ -467,7 +467,7 @@ def test_layers_of_one_name_are_all_taken_back(monkeypatch) -> None:
                 x = torch.relu(nn.functional.linear(x, w))
             return nn.functional.linear(x, self.w[2])
 
-    net, x = Bare().eval(), torch.randn(100, 6)
+    net, x = nn.Sequential(Bare()).eval(), torch.randn(100, 6)
     small = rf.prune(net, x[:2], HALF)
     solve = walk.solve
 
