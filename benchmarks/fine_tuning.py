@@ -90,12 +90,8 @@ def _resnet(depth: int, chosen: argparse.Namespace, folder: str) -> Subject:
     held_x, held_y = cifar.images("test", chosen.test)
     whole, whole_inner = (cifar.kept_whole(model, inner=inner) for inner in (False, True))
     test = list(zip(held_x.split(250), held_y.split(250), strict=True))
-    options = {
-        "lr": 0.02,
-        "weight_decay": 5e-4,
-        "ema": chosen.ema,
-        "min_lr_rate": chosen.min_lr_rate,
-    }
+    plain = {"lr": 0.02, "weight_decay": 5e-4}
+    options = {**plain, "ema": chosen.ema, "min_lr_rate": chosen.min_lr_rate}
     change, views = same, 1
     if chosen.augmented:
         change, views = crop_and_flip, max(chosen.epochs)
@@ -107,8 +103,7 @@ def _resnet(depth: int, chosen: argparse.Namespace, folder: str) -> Subject:
     if "soft labels" in chosen.targets:
         tutor = cifar.network(chosen.teacher) if chosen.teacher else model
         if chosen.tuned:
-            plain = {"lr": 0.02, "weight_decay": 5e-4, "progress": False, "seed": 0}
-            kept = {"checkpoint": f"{folder}/teacher", "resume": True}
+            kept = {"checkpoint": f"{folder}/teacher", "resume": True, "progress": False, "seed": 0}
             tuned = rf.train(tutor, batches, epochs=max(chosen.epochs), **plain, **kept)
             tutor = rf.teachers.Ensemble([tutor, tuned])
             found = [f"{rf.evaluate(net, test):.2%}" for net in (*tutor.networks, tutor)]

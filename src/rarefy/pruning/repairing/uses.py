@@ -24,15 +24,17 @@ def gathered(graph: Graph, paths: Collection[str]) -> Graph:
     uses: dict[str, list[str]] = {}
     for node in graph.calls:
         uses.setdefault(source(graph, node), []).append(node.name)
-    later = _later(graph)
-    unit = {node.name: node.name for node in graph.nodes}
-    order: Sequence[Node] = graph.nodes
     shared = [
         calls
         for name, calls in uses.items()
         if name and graph.by_name[name].path in paths and len(calls) > 1
     ]
-    left = [shared] if shared else []
+    if not shared:
+        return graph
+    later = _later(graph)
+    unit = {node.name: node.name for node in graph.nodes}
+    order: Sequence[Node] = graph.nodes
+    left = [shared]
     while left:  # those that can come together all at once, else half of them, and so on
         some = left.pop()
         tried = unit | {name: calls[0] for calls in some for name in calls}
