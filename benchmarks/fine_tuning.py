@@ -8,8 +8,9 @@ labels alone, or, where rarefy pruned it, on soft labels, too, which are stored 
 original's, or those of a larger ResNet (``--teacher 56``). With ``--tuned`` they are the mean of
 the teacher's logits and of those that it has after as many epochs on the labels: training beside
 that of the small network, once for all of them; with ``--mirrored`` it is asked of an image and its
-mirror image, and images are mirrored at random. ``unpruned`` is the original itself, trained as
-long on the labels.
+mirror image, and images are mirrored at random. With ``--shifted`` the network that learns sees
+them shifted at random, and the teacher in their place. ``unpruned`` is the original itself, trained
+as long on the labels.
 """
 
 import argparse
@@ -26,6 +27,7 @@ import speech
 import text
 import torch
 from distillation import crop_and_flip
+from muon import Muon
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -66,6 +68,7 @@ class Subject:
         test: labelled batches.
         unlabelled: examples that pruning and repair see.
         options: of the optimizer.
+        wrap: what is trained, of a network: itself, or one that changes the inputs before.
         whole: layers that Torch-Pruning leaves alone.
         whole_inner: those where only the inner channels of residual blocks are to go.
     """
@@ -78,6 +81,7 @@ class Subject:
     options: Mapping[str, Any]
     whole: Sequence[str]
     whole_inner: Sequence[str]
+    wrap: Callable[[nn.Module], nn.Module] = lambda net: net
     example: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
@@ -92,6 +96,7 @@ def _resnet(depth: int, chosen: argparse.Namespace, folder: str) -> Subject:
     test = list(zip(held_x.split(250), held_y.split(250), strict=True))
     plain = {"lr": 0.02, "weight_decay": 5e-4}
     options = {**plain, "ema": chosen.ema, "min_lr_rate": chosen.min_lr_rate}
+    options["optimizer"] = Muon if chosen.muon else "sgd"
     change, views = same, 1
     if chosen.augmented:
         change, views = crop_and_flip, max(chosen.epochs)
@@ -111,7 +116,8 @@ def _resnet(depth: int, chosen: argparse.Namespace, folder: str) -> Subject:
         tutor = Mirrored(tutor) if chosen.mirrored else tutor
         rf.write_soft_labels(tutor, batches, f"{folder}/labels", views=views)
         teacher = rf.SoftLabels(f"{folder}/labels")
-    return Subject(model, batches, teacher, test, x[:SAMPLES], options, whole, whole_inner)
+    wrap = partial(Shifted, most=chosen.shifted)
+    return Subject(model, batches, teacher, test, x[:SAMPLES], options, whole, whole_inner, wrap)
 
 
 def same(image: Tensor) -> Tensor:
@@ -135,6 +141,27 @@ class Mirrored(nn.Module):
         """Logits of images (B, 3, H, W)."""
         mean: Tensor = (self.net(x) + self.net(x.flip(-1))) / 2
         return mean
+
+
+class Shifted(nn.Module):
+    """A network that sees images shifted by up to ``most`` pixels either way while it learns."""
+
+    def __init__(self, net: nn.Module, most: int) -> None:
+        super().__init__()
+        self.net, self.most = net, most
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits of images (B, C, H, W), each shifted by itself, its border reflected."""
+        if self.training and self.most:
+            images, _, height, width = x.shape
+            padded = nn.functional.pad(x, (self.most,) * 4, mode="reflect")
+            down, right = torch.randint(2 * self.most + 1, (2, images, 1))
+            rows = (down + torch.arange(height))[:, :, None]
+            columns = (right + torch.arange(width))[:, None, :]
+            each = torch.arange(images)[:, None, None]
+            x = padded.permute(0, 2, 3, 1)[each, rows, columns].permute(0, 3, 1, 2).contiguous()
+        logits: Tensor = self.net(x)
+        return logits
 
 
 def _trained(model: nn.Module, parts: Any, last: str, epochs: int) -> Subject:
@@ -196,9 +223,9 @@ def trained(
     options: dict[str, Any] = {**subject.options, "epochs": epochs, "seed": seed, "progress": False}
     if label_weight < 1:
         options["label_weight"] = label_weight
-        small = rf.distill(subject.teacher, small, subject.train, **options)
+        small = rf.distill(subject.teacher, subject.wrap(small), subject.train, **options)
     else:
-        small = rf.train(small, subject.train, **options)
+        small = rf.train(subject.wrap(small), subject.train, **options)
     return rf.evaluate(small, subject.test)
 
 
@@ -249,6 +276,8 @@ def main() -> None:
     parser.add_argument(
         "--mirrored", action="store_true", help="images at random; the teacher sees both"
     )
+    parser.add_argument("--shifted", type=int, default=0, help="images, by up to so many pixels")
+    parser.add_argument("--muon", action="store_true", help="instead of SGD, on images")
     parser.add_argument("--min-lr-rate", type=float, default=0.0, help="where it ends, on images")
     parser.add_argument("--ema", type=float, help="decay of averaged weights, on images")
     parser.add_argument("--folder", help="where teacher and soft labels stay for other runs")
