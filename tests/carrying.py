@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from rarefy.graph.program import GraphModel
+from rarefy.graph.model import GraphModel
 from rarefy.graph.trace import Network, trace
 from rarefy.pruning.plan import Plan
 from rarefy.pruning.structure.proof import prove

@@ -16,7 +16,8 @@ import zstandard
 from torch import nn
 
 from rarefy.errors import FormatError
-from rarefy.graph.program import Graph, GraphModel, Node, Ref, Spec
+from rarefy.graph.model import GraphModel
+from rarefy.graph.program import Graph, Node, Ref, Spec
 from rarefy.storage.contents import inspect
 from rarefy.storage.format import load, load_tensor
 from rarefy.storage.frames import compress, decompress

@@ -17,8 +17,8 @@ from torch.utils import _pytree as pytree
 
 from carrying import X, check_proven
 from rarefy.errors import CaptureError, InputError, ProofError
+from rarefy.graph.declarations import is_random
 from rarefy.graph.ops import RULES, find
-from rarefy.graph.program import is_random
 from rarefy.graph.trace import trace
 
 torch.set_num_threads(1)

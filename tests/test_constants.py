@@ -7,7 +7,8 @@ from torch import nn
 
 import rarefy as rf
 from rarefy.graph.capture import capture, graph_model
-from rarefy.graph.constants import fold_constants, written
+from rarefy.graph.constants import fold_constants
+from rarefy.graph.memory import Memory
 from rarefy.graph.stubs import plain_graph
 from rarefy.quantization.affine import sqnr
 
@@ -254,5 +255,5 @@ def test_a_dropout_in_place_that_does_nothing_writes_nothing() -> None:
     model = nn.Sequential(*layers).eval()
     net = plain_graph(model, x)
     (dropped,) = (node for node in net.graph.calls if node.kind == "dropout_")
-    assert dropped.name not in written(net.graph)
+    assert dropped.name not in Memory(net.graph).written
     assert set(rf.quantize(model, [x]).quantization.layers) == {"0", "3"}

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from rarefy.errors import ProofError
 from rarefy.graph.count import count
-from rarefy.graph.program import GraphModel
+from rarefy.graph.model import GraphModel
 from rarefy.graph.stubs import Stub, plain_graph, stubs
 from rarefy.graph.trace import trace
 from rarefy.pruning.plan import Plan

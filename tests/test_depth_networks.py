@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import rarefy as rf
 from rarefy.batches import call, tensors
 from rarefy.graph.count import count
-from rarefy.graph.program import GraphModel
+from rarefy.graph.model import GraphModel
 from rarefy.graph.trace import trace
 
 torch.set_num_threads(1)

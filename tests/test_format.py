@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from rarefy.errors import FormatError, InputError, OutputError
 from rarefy.graph.capture import capture, graph_model
-from rarefy.graph.program import Graph, GraphModel, Node, Ref, Spec, substitute
+from rarefy.graph.model import GraphModel
+from rarefy.graph.program import Graph, Node, Ref, Spec, substitute
 from rarefy.pruning.prune import prune
 from rarefy.pruning.structure.attributes import refresh
 from rarefy.storage.contents import inspect

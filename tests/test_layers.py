@@ -43,8 +43,8 @@ OPTIONAL = (
     "torchvision lightning"
 ).split()
 GRAPH = (
-    "program allowed serialize labels flow editor equations rules zeros ops groups resolution "
-    "convert capture resting count blocks stubs constants trace stacks layer"
+    "declarations program memory model allowed serialize labels flow editor equations rules zeros "
+    "ops groups resolution convert capture resting count blocks stubs constants trace stacks layer"
 ).split()
 LOSSES = (
     "arithmetic base layouts labels responses generation outputs speech projectors features "

@@ -5,8 +5,9 @@ import torch
 import torch.nn.functional as F
 
 from carrying import Net, X, check_carried
+from rarefy.graph.declarations import schema
 from rarefy.graph.ops import RULES, find
-from rarefy.graph.program import Node, Ref, schema
+from rarefy.graph.program import Node, Ref
 from rarefy.graph.rules import ZEROS
 from rarefy.graph.rules.elementwise import POLES
 from rarefy.graph.trace import trace

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 import rarefy as rf
 from rarefy.errors import InputError
 from rarefy.graph.capture import capture, graph_model
-from rarefy.graph.program import GraphModel
+from rarefy.graph.model import GraphModel
 from rarefy.graph.stubs import Stub
 from rarefy.quantization.own_class import fold_modules
 from rarefy.schemes import WeightOnly

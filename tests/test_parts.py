@@ -6,7 +6,7 @@ from torch import nn
 
 from rarefy.errors import DataError
 from rarefy.graph.capture import capture, graph_model
-from rarefy.graph.program import GraphModel
+from rarefy.graph.model import GraphModel
 from rarefy.pruning.running import examples
 from rarefy.pruning.running.examples import Misses, affordable, collect, distance, parts
 

@@ -12,7 +12,7 @@ from torch import nn
 import rarefy as rf
 from rarefy.batches import call, logits, map_tensors
 from rarefy.errors import BudgetError, DataError, InputError, ProofError
-from rarefy.graph.program import GraphModel
+from rarefy.graph.model import GraphModel
 from rarefy.pruning.scoring.criteria import named
 from rarefy.pruning.scoring.evidence import Evidence
 from rarefy.types import Width

@@ -9,7 +9,7 @@ from torch import nn
 from quantized_networks import NETWORKS, build
 from rarefy.batches import call, tensors
 from rarefy.errors import DataError, InputError
-from rarefy.graph.program import GraphModel
+from rarefy.graph.model import GraphModel
 from rarefy.quantization.affine import sqnr
 from rarefy.quantization.insertion import PER_CHANNEL, PER_TENSOR
 from rarefy.quantization.quantize import quantize

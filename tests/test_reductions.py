@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import rarefy as rf
 from rarefy.copies import copied
-from rarefy.graph.program import GraphModel
+from rarefy.graph.model import GraphModel
 from rarefy.graph.trace import trace
 from rarefy.pruning.plan import Plan
 from rarefy.pruning.structure.proof import prove

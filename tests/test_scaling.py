@@ -9,7 +9,7 @@ from torch import nn
 
 from quantized_networks import NETWORKS, build
 from rarefy.batches import call, tensors
-from rarefy.graph.program import GraphModel
+from rarefy.graph.model import GraphModel
 from rarefy.graph.stubs import plain_graph
 from rarefy.quantization.fold import fold_batch_norms
 from rarefy.quantization.quantize import quantize

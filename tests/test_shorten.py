@@ -9,7 +9,7 @@ from torch import nn
 import rarefy as rf
 from rarefy.errors import BudgetError, InputError
 from rarefy.graph.count import count
-from rarefy.graph.program import GraphModel
+from rarefy.graph.model import GraphModel
 from rarefy.graph.stubs import stubs
 from rarefy.graph.trace import trace
 from rarefy.pruning.scoring.compensated import Compensated

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from rarefy.graph.capture import capture
-from rarefy.graph.program import GraphModel
+from rarefy.graph.model import GraphModel
 from rarefy.graph.stubs import (
     Stub,
     plain_graph,

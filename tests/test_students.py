@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import rarefy as rf
 from rarefy.errors import BudgetError, InputError
 from rarefy.graph.count import count
-from rarefy.graph.program import GraphModel
+from rarefy.graph.model import GraphModel
 from rarefy.students import LEAST
 
 torch.set_num_threads(1)

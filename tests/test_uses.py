@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from rarefy.graph.capture import capture, graph_model
-from rarefy.graph.program import GraphModel
+from rarefy.graph.model import GraphModel
 from rarefy.pruning.repairing.pairs import layer_pairs
 from rarefy.pruning.repairing.uses import gathered
 from shared_weights import Heads, Siamese

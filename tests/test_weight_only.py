@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 import rarefy as rf
 from rarefy.errors import DataError, InputError
-from rarefy.graph.program import GraphModel
+from rarefy.graph.model import GraphModel
 from rarefy.graph.stubs import plain_graph
 from rarefy.grid import grids
 from rarefy.pruning.repair import Repaired

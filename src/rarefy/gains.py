@@ -26,7 +26,8 @@ from rarefy.deployment.measure import relative
 from rarefy.deployment.runtimes import runtime_named
 from rarefy.errors import InputError, warn
 from rarefy.graph.constants import fold_constants
-from rarefy.graph.program import Graph, GraphModel, Node
+from rarefy.graph.model import GraphModel
+from rarefy.graph.program import Graph, Node
 from rarefy.graph.stubs import plain_graph
 from rarefy.measured import SECONDS, Served
 from rarefy.quantization import quantize as quantization

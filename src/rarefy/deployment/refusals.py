@@ -10,7 +10,8 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from rarefy.errors import ExportError, first_line
-from rarefy.graph.program import GraphModel, Node
+from rarefy.graph.model import GraphModel
+from rarefy.graph.program import Node
 
 
 def untraceable(model: nn.Module, error: Exception) -> ExportError:

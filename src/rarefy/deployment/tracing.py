@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 from rarefy.batches import arguments, doubled, is_single, tensors
 from rarefy.deployment.refusals import untraceable
 from rarefy.graph.lengths import free_lengths
-from rarefy.graph.program import GraphModel
+from rarefy.graph.model import GraphModel
 from rarefy.types import Inputs
 
 

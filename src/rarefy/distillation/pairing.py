@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from rarefy.batches import call, evaluating, seeded
 from rarefy.distillation.losses import layer_map
 from rarefy.errors import InputError
-from rarefy.graph.program import GraphModel
+from rarefy.graph.model import GraphModel
 from rarefy.paths import unwrapped
 from rarefy.types import Inputs
 

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from rarefy.batches import tensors
 from rarefy.errors import InputError
-from rarefy.graph.program import GraphModel, Node
+from rarefy.graph.model import GraphModel
+from rarefy.graph.program import Node
 from rarefy.paths import remedy, unwrapped
 
 _INDEXED = re.compile(r"(?P<module>.+)\[(?P<key>[^\[\]]+)\]")

@@ -16,7 +16,7 @@ from functools import cache
 import torch
 
 from rarefy.errors import FormatError
-from rarefy.graph.program import SCALAR_OPS, kind, resolve
+from rarefy.graph.declarations import SCALAR_OPS, kind, resolve
 
 _POINTWISE = """
 abs absolute acos acosh add addcdiv addcmul angle arccos arccosh arcsin arcsinh arctan arctan2

@@ -14,7 +14,9 @@ from dataclasses import dataclass, replace
 from math import prod
 
 from rarefy.graph.count import batch_of, graph_macs
-from rarefy.graph.program import Graph, Node, Ref, shares_memory, writes
+from rarefy.graph.declarations import writes
+from rarefy.graph.memory import Memory
+from rarefy.graph.program import Graph, Node, Ref
 
 
 @dataclass(frozen=True)
@@ -125,6 +127,7 @@ class _Finder:
 
     def __init__(self, graph: Graph, parameters: frozenset[str]) -> None:
         self.graph, self.parameters = graph, parameters
+        self.memory = Memory(graph)
         self.rank = {node.name: rank for rank, node in enumerate(graph.nodes)}
         self.macs = graph_macs(graph, lambda name: graph.by_name[name].shape)
         self.batch = batch_of(graph)
@@ -134,7 +137,7 @@ class _Finder:
         self.varying = _varying(graph)
         self.written: dict[str, list[str]] = {}  # node -> writes in place that it depends on
         for name in (n.name for n in graph.calls if writes(n.op)):
-            for reader in graph.effects[name]:
+            for reader in self.memory.effects[name]:
                 self.written.setdefault(reader, []).append(name)
 
     def at(self, node: Node) -> Block | Joint | None:
@@ -182,7 +185,7 @@ class _Finder:
             name = max(pending, key=self.rank.__getitem__)
             pending.discard(name)
             own = self.graph.by_name[name]
-            effects = self.graph.effects[name]
+            effects = self.memory.effects[name]
             if own.op == "input" or name == stays or not effects:
                 continue
             if all(user in inside or user == node.name for user in effects):
@@ -223,16 +226,9 @@ class _Finder:
             return "the sum has another shape or type than the trunk"
         inside = {name for name in region if self.graph.by_name[name].op != "tensor"}
         for name in (*region, *((node.name,) if node.args[0] == Ref(branch) else ())):
-            if writes(self.graph.by_name[name].op) and self._root(name) not in inside:
+            if writes(self.graph.by_name[name].op) and self.memory.owner[name] not in inside:
                 return f"its branch writes into a value from outside ({name})"
         return ""
-
-    def _root(self, name: str) -> str:
-        """The node whose memory a node's value may be."""
-        node = self.graph.by_name[name]
-        while node.inputs and shares_memory(node.op):
-            node = self.graph.by_name[node.inputs[0]]
-        return node.name
 
     def _leads(self, trunk: str, branch: str) -> bool:
         """Whether the branch is computed from the trunk, or from what the trunk was before."""

@@ -37,8 +37,10 @@ from rarefy.batches import (
 )
 from rarefy.errors import CaptureError, InputError, first_line
 from rarefy.graph.convert import constants, convert, read_once
+from rarefy.graph.declarations import is_known
 from rarefy.graph.lengths import free_lengths
-from rarefy.graph.program import Graph, GraphModel, Node, Spec, is_known
+from rarefy.graph.model import GraphModel
+from rarefy.graph.program import Graph, Node, Spec
 from rarefy.types import Inputs
 
 

@@ -15,19 +15,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from rarefy.graph.program import (
-    Graph,
-    GraphModel,
-    Node,
-    Ref,
-    Spec,
-    derived,
-    is_random,
-    resolve,
-    shares_memory,
-    substitute,
-    writes,
-)
+from rarefy.graph.declarations import is_random, resolve, writes
+from rarefy.graph.memory import Memory
+from rarefy.graph.model import GraphModel
+from rarefy.graph.program import Graph, Node, Ref, Spec, derived, substitute
 from rarefy.graph.stubs import without_unused
 
 LINEAR = "aten.linear.default"
@@ -74,7 +65,7 @@ def fold_constants(net: GraphModel) -> GraphModel:
 
 def _constant(graph: Graph) -> Mapping[str, frozenset[str]]:
     """Nodes that follow from the network's tensors alone -> the tensors, by node."""
-    changed = written(graph)
+    changed = Memory(graph).written
     found: dict[str, frozenset[str]] = {}
     for node in graph.nodes:
         if node.name in changed or node.op in ("input", "output"):
@@ -86,19 +77,6 @@ def _constant(graph: Graph) -> Mapping[str, frozenset[str]]:
         ):
             found[node.name] = frozenset().union(*(found[name] for name in node.inputs))
     return found
-
-
-def written(graph: Graph) -> frozenset[str]:
-    """Tensors that are written in place, with all views."""
-    found: set[str] = set()
-    for node in reversed(list(graph.calls)):
-        idle = node.kind == "dropout_" and not node.argument("train")
-        if (writes(node.op) and not idle) or (node.name in found and shares_memory(node.op)):
-            found.update({node.name, *node.inputs[:1]})
-    for node in graph.calls:
-        if shares_memory(node.op) and found.intersection(node.inputs[:1]):
-            found.add(node.name)
-    return frozenset(found)
 
 
 @dataclass

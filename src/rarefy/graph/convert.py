@@ -24,18 +24,9 @@ from torch.export.graph_signature import OutputKind
 from torch.utils import _pytree as pytree
 
 from rarefy.errors import CaptureError
-from rarefy.graph.program import (
-    SCALAR_OPS,
-    Graph,
-    Node,
-    Ref,
-    Spec,
-    Value,
-    schema,
-    shares_memory,
-    substitute,
-    writes,
-)
+from rarefy.graph.declarations import SCALAR_OPS, schema, writes
+from rarefy.graph.memory import sharing
+from rarefy.graph.program import Graph, Node, Ref, Spec, Value, substitute
 
 
 def convert(program: ExportedProgram) -> Graph:
@@ -363,9 +354,9 @@ def _out_of_place(graph: Graph) -> Graph:
             before = {old for old, new in renamed.items() if new == target} | {target.name}
             renamed.update({old: Ref(node.name) for old in before})
         if node.op not in ("input", "tensor", "output"):
-            if shares_memory(node.op):
-                viewed.update(node.inputs)
-            else:
+            shared = sharing(node)
+            viewed.update(shared)
+            if not shared:
                 fresh.add(node.name)
         nodes.append(node)
     return graph.with_nodes(nodes)

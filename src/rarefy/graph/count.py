@@ -13,8 +13,10 @@ from typing import TypeAlias
 from torch import nn
 
 from rarefy.graph.capture import capture
+from rarefy.graph.declarations import SCALAR_OPS
 from rarefy.graph.equations import EQUATIONS, equation, products
-from rarefy.graph.program import SCALAR_OPS, Graph, GraphModel, Node, Spec
+from rarefy.graph.model import GraphModel
+from rarefy.graph.program import Graph, Node, Spec
 from rarefy.types import Cost, Inputs
 
 Shape: TypeAlias = tuple[int, ...]

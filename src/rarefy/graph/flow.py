@@ -10,8 +10,10 @@ from typing import Any, TypeAlias
 import numpy as np
 from torch import Tensor
 
+from rarefy.graph.declarations import is_random, writes
 from rarefy.graph.labels import FIXED, Atoms, Labels, Ledger
-from rarefy.graph.program import Graph, Node, Ref, Spec, Value, is_random, writes
+from rarefy.graph.memory import Memory
+from rarefy.graph.program import Graph, Node, Ref, Spec, Value
 
 EXTENT = "is the extent of a kernel"
 """Reason that is not worth telling: nobody expects a 3x3 kernel to become 3x2."""
@@ -35,7 +37,6 @@ class Flow:
         labels: per node, the labels of its value.
         tensors: labels by identity and shape of parameters and buffers.
         vanishing: nodes whose value is zero wherever a unit is masked.
-        memory: node -> the first node of those whose values may share its memory.
         counts: (node, argument) -> atoms whose surviving number that argument states.
         shapes: (node, argument) -> per dimension of the shape that it states, the atoms whose
             surviving number it is, or a size that stays.
@@ -55,7 +56,6 @@ class Flow:
     labels: dict[str, Any] = field(default_factory=dict)
     tensors: dict[tuple[int | str, tuple[int, ...]], Labels] = field(default_factory=dict)
     vanishing: set[str] = field(default_factory=set)
-    memory: dict[str, str] = field(default_factory=dict)
     counts: dict[tuple[str, str], Atoms] = field(default_factory=dict)
     shapes: dict[tuple[str, str], tuple[Atoms | int, ...]] = field(default_factory=dict)
     implicit_scale: dict[str, Atoms] = field(default_factory=dict)
@@ -64,6 +64,11 @@ class Flow:
     values: Mapping[str, Tensor] = field(default_factory=dict)
     known: dict[str, Any] = field(default_factory=dict)
     made: set[str] = field(default_factory=set)
+
+    @cached_property
+    def memory(self) -> Memory:
+        """Which values share memory."""
+        return Memory(self.graph)
 
     @cached_property
     def constant(self) -> frozenset[str]:

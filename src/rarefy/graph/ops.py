@@ -12,10 +12,11 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from rarefy.graph.declarations import resolve
 from rarefy.graph.editor import Editor
 from rarefy.graph.flow import Carried, Flow, Rule, freeze_all, unlabeled
 from rarefy.graph.labels import Labels
-from rarefy.graph.program import Graph, Node, Spec, Value, resolve
+from rarefy.graph.program import Graph, Node, Spec, Value
 from rarefy.graph.rules import EDITS, ROWS, elementwise
 from rarefy.graph.zeros import note_zeros
 

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from rarefy.errors import CaptureError, InputError
 from rarefy.graph.capture import Capture, capture
 from rarefy.graph.flow import Flow, every
+from rarefy.graph.model import GraphModel
 from rarefy.graph.ops import walk
-from rarefy.graph.program import Graph, GraphModel, Node, Spec
+from rarefy.graph.program import Graph, Node, Spec
 from rarefy.types import Inputs
 
 

@@ -31,7 +31,8 @@ from torch.utils import _pytree as pytree
 
 from rarefy.errors import FormatError
 from rarefy.graph.allowed import check_operator
-from rarefy.graph.program import SCALAR_OPS, Graph, Node, Ref, Spec
+from rarefy.graph.declarations import SCALAR_OPS
+from rarefy.graph.program import Graph, Node, Ref, Spec
 
 MAX_DEPTH = 32
 """How deep arguments and pytree structures may nest."""

@@ -18,7 +18,10 @@ from torch import Tensor, nn
 from rarefy.batches import tensors
 from rarefy.graph.blocks import SUMS, Block
 from rarefy.graph.capture import Capture, capture, graph_model
-from rarefy.graph.program import Graph, GraphModel, Node, Ref, is_view, substitute, writes
+from rarefy.graph.declarations import is_view, writes
+from rarefy.graph.memory import Memory
+from rarefy.graph.model import GraphModel
+from rarefy.graph.program import Graph, Node, Ref, substitute
 from rarefy.types import Inputs
 
 Gives: TypeAlias = Literal["zeros", "input"]
@@ -198,8 +201,8 @@ _KEEP_SIGN = frozenset(
 
 def without_unused(graph: Graph) -> Graph:
     """The graph without calls and tensors on which its outputs do not depend."""
-    live = {graph.output.name}
+    live, effects = {graph.output.name}, Memory(graph).effects
     for node in reversed(graph.nodes):
-        if node.op == "input" or not live.isdisjoint(graph.effects[node.name]):
+        if node.op == "input" or not live.isdisjoint(effects[node.name]):
             live.add(node.name)
     return graph.with_nodes([node for node in graph.nodes if node.name in live])

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from rarefy.errors import InputError, shortened
 from rarefy.graph.blocks import Block, Depth, Joint, find_blocks
 from rarefy.graph.capture import Capture, capture
+from rarefy.graph.declarations import is_view
 from rarefy.graph.flow import EXTENT, Flow, every
 from rarefy.graph.groups import Coupling, Group, group
 from rarefy.graph.labels import Atoms
 from rarefy.graph.ops import walk
-from rarefy.graph.program import is_view
 from rarefy.graph.resolution import resolve
 from rarefy.graph.resting import resting, with_resting
 from rarefy.types import Inputs, check_network

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
+from rarefy.graph.declarations import writes
 from rarefy.graph.flow import Flow, every
-from rarefy.graph.program import Graph, Node, shares_memory, writes
+from rarefy.graph.program import Graph, Node
 from rarefy.graph.rules import ZEROS
 
 
 def note_zeros(flow: Flow, node: Node) -> None:
     """Note whether the node's value vanishes; a write that does not spoils all that share it."""
-    if shares_memory(node.op) and node.inputs:
-        flow.memory[node.name] = flow.memory.get(node.inputs[0], node.inputs[0])
     if node.name in flow.over_survivors or vanishes(flow, node):
         flow.vanishing.add(node.name)
     elif writes(node.op) and every(flow.labels.get(node.name)):
-        owner = flow.memory[node.name]
-        flow.vanishing -= {n for n in flow.vanishing if flow.memory.get(n, n) == owner}
+        owner = flow.memory.owner
+        flow.vanishing -= {n for n in flow.vanishing if owner[n] == owner[node.name]}
 
 
 def vanishes(flow: Flow, node: Node) -> bool:

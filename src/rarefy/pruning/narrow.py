@@ -15,7 +15,8 @@ from torch import nn
 from rarefy.batches import doubled, tensors
 from rarefy.errors import BudgetError, InputError, shortened
 from rarefy.graph.capture import check_runs
-from rarefy.graph.program import GraphModel, Spec
+from rarefy.graph.model import GraphModel
+from rarefy.graph.program import Spec
 from rarefy.graph.resting import resting
 from rarefy.graph.trace import Frozen, Network
 from rarefy.pruning.plan import Plan, Scores

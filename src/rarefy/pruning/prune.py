@@ -15,7 +15,7 @@ from rarefy.batches import Leading, check_rereadable
 from rarefy.copies import copied, ordinary
 from rarefy.errors import BudgetError, InputError
 from rarefy.graph.capture import check_runs
-from rarefy.graph.program import GraphModel
+from rarefy.graph.model import GraphModel
 from rarefy.graph.trace import Network, trace
 from rarefy.paths import excluded, paths
 from rarefy.pruning.checks import check_arguments, check_copies, check_finite

@@ -31,7 +31,7 @@ from rarefy.copies import copied, ordinary
 from rarefy.errors import DataError, InputError, first_line
 from rarefy.graph.capture import Capture, capture, graph_model
 from rarefy.graph.constants import fold_constants
-from rarefy.graph.program import GraphModel
+from rarefy.graph.model import GraphModel
 from rarefy.graph.stubs import plain_graph, stubs, without_zeros
 from rarefy.grid import grids
 from rarefy.pruning.repairing.pairs import StrangersError

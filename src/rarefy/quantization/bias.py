@@ -13,7 +13,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from rarefy.batches import call, evaluating
-from rarefy.graph.program import Graph, GraphModel, Node, Ref
+from rarefy.graph.model import GraphModel
+from rarefy.graph.program import Graph, Node, Ref
 from rarefy.quantization.calibration import Watched
 from rarefy.quantization.fold import named
 from rarefy.quantization.placement import CONVOLUTIONS, Placement

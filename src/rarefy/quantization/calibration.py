@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from rarefy.batches import answering, batches, call, evaluating
-from rarefy.graph.program import GraphModel, Node
+from rarefy.graph.model import GraphModel
+from rarefy.graph.program import Node
 from rarefy.quantization.affine import SMALLEST_RANGE
 from rarefy.quantization.fold import named
 from rarefy.quantization.observers import found, observer

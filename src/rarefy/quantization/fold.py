@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from rarefy.graph.constants import FOLDABLE
-from rarefy.graph.program import Graph, GraphModel, Node, Ref, derived, substitute
+from rarefy.graph.model import GraphModel
+from rarefy.graph.program import Graph, Node, Ref, derived, substitute
 from rarefy.graph.rules.normalization import STATISTICS
 
 BATCH_NORM = "aten.batch_norm.default"

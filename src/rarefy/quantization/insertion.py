@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from rarefy.errors import InputError
-from rarefy.graph.program import Graph, GraphModel, Node, Ref, derived, substitute
+from rarefy.graph.model import GraphModel
+from rarefy.graph.program import Graph, Node, Ref, derived, substitute
 from rarefy.quantization.affine import (
     Affine,
     along,

@@ -18,7 +18,8 @@ from torch import nn
 from rarefy.batches import evaluating, seeded
 from rarefy.errors import BudgetError, InputError, first_line
 from rarefy.graph.count import graph_macs
-from rarefy.graph.program import Graph, GraphModel
+from rarefy.graph.model import GraphModel
+from rarefy.graph.program import Graph
 from rarefy.quantization.placement import Placement, layer_name
 
 RETURNS = 8

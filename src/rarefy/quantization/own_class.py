@@ -16,7 +16,8 @@ from rarefy.batches import device_of, moved
 from rarefy.copies import copied
 from rarefy.errors import InputError
 from rarefy.graph.capture import check_runs
-from rarefy.graph.program import Graph, GraphModel, Node, Ref
+from rarefy.graph.model import GraphModel
+from rarefy.graph.program import Graph, Node, Ref
 from rarefy.graph.stubs import Stub, plain_graph, put
 from rarefy.quantization.fold import BATCH_NORM, Pair, arguments, fold_batch_norms, folded, pairs
 from rarefy.quantization.insertion import check_finite

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from rarefy.errors import InputError
-from rarefy.graph.constants import written
+from rarefy.graph.memory import Memory
 from rarefy.graph.program import Graph, Node, Ref, Spec
 
 CONVOLUTIONS = frozenset(
@@ -131,7 +131,7 @@ def place(
         The placement; every layer is among its ``layers``, its ``tables`` or its ``left``.
     """
     in_place = "its input or output is written in place"
-    barred = {**dict.fromkeys(written(graph), in_place), **(barred or {})}
+    barred = {**dict.fromkeys(Memory(graph).written, in_place), **(barred or {})}
     left = {**_left_by_operator(graph), **(kept or {})}
     plain = _before_functions(graph) if fused else frozenset()
     layers: dict[str, str] = {}

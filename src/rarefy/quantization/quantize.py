@@ -11,7 +11,7 @@ from torch import nn
 from rarefy.batches import batches, take
 from rarefy.errors import InputError
 from rarefy.graph.constants import fold_constants
-from rarefy.graph.program import GraphModel
+from rarefy.graph.model import GraphModel
 from rarefy.graph.stubs import plain_graph
 from rarefy.paths import matching, within
 from rarefy.pruning.repair import repair

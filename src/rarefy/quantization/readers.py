@@ -9,7 +9,9 @@ from torch import Tensor
 
 from rarefy.batches import evaluating, tensors
 from rarefy.errors import DataError
-from rarefy.graph.program import Graph, GraphModel, Node, Ref, is_view
+from rarefy.graph.declarations import is_view
+from rarefy.graph.model import GraphModel
+from rarefy.graph.program import Graph, Node, Ref
 from rarefy.pruning.running.lockstep import AS_THEY_LIE, Run, operand
 from rarefy.pruning.sparsity.gram import rows
 from rarefy.quantization.affine import sqnr

@@ -17,7 +17,8 @@ from math import prod
 import torch
 from torch import Tensor, nn
 
-from rarefy.graph.program import Graph, GraphModel, Node, Ref
+from rarefy.graph.model import GraphModel
+from rarefy.graph.program import Graph, Node, Ref
 from rarefy.quantization.calibration import watch
 from rarefy.quantization.fold import named
 from rarefy.quantization.placement import CONVOLUTIONS, LAYERS, averages

@@ -10,7 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
-from rarefy.graph.program import GraphModel, Node, Ref, derived
+from rarefy.graph.model import GraphModel
+from rarefy.graph.program import Node, Ref, derived
 
 SILU = "aten.silu.default"
 

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from rarefy.batches import call, evaluating, tensors
-from rarefy.graph.program import GraphModel, Node, derived
+from rarefy.graph.model import GraphModel
+from rarefy.graph.program import Node, derived
 from rarefy.quantization.affine import sqnr
 from rarefy.quantization.calibration import Watched
 from rarefy.quantization.insertion import PER_TENSOR, QUANTIZED

@@ -14,7 +14,7 @@ from rarefy.batches import batch_size, take
 from rarefy.copies import copied
 from rarefy.errors import InputError, warn
 from rarefy.graph.capture import capture, graph_model
-from rarefy.graph.program import GraphModel
+from rarefy.graph.model import GraphModel
 from rarefy.graph.stubs import plain_graph, stubs
 from rarefy.grid import Grid, check_float, grids, put_grids
 from rarefy.pruning.repair import repair

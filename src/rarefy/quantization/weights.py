@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from rarefy.graph.program import Graph, GraphModel, Ref
+from rarefy.graph.model import GraphModel
+from rarefy.graph.program import Graph, Ref
 from rarefy.paths import matching, paths, within
 from rarefy.pruning.sparsity.weights import input_dims
 from rarefy.quantization.insertion import check_finite

@@ -13,7 +13,8 @@ from typing import Any, Literal, TypeAlias, get_args
 from torch import Tensor, nn
 
 from rarefy.errors import FormatError, InputError, RarefyError
-from rarefy.graph.program import Graph, GraphModel
+from rarefy.graph.model import GraphModel
+from rarefy.graph.program import Graph
 from rarefy.graph.serialize import from_json, to_json
 from rarefy.grid import put_grids
 from rarefy.pruning.structure import attributes
@@ -35,7 +36,7 @@ def save(model: nn.Module, path: str | Path, *, entropy: Entropy = "zstd") -> Pa
     """Write a network to one file, which takes the place of an older one in a single step.
 
     Parameters and persistent buffers are stored without loss, each in the smallest of its
-    encodings; equal models give equal bytes. A :class:`~rarefy.graph.program.GraphModel` is
+    encodings; equal models give equal bytes. A :class:`~rarefy.graph.model.GraphModel` is
     stored with its graph; there, float32 weights that only ``fake_quantize`` operators read are
     stored as their integer codes, and come back as the values that the codes stand for, with the
     same outputs.
@@ -102,7 +103,7 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
 
     Returns:
         A module in eval mode: the copy of ``model`` with the tensors and widths of the file, or
-        a :class:`~rarefy.graph.program.GraphModel`.
+        a :class:`~rarefy.graph.model.GraphModel`.
 
     Raises:
         InputError: the file needs a model and none is given, or it cannot be copied.

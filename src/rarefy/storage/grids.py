@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from rarefy.errors import FormatError
-from rarefy.graph.program import Graph, GraphModel, Node, Ref, resolve
+from rarefy.graph.declarations import resolve
+from rarefy.graph.model import GraphModel
+from rarefy.graph.program import Graph, Node, Ref
 from rarefy.grid import Grid, grids
 from rarefy.storage.adapt import Held
 from rarefy.storage.codes import dequantize, quantize

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from rarefy.errors import InputError, TrainingError, warn
-from rarefy.graph.program import GraphModel
+from rarefy.graph.model import GraphModel
 from rarefy.grid import grids
 
 

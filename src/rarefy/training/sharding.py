@@ -13,7 +13,7 @@ from torch import Tensor
 from rarefy.batches import map_tensors, tensors
 from rarefy.copies import copied
 from rarefy.errors import InputError, RarefyError, first_line
-from rarefy.graph.program import GraphModel
+from rarefy.graph.model import GraphModel
 from rarefy.process import of_the_first
 from rarefy.training.networks import tensors_of
 from rarefy.training.objective import Objective

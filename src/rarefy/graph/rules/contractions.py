@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from rarefy.graph.declarations import schema
 from rarefy.graph.editor import Edit, Editor
 from rarefy.graph.equations import EQUATIONS, equation, sizes
 from rarefy.graph.flow import (
@@ -22,7 +23,7 @@ from rarefy.graph.flow import (
     zero_as_first,
 )
 from rarefy.graph.labels import Atoms, Labels
-from rarefy.graph.program import Node, Ref, schema
+from rarefy.graph.program import Node, Ref
 from rarefy.graph.rules.along import zero_along
 from rarefy.graph.rules.windows import window
 

@@ -11,9 +11,10 @@ from dataclasses import replace
 
 import numpy as np
 
+from rarefy.graph.declarations import schema
 from rarefy.graph.editor import Edit, Editor
 from rarefy.graph.flow import Carried, Flow, Rule, Zero, freeze_all, rows, unlabeled
-from rarefy.graph.program import Node, Ref, schema
+from rarefy.graph.program import Node, Ref
 
 SIZE = {
     **dict.fromkeys("zeros ones full empty".split(), 0),

@@ -14,10 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rarefy.graph.declarations import resolve
 from rarefy.graph.editor import Edit, Editor
 from rarefy.graph.flow import Carried, Flow, Rule, Zero, rows, zero_as_first
 from rarefy.graph.labels import Atoms, Labels
-from rarefy.graph.program import Node, Ref, Spec, resolve, shares_memory, substitute, writes
+from rarefy.graph.program import Node, Ref, Spec, substitute
 
 LOOKED_UP = "is looked up by index"
 
@@ -41,7 +42,7 @@ def known(flow: Flow, arg: Any) -> Any:
 def _computed(flow: Flow, node: Node) -> Any:
     if isinstance(node.value, Spec) and np.prod(node.value.shape, dtype=float) > LARGEST:
         return None
-    if is_written(flow, node.name):
+    if node.name in flow.memory.written:
         return None
     if node.op == "tensor":
         return flow.values[node.path]
@@ -58,20 +59,6 @@ def _computed(flow: Flow, node: Node) -> Any:
 
 def _on_cpu(options: Mapping[str, Any]) -> dict[str, Any]:
     return {"device": torch.device("cpu")} if options.get("device") is not None else {}
-
-
-def is_written(flow: Flow, name: str) -> bool:
-    """Whether anything writes into the memory of this value, under any of its names."""
-    root = flow.memory.get(name, name)
-    seen, open_ = {root}, [root]
-    while open_:
-        for user in flow.graph.users[open_.pop()]:
-            if writes(user.op) and user.inputs[0] in seen:
-                return True
-            if user.op != "output" and shares_memory(user.op) and user.name not in seen:
-                seen.add(user.name)
-                open_.append(user.name)
-    return False
 
 
 def positions(flow: Flow, arg: Any, size: int) -> Atoms | None:
@@ -96,7 +83,7 @@ def _range(flow: Flow, node: Node) -> tuple[int, Atoms | None]:
     size = flow.shape(node.args[0])[dim]
     bounds = [node.argument(name) for name in ("start", "end", "step")]
     numbers = slice(*(None if b is None else flow.number(b) for b in bounds))
-    if is_written(flow, node.name):
+    if node.name in flow.memory.written:
         return dim, None
     return dim, np.arange(*numbers.indices(size))
 

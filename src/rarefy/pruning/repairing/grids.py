@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rarefy.graph.program import GraphModel, Node, Ref
+from rarefy.graph.model import GraphModel
+from rarefy.graph.program import Node, Ref
 from rarefy.grid import Grid as WeightGrid
 from rarefy.grid import as_matrix
 

@@ -10,7 +10,9 @@ import heapq
 from collections.abc import Collection, Mapping, Sequence
 from itertools import pairwise
 
-from rarefy.graph.program import Graph, Node, is_random, writes
+from rarefy.graph.declarations import is_random, writes
+from rarefy.graph.memory import Memory
+from rarefy.graph.program import Graph, Node
 from rarefy.pruning.running.lockstep import OPERANDS, weight_of
 
 
@@ -57,9 +59,10 @@ def source(graph: Graph, node: Node) -> str:
 
 def _later(graph: Graph) -> Mapping[str, list[str]]:
     """For each node's name, nodes that have to stay behind it."""
-    found = {name: list(names) for name, names in graph.effects.items()}
+    memory = Memory(graph)
+    found = {name: list(names) for name, names in memory.effects.items()}
     for node in (call for call in graph.calls if writes(call.op)):
-        touching = graph.readers[graph.owner[node.name]]
+        touching = memory.readers[memory.owner[node.name]]
         for before in touching[: touching.index(node)]:
             found[before.name].append(node.name)
     for one, other in pairwise(call.name for call in graph.calls if _draws(call)):

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from rarefy.batches import tensors
 from rarefy.errors import DataError, first_line
-from rarefy.graph.program import GraphModel, Node, Ref
+from rarefy.graph.model import GraphModel
+from rarefy.graph.program import Node, Ref
 from rarefy.grid import Grid as WeightGrid
 from rarefy.pruning.repairing.grids import Grid, as_rows, grid_of
 from rarefy.pruning.repairing.moments import Moments

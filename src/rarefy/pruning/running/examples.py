@@ -22,7 +22,8 @@ from rarefy.batches import (
     tensors,
 )
 from rarefy.errors import DataError
-from rarefy.graph.program import Graph, GraphModel, Spec, last_use
+from rarefy.graph.model import GraphModel, last_use
+from rarefy.graph.program import Graph, Spec
 from rarefy.types import Data, Inputs
 
 MEMORY = 1 << 30

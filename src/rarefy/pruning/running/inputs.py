@@ -17,8 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rarefy.graph.declarations import is_view, resolve
 from rarefy.graph.equations import EQUATIONS, Letters, equation
-from rarefy.graph.program import Graph, Node, Ref, is_view, resolve, substitute
+from rarefy.graph.program import Graph, Node, Ref, substitute
 
 CHUNK = 1 << 25
 """Bytes of input rows that are held at once."""

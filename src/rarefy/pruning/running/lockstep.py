@@ -14,7 +14,9 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from rarefy.batches import arguments, map_tensors
-from rarefy.graph.program import Graph, GraphModel, Node, Ref, last_use, resolve, substitute, writes
+from rarefy.graph.declarations import resolve, writes
+from rarefy.graph.model import GraphModel, last_use
+from rarefy.graph.program import Graph, Node, Ref, substitute
 from rarefy.pruning.running.inputs import CONVOLUTIONS, DECONVOLUTIONS
 from rarefy.types import Inputs
 

@@ -17,9 +17,11 @@ from torch.utils import _pytree as pytree
 
 from rarefy.batches import answering, arguments, batch_size, call, map_tensors, take, tensors
 from rarefy.errors import DataError
+from rarefy.graph.declarations import is_view
 from rarefy.graph.equations import equation
 from rarefy.graph.flow import every
-from rarefy.graph.program import Graph, GraphModel, Node, Spec, is_view
+from rarefy.graph.model import GraphModel
+from rarefy.graph.program import Graph, Node, Spec
 from rarefy.graph.trace import Network, trace
 from rarefy.pruning.running.inputs import CONVOLUTIONS, DECONVOLUTIONS
 from rarefy.types import Inputs

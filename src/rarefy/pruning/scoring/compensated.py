@@ -25,7 +25,8 @@ from rarefy.batches import answering, batch_size, between, seeded
 from rarefy.errors import DataError, InputError
 from rarefy.graph.count import count
 from rarefy.graph.groups import Group
-from rarefy.graph.program import Graph, GraphModel
+from rarefy.graph.model import GraphModel
+from rarefy.graph.program import Graph
 from rarefy.graph.trace import Network
 from rarefy.graph.zeros import directions
 from rarefy.pruning.plan import Scores

@@ -34,7 +34,8 @@ from rarefy.batches import (
 from rarefy.errors import DataError
 from rarefy.graph.blocks import Block
 from rarefy.graph.capture import graph_model
-from rarefy.graph.program import GraphModel, Node
+from rarefy.graph.model import GraphModel
+from rarefy.graph.program import Node
 from rarefy.graph.trace import Network
 from rarefy.pruning.running.examples import leading
 from rarefy.pruning.running.taps import Runner

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from rarefy.batches import batch_size
 from rarefy.graph.groups import Group
-from rarefy.graph.program import Graph, GraphModel, Node, Ref
+from rarefy.graph.model import GraphModel
+from rarefy.graph.program import Graph, Node, Ref
 from rarefy.graph.trace import Network
 from rarefy.pruning.running.inputs import Product, matrix, products, roles, rows
 from rarefy.pruning.running.lockstep import Run

@@ -18,9 +18,10 @@ from torch import nn
 from rarefy.errors import BudgetError
 from rarefy.graph.blocks import Block
 from rarefy.graph.count import COSTS, Shapes
+from rarefy.graph.declarations import is_view
 from rarefy.graph.labels import Atoms
 from rarefy.graph.layer import layer
-from rarefy.graph.program import Graph, Node, Spec, is_view
+from rarefy.graph.program import Graph, Node, Spec
 from rarefy.graph.stubs import without_blocks
 from rarefy.graph.trace import Network
 from rarefy.pruning.plan import Plan

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from rarefy.batches import answering, batch_size, evaluating, take
 from rarefy.errors import DataError, first_line
-from rarefy.graph.program import GraphModel, Node, Ref
+from rarefy.graph.model import GraphModel
+from rarefy.graph.program import Node, Ref
 from rarefy.pruning.running.examples import live
 from rarefy.pruning.running.lockstep import AS_THEY_LIE, Run, operand, unsolvable
 from rarefy.pruning.sparsity.elements import SparseGPT

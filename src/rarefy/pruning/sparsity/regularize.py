@@ -22,7 +22,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from rarefy.errors import InputError
 from rarefy.graph.groups import Group
-from rarefy.graph.program import GraphModel, Ref
+from rarefy.graph.model import GraphModel
+from rarefy.graph.program import Ref
 from rarefy.graph.trace import Network
 from rarefy.paths import unwrapped
 from rarefy.pruning.sparsity.masks import Masks

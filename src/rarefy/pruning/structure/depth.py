@@ -20,7 +20,8 @@ from rarefy.errors import RarefyError, first_line
 from rarefy.graph.blocks import Block
 from rarefy.graph.capture import Capture, capture, check_runs, graph_model, plain_attention
 from rarefy.graph.count import graph_macs
-from rarefy.graph.program import Graph, GraphModel, Spec
+from rarefy.graph.model import GraphModel
+from rarefy.graph.program import Graph, Spec
 from rarefy.graph.stubs import Gives, Stub, put, without_blocks, without_nodes
 from rarefy.graph.trace import Network
 from rarefy.pruning.plan import Plan

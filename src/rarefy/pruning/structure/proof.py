@@ -30,7 +30,7 @@ from rarefy.batches import map_tensors, seeded
 from rarefy.errors import InputError, ProofError, first_line
 from rarefy.graph.capture import graph_model
 from rarefy.graph.groups import Mask
-from rarefy.graph.program import GraphModel
+from rarefy.graph.model import GraphModel
 from rarefy.graph.trace import Network
 from rarefy.pruning.plan import Plan
 from rarefy.pruning.structure.disturbance import (

@@ -25,12 +25,14 @@ from torch import Tensor, nn
 
 from rarefy.copies import copied
 from rarefy.graph.capture import graph_model
+from rarefy.graph.declarations import resolve
 from rarefy.graph.editor import Editor
 from rarefy.graph.flow import Flow, every
 from rarefy.graph.groups import Mask
 from rarefy.graph.labels import Atoms
+from rarefy.graph.model import GraphModel
 from rarefy.graph.ops import edit
-from rarefy.graph.program import GraphModel, Node, Ref, resolve, substitute
+from rarefy.graph.program import Node, Ref, substitute
 from rarefy.graph.trace import Network
 from rarefy.graph.zeros import directions
 from rarefy.pruning.plan import Plan

@@ -3,7 +3,7 @@
 :func:`cut` slices the parameters of a copy of the user's module and brings the attributes of
 PyTorch's own layers in line. :func:`rewrite` does the same to the captured graph, where every size
 that the code computes with is read off the labels; it works for any forward, but returns a
-:class:`~rarefy.graph.program.GraphModel`.
+:class:`~rarefy.graph.model.GraphModel`.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from rarefy.batches import evaluating
 from rarefy.copies import copied
 from rarefy.graph.capture import graph_model
 from rarefy.graph.editor import Editor
+from rarefy.graph.model import GraphModel
 from rarefy.graph.ops import edit
-from rarefy.graph.program import GraphModel
 from rarefy.graph.stubs import stubs, without_zeros
 from rarefy.graph.trace import Network, storages
 from rarefy.pruning.plan import Plan
