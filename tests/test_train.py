@@ -8,6 +8,7 @@ import warnings
 from dataclasses import FrozenInstanceError
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -624,6 +625,12 @@ def test_options_out_of_range(change) -> None:
         train(mlp(), random_batches(), **change)
     with pytest.raises(InputError, match=next(iter(change))):
         TrainOptions(**change)
+
+
+def test_options_of_numpy_are_kept_as_pythons() -> None:
+    options = TrainOptions(epochs=np.int64(3), lr=np.float32(0.5), ema=np.float64(0.5))
+    assert options == TrainOptions(epochs=3, lr=0.5, ema=0.5)
+    assert [type(v) for v in (options.epochs, options.lr, options.ema)] == [int, float, float]
 
 
 def test_options_are_values_that_keywords_change() -> None:

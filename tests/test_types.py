@@ -2,11 +2,12 @@
 
 from dataclasses import FrozenInstanceError, replace
 
+import numpy as np
 import pytest
 
 from rarefy.errors import BudgetError, InputError
 from rarefy.schemes import Int8
-from rarefy.types import Budget, Limit, Target
+from rarefy.types import Budget, Limit, Target, is_count
 
 
 @pytest.mark.parametrize(
@@ -119,3 +120,24 @@ def test_an_int8_option_out_of_range_is_refused(wrong: dict) -> None:
 def test_a_target_out_of_range_is_refused(wrong: dict) -> None:
     with pytest.raises(InputError, match="Target"):
         Target(**wrong)
+
+
+def test_numbers_of_numpy_are_taken_and_kept_as_pythons() -> None:
+    budget = Budget(macs=np.float32(0.5), min_keep=np.int64(4), layers={"a": np.float32(0.25)})
+    assert budget == Budget(macs=0.5, min_keep=4, layers={"a": 0.25})
+    assert type(budget.macs) is float
+    assert type(budget.min_keep) is int
+    with pytest.raises(BudgetError, match="finite"):
+        Budget(macs=np.float64("nan"))
+    with pytest.raises(BudgetError, match="finite"):
+        Budget(macs=np.bool_(True))
+
+
+@pytest.mark.parametrize("value", [1, 512, np.int64(3), np.uint8(1)])
+def test_whole_numbers_count(value) -> None:
+    assert is_count(value)
+
+
+@pytest.mark.parametrize("value", [0, -1, True, np.bool_(True), 2.0, np.float32(2), "3", None])
+def test_all_else_does_not_count(value) -> None:
+    assert not is_count(value)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from math import isfinite
 from typing import Any, Literal, TypeAlias
 
+import numpy as np
 from torch import Tensor, nn
 
 from rarefy.errors import BudgetError, InputError
@@ -28,10 +29,22 @@ def check_network(model: object, where: str) -> None:
         raise InputError(where, f"a {type(model).__name__} was given", "Give an nn.Module")
 
 
+def python(value: Any) -> Any:
+    """A number of NumPy's as Python's, which files and records hold; all else as it is."""
+    return value.item() if isinstance(value, np.generic) else value
+
+
+def is_count(value: object) -> bool:
+    """Whether it is a whole number, at least 1."""
+    value = python(value)
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
 def check_numbers(options: object, names: str, kind: type[int] | type[float]) -> None:
     """Refuse values that are no numbers: text, booleans, NaN, infinity."""
     for name in names.split():
-        value = getattr(options, name)
+        value = python(getattr(options, name))
+        object.__setattr__(options, name, value)
         accepted = isinstance(value, int if kind is int else int | float)
         if value is None or (accepted and not isinstance(value, bool) and isfinite(value)):
             continue
@@ -247,6 +260,7 @@ def _limits(layers: object) -> tuple[tuple[str, Limit], ...]:
     found = []
     for pair in pairs if isinstance(pairs, tuple | list) else (pairs,):
         path, limit = pair if isinstance(pair, tuple) and len(pair) == 2 else (pair, None)
+        limit = python(limit)
         if isinstance(limit, int | float) and not isinstance(limit, bool):
             limit = Limit(sparsity=limit)
         if not isinstance(path, str) or not isinstance(limit, Limit):

@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 from rarefy.batches import arguments, logits, map_tensors, tensors
 from rarefy.copies import copied
 from rarefy.errors import InputError, first_line
-from rarefy.types import Inputs
+from rarefy.types import Inputs, is_count
 
 
 def check_threads(threads: int) -> None:
@@ -25,7 +25,7 @@ def check_threads(threads: int) -> None:
     Raises:
         InputError: it is no whole number, or below 1.
     """
-    if not isinstance(threads, int) or isinstance(threads, bool) or threads < 1:
+    if not is_count(threads):
         raise InputError(f"threads={threads!r}", "at least one is needed", "Write threads=1")
 
 

@@ -50,7 +50,7 @@ from rarefy.pruning.sparsity.weights import (
 from rarefy.pruning.structure.sizes import Sizes
 from rarefy.pruning.structure.surgery import kept_entries
 from rarefy.schedules import Schedule
-from rarefy.types import Budget, Inputs
+from rarefy.types import Budget, Inputs, is_count
 
 
 class _Gradual:
@@ -62,7 +62,7 @@ class _Gradual:
     masks: Masks
 
     def __init__(self, schedule: Schedule, every: int) -> None:
-        if not isinstance(every, int) or every < 1:
+        if not is_count(every):
             raise InputError(
                 f"{type(self).__name__}(every={every!r})",
                 "it counts optimizer steps and must be at least 1",

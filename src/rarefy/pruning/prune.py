@@ -34,7 +34,7 @@ from rarefy.pruning.shorten import Shortened, shorten
 from rarefy.pruning.sparsity.elements import ElementCriterion
 from rarefy.pruning.sparsity.patterns import Pattern
 from rarefy.pruning.sparsity.sparsify import sparsify
-from rarefy.types import Budget, Data, Inputs
+from rarefy.types import Budget, Data, Inputs, is_count
 
 Timing = Callable[[nn.Module, Network], Costs]
 """A network and its trace -> the latencies of its layers."""
@@ -146,10 +146,10 @@ REMOVED = ("channel", "depth")
 
 
 def _leading(data: Data | None, samples: int | None) -> Data | None:
-    if samples is not None and not (isinstance(samples, int) and samples >= 1):
+    if samples is not None and not is_count(samples):
         raise InputError(
             f"prune(samples={samples!r})",
-            "it is the number of examples that data give",
+            "it is the number of examples that data give, at least 1",
             "Use a few hundred, or None for all of them",
         )
     if data is None:

@@ -40,7 +40,7 @@ from rarefy.pruning.repairing.uses import gathered
 from rarefy.pruning.repairing.walk import Walk
 from rarefy.pruning.running.examples import Misses, affordable, collect, parts
 from rarefy.pruning.running.lockstep import Run
-from rarefy.types import Data, Inputs, check_network
+from rarefy.types import Data, Inputs, check_network, is_count
 
 RECORDS = {"pruned": "prune()", "sparsified": "prune()", "quantization": "quantize()"}
 """Attributes of compressed networks -> who leaves them."""
@@ -114,7 +114,7 @@ def repair(
             "it has no record of a compression",
             "Give what prune() or quantize() returned",
         )
-    if not isinstance(samples, int) or isinstance(samples, bool) or samples < 1:
+    if not is_count(samples):
         raise InputError(
             f"repair(samples={samples!r})",
             "it is the number of examples to use, at least 1",

@@ -23,7 +23,7 @@ from rarefy.pruning.scoring.curves import Point, Sensitivity, labels
 from rarefy.pruning.scoring.gather import gather
 from rarefy.pruning.selection.limits import ranges
 from rarefy.pruning.structure.reference import masked
-from rarefy.types import Budget, Data, Inputs, check_network
+from rarefy.types import Budget, Data, Inputs, check_network, python
 
 RATIOS = (0.1, 0.25, 0.5, 0.75)
 """Shares of a group's units that are removed."""
@@ -141,7 +141,7 @@ def _check(ratios: Sequence[float], evaluate: object) -> None:
             f"a {type(evaluate).__name__} cannot be called",
             "Give a function of the network, e.g. lambda m: rarefy.evaluate(m, val)",
         )
-    given = list(ratios) if isinstance(ratios, Iterable) else [ratios]
+    given = [python(r) for r in ratios] if isinstance(ratios, Iterable) else [ratios]
     wrong = [r for r in given if not (isinstance(r, float) and 0 < r < 1)]
     if wrong or not given or not isinstance(ratios, Iterable):
         raise InputError(

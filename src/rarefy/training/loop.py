@@ -46,7 +46,7 @@ from rarefy.training.record import Epoch, Fit, Trained
 from rarefy.training.shares import local_share
 from rarefy.training.steps import DIVERGED, Example, Stepper, restore, state_of
 from rarefy.training.stored import labels_of
-from rarefy.types import Data
+from rarefy.types import Data, is_count
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -98,9 +98,11 @@ def require_usable(data: Data, job: Job) -> None:
     for name, value in (("data", data), ("val", job.val)):
         if often[name]:
             check_rereadable(value, f"{job.where}({name})")
-    if job.every is not None and (not isinstance(job.every, int) or job.every < 1):
+    if job.every is not None and not is_count(job.every):
         raise InputError(
-            f"{job.where}(every={job.every!r})", "it counts optimizer steps", "Write every=1000"
+            f"{job.where}(every={job.every!r})",
+            "it counts optimizer steps, at least 1",
+            "Write every=1000",
         )
     if job.checkpoint is None and (job.resume or job.every is not None):
         raise InputError(

@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 
 from rarefy.errors import InputError, first_line
 from rarefy.schedules import Constant, Cosine, Linear, Schedule, Warmup
+from rarefy.types import is_count, python
 
 SCHEDULES: Mapping[str, Callable[[int, float], Schedule]] = {
     "cosine": lambda steps, end: Cosine(1.0, steps, end),
@@ -129,14 +130,11 @@ class TrainOptions:
 
     def __post_init__(self) -> None:
         for name, (valid, rule) in _RULES.items():
-            value = getattr(self, name)
+            value = python(getattr(self, name))
+            object.__setattr__(self, name, value)
             if not valid(value):
                 shown = textwrap.shorten(repr(value), 60, placeholder=" ...")
                 raise InputError(f"{name}={shown}", f"{name} must be {rule}", f"Give {rule}")
-
-
-def _whole(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
 def _number(value: object, holds: Callable[[float], bool]) -> bool:
@@ -148,7 +146,7 @@ def _positive(value: float | None) -> bool:
 
 
 _RULES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
-    "epochs": (_whole, "a whole number, at least 1"),
+    "epochs": (is_count, "a whole number, at least 1"),
     "lr": (_positive, "a number above 0, or None"),
     "optimizer": (
         lambda v: callable(v) or v in tuple(OPTIMIZERS),
@@ -167,12 +165,12 @@ _RULES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     ),
     "clip_norm": (_positive, "a number above 0, or None"),
     "precision": (lambda v: v in (None, *PRECISIONS), f"one of {', '.join(PRECISIONS)}, or None"),
-    "accumulate": (_whole, "a whole number, at least 1"),
+    "accumulate": (is_count, "a whole number, at least 1"),
     "ema": (
         lambda v: v is None or _number(v, lambda n: 0 < n < 1),
         "above 0 and below 1, or None",
     ),
-    "patience": (lambda v: v is None or _whole(v), "a whole number, at least 1, or None"),
+    "patience": (lambda v: v is None or is_count(v), "a whole number, at least 1, or None"),
     "keep": (lambda v: v in KEEP, f"one of {', '.join(KEEP)}"),
 }
 

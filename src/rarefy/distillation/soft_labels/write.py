@@ -36,7 +36,7 @@ from rarefy.distillation.soft_labels.source import PROBED, Source, probed_hashes
 from rarefy.errors import InputError, OutputError, TrainingError
 from rarefy.process import own_accelerator, replayable, together
 from rarefy.progress import Bar
-from rarefy.types import Data
+from rarefy.types import Data, is_count, python
 
 SHARD_BYTES = 64 << 20
 MOST_SHARDS = 1024
@@ -118,6 +118,7 @@ def write_soft_labels(
         >>> store.data.samples, store.shape, store.kind
         (16, (3,), 'dense')
     """
+    views = python(views)
     _check(views, form, mass, temperature, seed, ranks)
     if not isinstance(teacher, nn.Module):
         raise InputError(
@@ -183,7 +184,7 @@ def _check(
             where = f"{WHERE}({option}={number!r})"
             raise InputError(where, "it is no number", f"Write {option}=0.9")
     rules: tuple[tuple[str, object, bool, str], ...] = (
-        ("views", views, isinstance(views, int) and views >= 1, "a whole number, at least 1"),
+        ("views", views, is_count(views), "a whole number, at least 1"),
         ("form", form, form is None or isinstance(form, Form), "Dense(), TopK(k) or the like"),
         ("mass", mass, 0 < mass <= 1, "a share, above 0 and at most 1"),
         ("temperature", temperature, 0 < temperature < math.inf, "a number above 0"),

@@ -38,7 +38,7 @@ from rarefy.pruning.scoring.curves import Losses, interpolated
 from rarefy.pruning.scoring.evidence import Evidence
 from rarefy.pruning.scoring.readers import Place, places
 from rarefy.pruning.scoring.surgeon import adapted, order
-from rarefy.types import Data, Inputs
+from rarefy.types import Data, Inputs, is_count
 
 PART = 64
 """Examples that run at once: few enough for what layers hand on to stay in the cache."""
@@ -81,7 +81,7 @@ class Compensated:
     def __post_init__(self) -> None:
         for name in ("samples", "shown"):
             value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
+            if not is_count(value):
                 raise InputError(
                     f"Compensated({name}={value!r})", "below 1", f"Write {name}=256 or the like"
                 )

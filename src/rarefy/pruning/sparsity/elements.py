@@ -15,6 +15,7 @@ from torch import Tensor
 from rarefy.errors import InputError, RarefyError, first_line
 from rarefy.pruning.scoring.criteria import ELEMENT, Element
 from rarefy.pruning.scoring.evidence import Evidence
+from rarefy.types import is_count
 
 
 @dataclass(frozen=True)
@@ -48,11 +49,11 @@ class SparseGPT:
     block: int = 128
 
     def __post_init__(self) -> None:
-        if not isinstance(self.samples, int) or self.samples < 1:
+        if not is_count(self.samples):
             raise InputError(f"SparseGPT(samples={self.samples!r})", "below 1", "Use a few hundred")
         if not 0 < self.damp < float("inf"):
             raise InputError(f"SparseGPT(damp={self.damp!r})", "must be above 0", "Write damp=0.01")
-        if self.block < 1:
+        if not is_count(self.block):
             raise InputError(f"SparseGPT(block={self.block!r})", "below 1", "Write block=128")
 
 
