@@ -9,8 +9,9 @@ original's, or those of a larger ResNet (``--teacher 56``). With ``--tuned`` the
 the teacher's logits and of those that it has after as many epochs on the labels: training beside
 that of the small network, once for all of them; with ``--mirrored`` it is asked of an image and its
 mirror image, and images are mirrored at random. With ``--shifted`` the network that learns sees
-them shifted at random, and the teacher in their place. ``unpruned`` is the original itself, trained
-as long on the labels.
+them shifted at random, and the teacher in their place. With ``--norms`` the statistics of BatchNorm
+are estimated anew after training, on images as they are (Izmailov et al. 2018 do so for averaged
+weights). ``unpruned`` is the original itself, trained as long on the labels.
 """
 
 import argparse
@@ -29,6 +30,7 @@ import torch
 from distillation import crop_and_flip
 from muon import Muon
 from torch import Tensor, nn
+from torch.optim.swa_utils import update_bn
 from torch.utils.data import DataLoader, TensorDataset
 
 import rarefy as rf
@@ -69,6 +71,8 @@ class Subject:
         unlabelled: examples that pruning and repair see.
         options: of the optimizer.
         wrap: what is trained, of a network: itself, or one that changes the inputs before.
+        norms: batches that statistics of BatchNorms are estimated on after training; none to
+            leave them.
         whole: layers that Torch-Pruning leaves alone.
         whole_inner: those where only the inner channels of residual blocks are to go.
     """
@@ -82,6 +86,7 @@ class Subject:
     whole: Sequence[str]
     whole_inner: Sequence[str]
     wrap: Callable[[nn.Module], nn.Module] = lambda net: net
+    norms: Sequence[Tensor] = ()
     example: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
@@ -117,7 +122,9 @@ def _resnet(depth: int, chosen: argparse.Namespace, folder: str) -> Subject:
         rf.write_soft_labels(tutor, batches, f"{folder}/labels", views=views)
         teacher = rf.SoftLabels(f"{folder}/labels")
     wrap = partial(Shifted, most=chosen.shifted)
-    return Subject(model, batches, teacher, test, x[:SAMPLES], options, whole, whole_inner, wrap)
+    norms = x[: chosen.norms].split(500) if chosen.norms else ()
+    peer = (whole, whole_inner)
+    return Subject(model, batches, teacher, test, x[:SAMPLES], options, *peer, wrap, norms)
 
 
 def same(image: Tensor) -> Tensor:
@@ -226,6 +233,9 @@ def trained(
         small = rf.distill(subject.teacher, subject.wrap(small), subject.train, **options)
     else:
         small = rf.train(subject.wrap(small), subject.train, **options)
+    if subject.norms:
+        update_bn(subject.norms, small.net)
+        small.eval()
     return rf.evaluate(small, subject.test)
 
 
@@ -279,6 +289,7 @@ def main() -> None:
     parser.add_argument("--shifted", type=int, default=0, help="images, by up to so many pixels")
     parser.add_argument("--muon", action="store_true", help="instead of SGD, on images")
     parser.add_argument("--min-lr-rate", type=float, default=0.0, help="where it ends, on images")
+    parser.add_argument("--norms", type=int, default=0, help="images for BatchNorms, at the end")
     parser.add_argument("--ema", type=float, help="decay of averaged weights, on images")
     parser.add_argument("--folder", help="where teacher and soft labels stay for other runs")
     parser.add_argument("--test", type=int, help="test images; all if not given")
