@@ -16,9 +16,10 @@ class Average:
 
     After step ``t`` (from 1) the average moves by ``1 - d`` of the way to the weights, with
     ``d = min(decay, (1 + t) / (10 + t))``, so that the first weights are soon forgotten (as in
-    TensorFlow's ``ExponentialMovingAverage``; the rise is not in the paper). Buffers of floating
-    point, such as the statistics of BatchNorm, are averaged with the weights that they belong to;
-    other buffers are copied.
+    TensorFlow's ``ExponentialMovingAverage``; the rise is not in the paper). Until step
+    ``(10 decay - 1) / (1 - decay)``, which is 4,490 for 0.998, it is an average over about the last
+    tenth of the steps, whatever the decay. Buffers of floating point, such as the statistics of
+    BatchNorm, are averaged with the weights that they belong to; other buffers are copied.
 
     Args:
         model: the network whose weights are averaged.
