@@ -235,7 +235,6 @@ def trained(
         small = rf.train(subject.wrap(small), subject.train, **options)
     if subject.norms:
         update_bn(subject.norms, small.net)
-        small.eval()
     return rf.evaluate(small, subject.test)
 
 

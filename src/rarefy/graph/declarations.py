@@ -85,7 +85,7 @@ def is_view(op: str) -> bool:
 
 
 def writes(op: str) -> bool:
-    """Whether the operator writes into its first argument."""
+    """Whether the operator writes into an argument."""
     declared = schema(op)
     return declared is not None and declared.is_mutable
 
@@ -95,15 +95,3 @@ def is_random(op: str) -> bool:
     if not is_known(op):
         return True
     return torch.Tag.nondeterministic_seeded in getattr(resolve(op), "tags", ())
-
-
-TRAINING_FLAG = {
-    "aten.batch_norm.default": 5,
-    **{f"aten.{name}.input": 6 for name in ("lstm", "gru", "rnn_tanh", "rnn_relu")},
-    **{
-        f"aten.{name}.default": 2
-        for base in ("dropout", "alpha_dropout", "feature_dropout", "feature_alpha_dropout")
-        for name in (base, f"{base}_")
-    },
-}
-"""Operators that act differently in training, and which argument says so."""

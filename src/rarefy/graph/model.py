@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from rarefy.errors import InputError
-from rarefy.graph.declarations import TRAINING_FLAG, resolve
+from rarefy.graph.declarations import resolve
 from rarefy.graph.program import Graph, Node, Spec, substitute
 
 
@@ -32,6 +32,18 @@ def assign(root: nn.Module, path: str, tensor: Tensor, *, buffer: bool = False) 
         module.register_parameter(leaf, tensor)
     else:
         module.register_parameter(leaf, nn.Parameter(tensor))
+
+
+TRAINING_FLAG = {
+    "aten.batch_norm.default": 5,
+    **{f"aten.{name}.input": 6 for name in ("lstm", "gru", "rnn_tanh", "rnn_relu")},
+    **{
+        f"aten.{name}.default": 2
+        for base in ("dropout", "alpha_dropout", "feature_dropout", "feature_alpha_dropout")
+        for name in (base, f"{base}_")
+    },
+}
+"""Operators that act differently in training, and which argument says so."""
 
 
 class GraphModel(nn.Module):
