@@ -5,20 +5,20 @@ Run it: python benchmarks/fine_tuning.py --subject resnet20 --macs 0.5 0.33 --ep
 Every method starts from the same trained network, keeps the same share of its multiply-accumulates,
 and is then trained with the same optimizer, learning rate, batches and number of epochs: on the
 labels alone, or, where rarefy pruned it, on soft labels, too, which are stored once for images: the
-original's, or those of a larger ResNet (``--teacher 56``). With ``--tuned`` they are the mean of
-the teacher's logits and of those that it has after as many epochs on the labels: training beside
-that of the small network, once for all of them; with ``--mirrored`` it is asked of an image and its
-mirror image, and images are mirrored at random. With ``--shifted`` the network that learns sees
-them shifted at random, and the teacher in their place. With ``--norms`` the statistics of BatchNorm
-are estimated anew after training, on images as they are (Izmailov et al. 2018 do so for averaged
-weights). ``unpruned`` is the original itself, trained as long on the labels.
+original's, or those of a larger ResNet (``--teacher 56``). With ``--tuned`` the teacher is trained
+first, in the same way and as long, on the labels: work beside that on the small network, once for
+all of them; with ``--mirrored`` it is asked of an image and its mirror image, and images are
+mirrored at random. With ``--shifted`` a network that learns sees them shifted at random, and the
+teacher that answers in their place. With ``--norms`` the statistics of BatchNorm are estimated anew
+after training, on images as they are (Izmailov et al. 2018 do so for averaged weights).
+``unpruned`` is the original itself, trained as long on the labels.
 """
 
 import argparse
 import statistics
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -109,22 +109,20 @@ def _resnet(depth: int, chosen: argparse.Namespace, folder: str) -> Subject:
         change, views = flip, 2
     data = rf.soft_labels.Replay(TensorDataset(x, y), change, seed=0)
     batches = DataLoader(data, 128, shuffle=True, drop_last=True)
-    teacher = model
-    if "soft labels" in chosen.targets:
-        tutor = cifar.network(chosen.teacher) if chosen.teacher else model
-        if chosen.tuned:
-            kept = {"checkpoint": f"{folder}/teacher", "resume": True, "progress": False, "seed": 0}
-            tuned = rf.train(tutor, batches, epochs=max(chosen.epochs), **plain, **kept)
-            tutor = rf.teachers.Ensemble([tutor, tuned])
-            found = [f"{rf.evaluate(net, test):.2%}" for net in (*tutor.networks, tutor)]
-            print(f"teacher: {found[0]}, trained {found[1]}, both together {found[2]}", flush=True)
-        tutor = Mirrored(tutor) if chosen.mirrored else tutor
-        rf.write_soft_labels(tutor, batches, f"{folder}/labels", views=views)
-        teacher = rf.SoftLabels(f"{folder}/labels")
     wrap = partial(Shifted, most=chosen.shifted)
     norms = x[: chosen.norms].split(500) if chosen.norms else ()
     peer = (whole, whole_inner)
-    return Subject(model, batches, teacher, test, x[:SAMPLES], options, *peer, wrap, norms)
+    subject = Subject(model, batches, model, test, x[:SAMPLES], options, *peer, wrap, norms)
+    if "soft labels" in chosen.targets:
+        tutor = cifar.network(chosen.teacher) if chosen.teacher else model
+        if chosen.tuned:
+            before, kept = rf.evaluate(tutor, test), {"checkpoint": f"{folder}/teacher"}
+            tutor = learned(subject, tutor, max(chosen.epochs), 0, resume=True, **kept)
+            print(f"teacher: {before:.2%}, trained {rf.evaluate(tutor, test):.2%}", flush=True)
+        tutor = Mirrored(tutor) if chosen.mirrored else tutor
+        rf.write_soft_labels(tutor, batches, f"{folder}/labels", views=views)
+        subject = replace(subject, teacher=rf.SoftLabels(f"{folder}/labels"))
+    return subject
 
 
 def same(image: Tensor) -> Tensor:
@@ -223,19 +221,19 @@ METHODS: Mapping[str, Method] = {
 }
 
 
-def trained(
-    subject: Subject, small: nn.Module, epochs: int, seed: int, label_weight: float = 1
-) -> float:
-    """Top-1 after that many epochs; with all weight on the labels, no teacher is asked."""
-    options: dict[str, Any] = {**subject.options, "epochs": epochs, "seed": seed, "progress": False}
+def learned(
+    subject: Subject, net: nn.Module, epochs: int, seed: int, label_weight: float = 1, **kept: Any
+) -> nn.Module:
+    """The network after that many epochs; with all weight on the labels, no teacher is asked."""
+    options = {**subject.options, **kept, "epochs": epochs, "seed": seed, "progress": False}
     if label_weight < 1:
         options["label_weight"] = label_weight
-        small = rf.distill(subject.teacher, subject.wrap(small), subject.train, **options)
+        net = rf.distill(subject.teacher, subject.wrap(net), subject.train, **options)
     else:
-        small = rf.train(subject.wrap(small), subject.train, **options)
+        net = rf.train(subject.wrap(net), subject.train, **options)
     if subject.norms:
-        update_bn(subject.norms, small.net)
-    return rf.evaluate(small, subject.test)
+        update_bn(subject.norms, net.net)
+    return net
 
 
 def row(name: str, targets: str, share: float, epochs: int, found: list[float]) -> str:
@@ -253,7 +251,8 @@ def table(subject: Subject, chosen: argparse.Namespace) -> None:
     print(f", unpruned {base:.2%}\n\n| method | targets | MACs kept | epochs | top-1 | each seed |")
     print("| --- " * 6 + "|", flush=True)
     for epochs in chosen.epochs if "unpruned" in chosen.methods else ():
-        kept = [trained(subject, subject.model, epochs, seed) for seed in seeds]
+        nets = (learned(subject, subject.model, epochs, seed) for seed in seeds)
+        kept = [rf.evaluate(net, subject.test) for net in nets]
         print(row("unpruned", "labels", 1.0, epochs, kept), flush=True)
     for share in chosen.macs:
         for name in (method for method in chosen.methods if method in METHODS):
@@ -267,7 +266,8 @@ def table(subject: Subject, chosen: argparse.Namespace) -> None:
             for targets in chosen.targets if name.startswith("rarefy") else ["labels"]:
                 for epochs in chosen.epochs:
                     weight = chosen.label_weight if targets == "soft labels" else 1
-                    found = [trained(subject, small, epochs, seed, weight) for seed in seeds]
+                    nets = (learned(subject, small, epochs, seed, weight) for seed in seeds)
+                    found = [rf.evaluate(net, subject.test) for net in nets]
                     print(row(name, targets, left, epochs, found), flush=True)
 
 
