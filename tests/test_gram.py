@@ -7,9 +7,12 @@ import torch
 from torch import nn
 
 from rarefy.graph.capture import capture, graph_model
-from rarefy.pruning.running.lockstep import OPERANDS, TRANSPOSED, Run, operand
-from rarefy.pruning.sparsity import gram
-from rarefy.pruning.sparsity.gram import Sums, add_rows, rows
+from rarefy.pruning import running
+from rarefy.pruning.running.inputs import results, rows
+from rarefy.pruning.running.lockstep import Run
+from rarefy.pruning.running.products import positions
+from rarefy.pruning.running.solvable import Layers, picked
+from rarefy.pruning.sparsity.gram import Sums, add_rows
 
 CASES = {
     "linear": (nn.Linear(5, 3), (7, 5)),
@@ -46,42 +49,41 @@ CASES |= {
 }
 
 
-def with_outputs_first(node, weight):
-    """A weight whose rows are of one output each, as those of a plain convolution."""
-    if node.kind not in TRANSPOSED:
-        return weight
-    return weight.transpose(0, 1).flip(tuple(range(2, weight.ndim)))
+CASES |= {
+    "conv_transpose1d grouped": (nn.ConvTranspose1d(4, 6, 3, stride=2, groups=2), (5, 4, 9)),
+    "conv_transpose2d depthwise": (nn.ConvTranspose2d(4, 8, 2, stride=2, groups=4), (3, 4, 5, 4)),
+}
+
+
+def prepared(layer, inputs):
+    """Its only product, the run up to it, and its result."""
+    model = graph_model(layer, capture(layer, inputs))
+    (product,) = Layers(model.graph).products.values()
+    run = Run(model, inputs)
+    with torch.no_grad():
+        run.through(product.node)
+    operands = run.values[product.x], run.values[product.weight].detach()
+    return product, operands, run.values[product.node.name]
 
 
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("share", [1.0, 0.5])
 def test_rows_times_the_weight_are_the_outputs(name, share, monkeypatch) -> None:
-    monkeypatch.setattr(gram, "CHUNK", 1 << 12)  # several slices
+    monkeypatch.setattr(running.inputs, "CHUNK", 1 << 12)  # several slices
     layer, shape = CASES[name]
     layer = layer.double()
-    captured = capture(layer, torch.zeros(shape, dtype=torch.float64))
-    model = graph_model(layer, captured)
-    node = next(n for n in captured.graph.calls if n.kind in OPERANDS)
-    inputs = torch.randn(shape, dtype=torch.float64)
-    run = Run(model, inputs)
-    with torch.no_grad():
-        run.through(node)
-    x, y = run.values[operand(node, 0).name], run.values[node.name]
-    weight = layer.weight.detach()
-    matrix = with_outputs_first(node, weight).flatten(1)
-    generator = torch.Generator().manual_seed(0)
-    total, numbers = 0, []
-    for left, right, index in rows(node, x, y, weight, share, generator):
-        groups = len(left)
-        w = matrix.view(groups, -1, matrix.shape[1]).transpose(1, 2)
-        bias = layer.bias.detach().view(groups, 1, -1)
-        torch.testing.assert_close(left @ w + bias, right)
-        total += left.shape[1]
-        numbers += index.tolist()
-    every = y.numel() // layer.bias.numel()
-    assert total == every if share == 1 else 0 < total < every
-    assert len(set(numbers)) == len(numbers) == total
-    assert max(numbers) < every
+    product, operands, y = prepared(layer, torch.randn(shape, dtype=torch.float64))
+    w = picked(layer.weight.detach(), positions(product)).transpose(1, 2)
+    bias = layer.bias.detach().view(len(w), 1, -1)
+    generator, numbers = torch.Generator().manual_seed(0), []
+    every = results(product, y)
+    for part in rows(product, *operands, lambda n: round(share * n), generator):
+        torch.testing.assert_close(part.inputs @ w + bias, every[:, part.index])
+        numbers += part.index.tolist()
+    assert len(set(numbers)) == len(numbers)
+    total = y.numel() // layer.bias.numel()
+    assert len(numbers) == total if share == 1 else 0 < len(numbers) < total
+    assert max(numbers) < total
 
 
 def test_sums_tell_the_error_of_the_rows() -> None:
@@ -104,24 +106,18 @@ def test_sums_of_parts_are_the_sums_of_all_and_nothing_is_lost(name) -> None:
     layer = layer.double()
     examples = 6
     x = torch.randn(examples, *shape[1:], dtype=torch.float64)
-    model = graph_model(layer, capture(layer, x))
-    node = next(n for n in model.graph.calls if n.kind in OPERANDS)
-    run = Run(model, x)
-    with torch.no_grad():
-        run.through(node)
-    given, y = run.values[operand(node, 0).name], run.values[node.name]
-    weight = layer.weight.detach()
-    matrix = with_outputs_first(node, weight)
-    groups = node.argument("groups") if node.kind.startswith("conv") else 1
-    sizes = (groups, matrix[0].numel(), len(matrix) // groups)
+    product, (given, weight), y = prepared(layer, x)
+    groups, outputs, unknowns = positions(product).shape
+    sizes = (groups, unknowns, outputs)
     held = torch.tensor([False, True, False, False, True, False])
     found = []
     for step in (1, 2, examples):
         sums = Sums.empty(*sizes), Sums.empty(*sizes)
         each = len(given) // examples
         for i in range(0, examples, step):
-            pair = given[i * each : (i + step) * each], y[i * each : (i + step) * each]
-            add_rows(sums, node, pair, weight, held[i : i + step], 1.0, torch.Generator())
+            part, wanted = (t[i * each : (i + step) * each] for t in (given, y))
+            operands, seen = (part, weight), held[i : i + step]
+            add_rows(sums, product, operands, wanted, seen, 1.0, torch.Generator())
         found.append(sums)
     for sums in found[1:]:
         for one, other in zip(found[0], sums, strict=True):

@@ -9,10 +9,13 @@ import torch
 from torch import Tensor, nn
 
 import rarefy as rf
+from rarefy.graph.capture import capture
 from rarefy.grid import Grid as WeightGrid
 from rarefy.pruning.repairing import rounding
-from rarefy.pruning.repairing.grids import Grid, as_rows, grid_of
+from rarefy.pruning.repairing.grids import Grid, of_quantizer, of_rounded
 from rarefy.pruning.repairing.rounding import on_grid
+from rarefy.pruning.running.products import Product, positions
+from rarefy.pruning.running.solvable import Layers, picked
 
 torch.set_num_threads(1)
 
@@ -78,29 +81,61 @@ def test_every_block_of_columns_has_a_range_of_its_own() -> None:
     w, hessian, _ = case(4, 10)
     scale = torch.tensor([[0.25, 0.5, 1.0]] * 4)
     weight = WeightGrid(scale, torch.tensor(0), 0, -3, 3, 4)
-    grid = as_rows(weight, (4, 10), 1, 0)
+    (layer,) = products_of(nn.Linear(10, 4), torch.zeros(2, 10))
+    grid = of_rounded(weight, layer)
     assert grid is not None
     expected = weight.nearest(w[0].float()).double()
     torch.testing.assert_close(grid.nearest(w)[0], expected)
     found = on_grid(w, hessian, grid)
     assert bool((cost(found, w, hessian) <= cost(grid.nearest(w), w, hessian)).all())
     assert torch.equal(weight.nearest(found[0].float()), found[0].float())
-    assert as_rows(weight, (4, 10), 1, 1) is None
-    assert as_rows(weight, (4, 13), 1, 0) is None
+    (other,) = products_of(nn.Linear(13, 4), torch.zeros(2, 13))
+    assert of_rounded(weight, other) is None
+
+
+def products_of(net: nn.Module, *inputs: Tensor) -> list[Product]:
+    return list(Layers(capture(net.eval(), inputs).graph).products.values())
+
+
+LAYERS = {
+    "grouped": (nn.Conv2d(4, 6, 3, groups=2), torch.zeros(2, 4, 5, 5), 0),
+    "transposed": (nn.ConvTranspose2d(4, 6, (3, 2)), torch.zeros(2, 4, 5, 5), 1),
+    "transposed in groups": (nn.ConvTranspose1d(4, 6, 3, groups=2), torch.zeros(2, 4, 5), 1),
+    "by inputs": (nn.Linear(5, 4), torch.zeros(2, 5), 1),
+}
+
+
+@pytest.mark.parametrize("group", [None, 2, 5])
+@pytest.mark.parametrize("is_symmetric", [True, False])
+@pytest.mark.parametrize("name", LAYERS)
+def test_the_rows_of_a_rounded_layer_are_rounded_as_it_is(name, is_symmetric, group) -> None:
+    net, x, axis = LAYERS[name]
+    (layer,) = products_of(net, x)
+    weight = torch.randn_like(net.weight)
+    like = WeightGrid(torch.ones(()), torch.tensor(0), axis, -7, 7, group)
+    size = like.shape_for(tuple(weight.shape))
+    scale = torch.rand(size) / 3 + 0.1
+    zero = torch.tensor(0) if is_symmetric else torch.randint(-3, 4, size)
+    grid = WeightGrid(scale, zero, axis, -7, 7, group)
+    rows = of_rounded(grid, layer)
+    assert rows is not None
+    found = rows.nearest(picked(weight, positions(layer)).double())
+    expected = picked(grid.nearest(weight), positions(layer)).double()
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-6)
 
 
 def test_the_grid_of_a_quantized_layer_is_what_its_quantizer_rounds_to() -> None:
     torch.manual_seed(0)
     net = nn.Sequential(nn.Conv2d(4, 6, 3, groups=2), nn.ReLU(), nn.Flatten(), nn.Linear(54, 3))
     q = rf.quantize(net.eval(), [torch.randn(16, 4, 5, 5)])
-    for layer, groups in (("0", 2), ("3", 1)):
-        quantizers = [n for n in q.graph.calls if "per_channel" in n.kind]
-        quantizer = next(n for n in quantizers if q.graph.by_name[n.inputs[0]].path[0] == layer)
-        weight = torch.randn_like(q.tensor(f"{layer}.weight")) / 5
-        grid = grid_of(q, quantizer, len(weight), groups, 0)
+    layers = Layers(q.graph).products.values()
+    assert [layer.path[0] for layer in layers] == ["0", "3"]
+    for layer in layers:
+        weight = torch.randn_like(q.tensor(layer.path)) / 5
+        grid = of_quantizer(q, layer)
         assert grid is not None
-        scale, zero = (q.tensor(q.graph.by_name[n].path) for n in quantizer.inputs[1:])
+        names = layer.entries.quantizer.inputs[1:]
+        scale, zero = (q.tensor(q.graph.by_name[name].path) for name in names)
         expected = torch.fake_quantize_per_channel_affine(weight, scale, zero, 0, -127, 127)
-        found = grid.nearest(weight.double().reshape(groups, len(weight) // groups, -1))
-        torch.testing.assert_close(found.reshape(weight.shape).float(), expected)
-        assert grid_of(q, quantizer, len(weight), groups, 1) is None
+        found = grid.nearest(picked(weight, positions(layer)).double())
+        torch.testing.assert_close(found.float(), picked(expected, positions(layer)))

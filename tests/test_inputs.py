@@ -9,8 +9,9 @@ from torch.func import functional_call
 
 from rarefy.graph.capture import graph_model
 from rarefy.graph.trace import trace
-from rarefy.pruning.running.inputs import products, rows
+from rarefy.pruning.running.inputs import rows
 from rarefy.pruning.running.lockstep import Run
+from rarefy.pruning.running.products import products
 from rarefy.pruning.scoring.gather import gather
 
 
@@ -155,11 +156,12 @@ def test_rows_that_are_drawn_are_some_of_all(name) -> None:
     run = Run(graph, x.double())
     run.before(graph.graph.by_name[product.node.name])
     given = product, run.values[product.x], run.values[product.weight]
-    ((whole, count),) = rows(*given)
-    ((some, every),) = rows(*given, lambda n: n // 2, torch.Generator().manual_seed(3))
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(3))
-    assert every == count == whole.shape[1]
-    assert torch.equal(some, whole[:, order[: count // 2]])
+    (whole,) = rows(*given)
+    (some,) = rows(*given, lambda n: n // 2, torch.Generator().manual_seed(3))
+    order = torch.randperm(whole.every, generator=torch.Generator().manual_seed(3))
+    assert some.every == whole.every == whole.inputs.shape[1]
+    assert torch.equal(some.index, order[: whole.every // 2])
+    assert torch.equal(some.inputs, whole.inputs[:, some.index])
 
 
 def test_gram_matrices_of_large_images_are_estimated_without_bias(monkeypatch) -> None:

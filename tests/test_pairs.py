@@ -6,7 +6,8 @@ from torch import nn
 
 from rarefy.graph.capture import capture
 from rarefy.graph.program import Graph
-from rarefy.pruning.repairing.pairs import StrangersError, layer_pairs, next_norm
+from rarefy.pruning.repairing.pairs import StrangersError, layer_pairs
+from rarefy.pruning.running.solvable import next_norm
 
 
 class Net(nn.Module):

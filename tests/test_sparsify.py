@@ -21,6 +21,7 @@ from rarefy.pruning.sparsity.masks import sparsity
 from rarefy.pruning.sparsity.patterns import NM, Block
 from rarefy.pruning.sparsity.sparsify import sparsify
 from rarefy.types import Budget
+from shared_weights import Siamese
 
 torch.set_num_threads(1)
 with torch.random.fork_rng():
@@ -369,6 +370,67 @@ def test_biases_and_running_means_take_up_the_mean(convolutions, monkeypatch) ->
         torch.testing.assert_close(means[0], means[1], atol=1e-4, rtol=1e-3)
         torch.testing.assert_close(dense(x).mean(0), found(x).mean(0), atol=1e-4, rtol=1e-3)
     assert not torch.allclose(first.norm.running_mean, dense.norm.running_mean, atol=1e-4)
+
+
+class Up(nn.Module):
+    """Transposed convolutions, in groups and not, on inputs of few directions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 16, 3, padding=1)
+        self.grouped = nn.ConvTranspose2d(16, 16, 4, stride=2, padding=1, groups=4)
+        self.plain = nn.ConvTranspose2d(16, 8, 3, stride=2)
+        self.norm = nn.BatchNorm2d(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.plain(F.relu(self.grouped(F.relu(self.stem(x))))))
+
+
+class Packed(nn.Module):
+    """A parameter that packs the projections of two sequences."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(16, 2, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x.flip(1).cumsum(1)
+        return self.attention(x, y, y)[0]
+
+
+SOLVED = {
+    "up": (Up, (96, 3, 6, 6), {"stem.weight", "grouped.weight", "plain.weight"}),
+    "packed": (Packed, (96, 5, 16), {"attention.in_proj_weight[0:16]",
+               "attention.in_proj_weight[16:48]", "attention.out_proj.weight"}),
+    "towers": (Siamese, (96, 3, 8, 8), {"tower.0.weight", "tower.3.weight", "out.weight"}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("structure", ["weight", "2:4", "4x1"])
+@pytest.mark.parametrize("name", SOLVED)
+def test_layers_of_all_kinds_are_reconstructed(name, structure) -> None:
+    torch.manual_seed(0)
+    make, shape, paths = SOLVED[name]
+    net, count = make().eval(), 2 if name == "towers" else 1
+    mix = torch.randn(shape[-1], shape[-1])
+    seen, new = (tuple(torch.randn(shape) @ mix for _ in range(count)) for _ in range(2))
+    budget = None if structure == "2:4" else Budget(sparsity=0.5, scope="local")
+    given = {"example_inputs": tuple(t[:2] for t in seen), "budget": budget}
+    # layers of three inputs have no group of four
+    out = [path for path in ("stem", "tower.0") if f"{path}.weight" in paths]
+    options = {"structure": structure, "exclude": out if structure == "2:4" else []}
+    found = rf.prune(net, **given, **options, data=[(seen, torch.zeros(96))])
+    plain = rf.prune(net, **given, **options)
+    expected = {path for path in paths if path.rpartition(".")[0] not in options["exclude"]}
+    assert found.sparsified.errors.keys() == expected
+    assert not [why for why in found.sparsified.fallback.values() if "farther" not in why]
+    zeros = [m.sparsified.zeros for m in (found, plain)]
+    assert zeros[0] == zeros[1]
+    for path, (gone, _) in zeros[0].items():
+        assert int((found.get_parameter(path) == 0).sum()) == gone
+    with torch.no_grad():
+        wanted, solved, magnitude = (m(*new) for m in (net, found, plain))
+    assert (solved - wanted).square().mean() < 0.9 * (magnitude - wanted).square().mean()
 
 
 def test_weights_that_cannot_be_solved_go_by_magnitude() -> None:

@@ -9,7 +9,7 @@ from torch import nn
 from rarefy.graph.capture import capture, graph_model
 from rarefy.graph.model import GraphModel
 from rarefy.pruning.repairing.pairs import layer_pairs
-from rarefy.pruning.repairing.uses import gathered
+from rarefy.pruning.running.uses import gathered
 from shared_weights import Heads, Siamese
 
 

@@ -1,14 +1,14 @@
 """Healing without labels: each layer is solved to reproduce the original's output.
 
 The original and the compressed network run side by side, operator by operator, on the same inputs.
-At every convolution and linear layer whose inputs or weights changed, the weights that best
-reproduce the original's outputs from the *compressed* network's own activations are found by least
-squares, regularized towards the weights it has. Zeros of a sparse network stay zero, so that 2:4
-stays 2:4; weights of a quantized one are rounded to the grid that they have. Calls of one layer on
-several inputs are solved at once. At every BatchNorm the running statistics are moved by as much
-as the statistics of its input moved. A layer is changed only where that lowers its error on
-examples that no solve has seen: the same fifth of them, at all layers. Where the outputs end
-farther from the original's nevertheless, layers are taken back from the last on.
+At every convolution, linear layer or product with a matrix whose inputs or weights changed, the
+weights that best reproduce the original's outputs from the *compressed* network's own activations
+are found by least squares, regularized towards the weights it has. Zeros of a sparse network stay
+zero, so that 2:4 stays 2:4; weights of a quantized one are rounded to the grid that they have.
+Calls of one layer on several inputs are solved at once. At every BatchNorm the running statistics
+are moved by as much as the statistics of its input moved. A layer is changed only where that lowers
+its error on examples that no solve has seen: the same fifth of them, at all layers. Where the
+outputs end farther from the original's nevertheless, layers are taken back from the last on.
 
 The reconstruction follows He et al. 2017 (https://arxiv.org/abs/1707.06168), done for all layers
 in sequence. Units that are chosen by the same second-order solve, with the layer behind adapted,
@@ -36,10 +36,11 @@ from rarefy.graph.stubs import plain_graph, stubs, without_zeros
 from rarefy.grid import grids
 from rarefy.pruning.repairing.pairs import StrangersError
 from rarefy.pruning.repairing.rounding import ROUNDINGS
-from rarefy.pruning.repairing.uses import gathered
 from rarefy.pruning.repairing.walk import Walk
 from rarefy.pruning.running.examples import Misses, affordable, collect, parts
 from rarefy.pruning.running.lockstep import Run
+from rarefy.pruning.running.solvable import picked, put
+from rarefy.pruning.running.uses import gathered
 from rarefy.types import Data, Inputs, check_network, is_count
 
 RECORDS = {"pruned": "prune()", "sparsified": "prune()", "quantization": "quantize()"}
@@ -52,7 +53,8 @@ class Repaired:
 
     Attributes:
         errors: layer -> (relative error before, after) on held-out activations; equal where the
-            layer was left as it was.
+            layer was left as it was. A projection that shares its parameter with others, as those
+            of attention do, is named by its rows: ``"attention.in_proj_weight[0:64]"``.
         skipped: layer -> why it was not solved.
         samples: number of examples used.
     """
@@ -189,9 +191,10 @@ def _healed(
     before, after = _distances(runs, plain, divided)
     errors, skipped = walk.errors, walk.skipped
     while walk.changed and not after <= before:
-        layer, paths = walk.changed.pop()
-        for path in paths:
-            second.tensor(path).copy_(plain.tensor(path))
+        layer, moved = walk.changed.pop()
+        for entries in moved:
+            at = entries.index
+            put(second.tensor(entries.path), at, picked(plain.tensor(entries.path), at))
         if layer in errors:
             errors[layer] = (errors[layer][0], errors[layer][0])
         skipped[layer] = "with it, the outputs are farther from the original's"

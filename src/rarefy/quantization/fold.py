@@ -202,7 +202,9 @@ def _without(graph: Graph, norms: Mapping[str, Pair]) -> Graph:
             pair = layers[node.name]
             if pair.bias not in biases:
                 biases[pair.bias] = derived(node.name, "bias")
-                nodes.append(Node(biases[pair.bias], "tensor", (pair.bias,), scope=node.scope))
+                mean = graph.by_name[pair.norm.argument("running_mean").name]
+                name, scope = biases[pair.bias], node.scope
+                nodes.append(Node(name, "tensor", (pair.bias,), value=mean.value, scope=scope))
             node = replace(node, args=(*node.args[:2], Ref(biases[pair.bias]), *node.args[3:]))
         nodes.append(node)
     read = {name for node in nodes for name in node.inputs}

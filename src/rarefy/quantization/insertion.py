@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from rarefy.errors import InputError
 from rarefy.graph.model import GraphModel
-from rarefy.graph.program import Graph, Node, Ref, derived, substitute
+from rarefy.graph.program import Graph, Node, Ref, Spec, derived, substitute
 from rarefy.quantization.affine import (
     Affine,
     along,
@@ -121,8 +121,10 @@ def _activation_quantizer(node: Node, grid: Affine) -> Node:
 
 def _weight_quantizer(weight: Node, paths: list[str]) -> Iterator[Node]:
     sources = [derived(weight.name, suffix) for suffix in _SUFFIXES]
-    for name, path in zip(sources, paths, strict=True):
-        yield Node(name, "tensor", (path,), scope=weight.scope)
+    dtypes = (torch.float32, torch.int32)
+    for name, path, dtype in zip(sources, paths, dtypes, strict=True):
+        value = Spec(weight.shape[:1], dtype)
+        yield Node(name, "tensor", (path,), value=value, scope=weight.scope)
     args = (Ref(weight.name), *(Ref(name) for name in sources), 0, -128, 127)
     name = derived(weight.name, QUANTIZED)
     yield Node(name, PER_CHANNEL, args, value=weight.value, scope=weight.scope)

@@ -7,18 +7,16 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from rarefy.batches import evaluating, tensors
+from rarefy.batches import batch_size, evaluating, tensors
 from rarefy.errors import DataError
 from rarefy.graph.declarations import is_view
 from rarefy.graph.model import GraphModel
-from rarefy.graph.program import Graph, Node, Ref
-from rarefy.pruning.running.lockstep import AS_THEY_LIE, Run, operand
-from rarefy.pruning.sparsity.gram import rows
+from rarefy.graph.program import Graph, Node
+from rarefy.pruning.running.inputs import squares
+from rarefy.pruning.running.lockstep import Run
+from rarefy.pruning.running.products import products
 from rarefy.quantization.affine import sqnr
 from rarefy.types import Inputs
-
-ROWS = 1 << 14
-"""Rows of a layer's inputs that its mean squares are taken of, drawn at random."""
 
 
 def readers(graph: Graph, paths: Collection[str]) -> Iterator[tuple[Node, str]]:
@@ -62,57 +60,39 @@ def _ratio(exact: object, found: object) -> float:
     return sqnr(a, b)
 
 
-def _multiplies(graph: Graph, node: Node, path: str) -> bool:
-    """Whether a call multiplies its inputs with the weight as it is."""
-    given = operand(node, 1) if node.kind in AS_THEY_LIE else None
-    source = graph.by_name[given.name] if isinstance(given, Ref) else None
-    return source is not None and source.op == "tensor" and source.path == path
-
-
-def _outputs(node: Node) -> int:
-    """Dimension of the outputs in what a layer gives."""
-    return 1 if node.kind.startswith("conv") else -1
-
-
 def mean_squares(
-    model: GraphModel, weights: Mapping[str, Tensor], parts: Sequence[Inputs], where: str
+    model: GraphModel, weights: Collection[str], parts: Sequence[Inputs], where: str
 ) -> dict[str, Tensor]:
-    """Mean square of the input that each column of a weight meets, shape (groups, columns).
+    """For each entry of a weight, the squares of all that it is multiplied with, by example.
 
     Args:
         model: the network.
-        weights: path -> weight; those of convolutions, linear layers and products are answered.
+        weights: paths; those that are multiplied with activations are answered.
         parts: examples, some at a time.
         where: the argument that errors name.
+
+    Returns:
+        Path -> means over examples of sums over places, of the weight's shape, double precision.
 
     Raises:
         DataError: activations are not finite.
     """
-    sums: dict[str, Tensor] = {}
-    counts: dict[str, int] = {}
-    generator = torch.Generator().manual_seed(0)
-    solvable = [
-        (node, path)
-        for node, path in readers(model.graph, weights.keys())
-        if _multiplies(model.graph, node, path)
-    ]
+    found: dict[str, Tensor] = {}
+    examples = sum(map(batch_size, parts))
     with evaluating(model):
         for part in parts:
             run = Run(model, part)
-            for node, path in solvable:
-                run.through(node)
-                x, y = run.values[operand(node, 0).name], run.values[node.name]
-                every = y.numel() // node.shape[_outputs(node)] * len(parts)
-                share = min(1.0, ROWS / max(every, 1))
-                for left, _, index in rows(node, x, y, weights[path], share, generator):
-                    added = left.square().sum(1).double()
-                    sums[path] = sums[path] + added if path in sums else added
-                    counts[path] = counts.get(path, 0) + len(index)
-    for path, total in sums.items():
+            for product in products(model.graph, weights):
+                run.before(product.node)
+                path, shape = product.path, product.entries.shape
+                total = found.setdefault(path, torch.zeros(shape, dtype=torch.float64))
+                added = squares(product, run.values).flatten().cpu().double() / examples
+                total.view(-1).index_add_(0, product.index.flatten(), added)
+    for path, total in found.items():
         if not bool(torch.isfinite(total).all()):
             raise DataError(
                 f"{where}, weight {path!r}",
                 "activations are NaN or infinite",
                 "Check the data, and that the network gives finite outputs for them",
             )
-    return {path: total / max(counts[path], 1) for path, total in sums.items()}
+    return found

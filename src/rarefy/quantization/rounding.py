@@ -28,14 +28,16 @@ def grid_for(
         weight: any shape of two or more dimensions, finite.
         axis: the dimension of its outputs.
         scheme: bits, group, symmetric and observer count.
-        importance: (channels, columns), such as the mean square of the input that each entry
-            meets; None for ones.
+        importance: of the weight's shape, such as the mean square of what each entry is multiplied
+            with; None for ones.
     """
     shape = tuple(weight.shape)
     whole = max(columns(shape, axis), 1)
     size = min(scheme.group or whole, whole)
     blocks = _blocks(as_matrix(weight.detach().float(), axis), size)
-    counted = torch.ones_like(blocks) if importance is None else _blocks(importance.float(), size)
+    counted = torch.ones_like(blocks)
+    if importance is not None:
+        counted = _blocks(as_matrix(importance.to(blocks), axis), size)
     searched = scheme.observer == "mse" or scheme.method == "awq"
     shares = SHRINKAGES if searched else SHRINKAGES[:1]
     best = torch.full(blocks.shape[:2], float("inf"), device=blocks.device)

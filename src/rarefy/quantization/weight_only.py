@@ -139,10 +139,9 @@ def _check(model: nn.Module) -> None:
 def _importance(
     first: GraphModel, weights: Sequence[Weight], inputs: Inputs
 ) -> Mapping[str, Tensor]:
-    """Mean squares of the inputs of each weight's columns."""
+    """Mean squares of what each entry of a weight is multiplied with."""
     few = take(inputs, affordable(first, batch_size(inputs)))
-    held = {weight.path: weight.tensor for weight in weights}
-    return mean_squares(first, held, parts(first, few), WHERE)
+    return mean_squares(first, {weight.path for weight in weights}, parts(first, few), WHERE)
 
 
 @torch.no_grad()
@@ -160,9 +159,6 @@ def _round(
             tensor.copy_(palette(tensor, 2**scheme.bits))
             continue
         counted = importance.get(weight.path)
-        if counted is not None:  # of each group of channels -> of each channel
-            each = tensor.shape[weight.axis] // len(counted)
-            counted = counted.repeat_interleave(each, 0)
         grid = grid_for(tensor, weight.axis, scheme, counted)
         tensor.copy_(grid.nearest(tensor))
         found[weight.path] = grid

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor
 from rarefy.graph.model import GraphModel
 from rarefy.graph.program import Node, Ref
 from rarefy.grid import Grid as WeightGrid
-from rarefy.grid import as_matrix
+from rarefy.pruning.running.products import Product, matrix, viewed
 
 
 @dataclass(frozen=True)
@@ -43,51 +44,51 @@ class Grid:
         return (q - self.zero) * self.scale
 
 
-def grid_of(model: GraphModel, quantizer: Node, outputs: int, groups: int, dim: int) -> Grid | None:
-    """The grid of a weight's fake quantizer; None where it is not one per output or for all.
+def of_quantizer(model: GraphModel, layer: Product) -> Grid | None:
+    """The grid of a weight that a fake quantizer rounds; None where that is computed.
 
     Args:
         model: the quantized network.
-        quantizer: the call that rounds the weight.
-        outputs: of all groups.
-        groups: of channels.
-        dim: dimension of the outputs in the weight.
+        layer: a call of the layer, with the quantizer on the way of its entries.
     """
+    way, quantizer = layer.entries.way, layer.entries.quantizer
+    assert quantizer is not None
+    at = way.index(quantizer)
+    shape = tuple(viewed(way[:at], torch.empty(layer.entries.shape, device="meta")).shape)
     axis = quantizer.argument("axis")
     scale, zero = (_numbers(model, quantizer.argument(name)) for name in ("scale", "zero_point"))
     if scale is None or zero is None:
         return None
-    if axis is None and scale.numel() == 1:
-        shape = (1, 1, 1)
-    elif axis == dim and scale.numel() == outputs:
-        shape = (groups, outputs // groups, 1)
-    else:
-        return None
-    zero = zero.reshape(shape) if zero.numel() == scale.numel() else zero.expand(shape)
     low, high = quantizer.argument("quant_min"), quantizer.argument("quant_max")
     if not bool(zero.any()):
         low = max(low, -high)  # symmetric: negation stays on the grid
-    return Grid(scale.reshape(shape), zero, low, high)
+    along = [-1 if dim == axis else 1 for dim in range(len(shape))]
+    spread = [t.reshape(along).expand(shape) for t in (scale, zero)]
+    return Grid(*_as_rows(layer, way[at + 1 :], *spread), low, high)
 
 
-def as_rows(grid: WeightGrid, shape: tuple[int, ...], groups: int, dim: int) -> Grid | None:
-    """The grid of a weight that was rounded; None where it is not one for its outputs.
+def of_rounded(grid: WeightGrid, layer: Product) -> Grid | None:
+    """The grid of a weight that was rounded; None where it is not one of a weight like this.
 
     Args:
         grid: of the weight.
-        shape: of the weight.
-        groups: of channels.
-        dim: dimension of the outputs in the weight.
+        layer: a call of the layer.
     """
-    if grid.axis != dim or not grid.fits(shape):
+    shape = layer.entries.shape
+    if not grid.fits(shape):
         return None
-    scale, zero = (
-        as_matrix(grid.spread(t.double(), shape).expand(shape), dim).reshape(
-            groups, shape[dim] // groups, -1
-        )
-        for t in (grid.scale, grid.zero_point)
-    )
-    return Grid(scale, zero, grid.low, grid.high)
+    spread = [grid.spread(t.double(), shape).expand(shape) for t in (grid.scale, grid.zero_point)]
+    return Grid(*_as_rows(layer, layer.entries.way, *spread), grid.low, grid.high)
+
+
+def _as_rows(
+    layer: Product, way: Sequence[Node], scale: Tensor, zero: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Numbers for each entry, as rows; one column of them where all columns are alike."""
+    found = [matrix(layer, viewed(way, each)) for each in (scale, zero)]
+    if all(bool((each == each[:, :, :1]).all()) for each in found):
+        found = [each[:, :, :1] for each in found]
+    return found[0], found[1]
 
 
 def _numbers(model: GraphModel, given: Any) -> Tensor | None:

@@ -10,7 +10,8 @@ from typing import TypeAlias
 from rarefy.errors import InputError
 from rarefy.graph.count import COSTS, is_uncounted
 from rarefy.graph.program import Graph, Node
-from rarefy.pruning.repairing.uses import source
+from rarefy.pruning.running.solvable import next_norm
+from rarefy.pruning.running.uses import adjoins, sources
 
 
 @dataclass(frozen=True)
@@ -45,8 +46,8 @@ def layer_pairs(first: Graph, second: Graph) -> tuple[list[Group], list[Node]]:
     """
     graphs = first, second
     sides = [_layers(graph) for graph in graphs]
-    keys = [[key for key, _ in side] for side in sides]
-    blocks = SequenceMatcher(None, keys[0], keys[1], autojunk=False).get_matching_blocks()
+    kinds = [[kind for kind, _ in side] for side in sides]
+    blocks = SequenceMatcher(None, kinds[0], kinds[1], autojunk=False).get_matching_blocks()
     matched = [(block.a + i, block.b + i) for block in blocks for i in range(block.size)]
     if sides[1] and not matched:
         raise StrangersError(
@@ -55,10 +56,11 @@ def layer_pairs(first: Graph, second: Graph) -> tuple[list[Group], list[Node]]:
             "Give the network that was compressed and the result of compressing it",
         )
     ranks = [{node.name: number for number, node in enumerate(g.nodes)} for g in graphs]
+    keys = [sources(graph, graph.tensor_paths) for graph in graphs]
     found: list[list[_Calls]] = []
     for i, j in matched:
         calls = sides[0][i][1], sides[1][j][1]
-        if found and all(map(_adjoins, graphs, ranks, zip(*found[-1], strict=True), calls)):
+        if found and all(map(adjoins, ranks, keys, zip(*found[-1], strict=True), calls)):
             found[-1].append(calls)
         else:
             found.append([calls])
@@ -69,13 +71,6 @@ def layer_pairs(first: Graph, second: Graph) -> tuple[list[Group], list[Node]]:
 
 _Calls: TypeAlias = tuple[Node, Node]
 """One call in both graphs."""
-
-
-def _adjoins(graph: Graph, rank: Mapping[str, int], group: Sequence[Node], call: Node) -> bool:
-    """Whether a call of the weight of a group stands right behind it and reads nothing of it."""
-    weight, last = source(graph, call), group[-1]
-    is_next = rank[call.name] == rank[last.name] + 1 and weight == source(graph, last)
-    return bool(weight) and is_next and {node.name for node in group}.isdisjoint(call.inputs)
 
 
 def _layers(graph: Graph) -> list[tuple[tuple[str, str], Node]]:
@@ -115,11 +110,3 @@ def _ended(
                 group.append(Pair(left, right, end))
         if group:
             yield tuple(group)
-
-
-def next_norm(graph: Graph, layer: Node) -> Node | None:
-    """The BatchNorm of a layer's result, if that is all that becomes of it."""
-    users = graph.users[layer.name]
-    if len(users) != 1 or users[0].kind != "batch_norm":
-        return None
-    return users[0] if users[0].args[0].name == layer.name else None

@@ -1,10 +1,4 @@
-"""What weights are multiplied by: every matrix product and convolution as rows times a matrix.
-
-A weight is a matrix of shape (groups, outputs, unknowns): an output of a group is the sum over the
-unknowns of weight times input. Where an operator reads a parameter through views (transposed, a
-slice of a packed projection), the entries keep the positions that they have in the parameter, so
-that what is found out about them can be put back.
-"""
+"""What weights are multiplied by, as rows times a matrix."""
 
 from __future__ import annotations
 
@@ -17,98 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rarefy.graph.declarations import is_view, resolve
-from rarefy.graph.equations import EQUATIONS, Letters, equation
-from rarefy.graph.program import Graph, Node, Ref, substitute
+from rarefy.graph.declarations import resolve
+from rarefy.graph.equations import Letters
+from rarefy.graph.program import Node, substitute
+from rarefy.pruning.running.products import DECONVOLUTIONS, Product, arranged, roles
 
 CHUNK = 1 << 25
 """Bytes of input rows that are held at once."""
-
-CONVOLUTIONS = frozenset(("conv1d", "conv2d", "conv3d"))
-DECONVOLUTIONS = frozenset(("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"))
-
-
-@dataclass(frozen=True)
-class Product:
-    """A call that multiplies activations with entries of one parameter.
-
-    Attributes:
-        node: the call.
-        x: name of the activations that it reads.
-        weight: name of the operand that holds the entries.
-        path: the parameter.
-        index: for each entry of the operand, its position in the flattened parameter.
-        letters: of the activations, the operand and the result; none for convolutions.
-    """
-
-    node: Node
-    x: str
-    weight: str
-    path: str
-    index: Tensor
-    letters: tuple[Letters, Letters, Letters] | None = None
-
-    @property
-    def has_rows(self) -> bool:
-        """Whether the activations have all that the weight's outputs are told apart and summed by.
-
-        They have not where the weight broadcasts along them.
-        """
-        if self.letters is None:
-            return True
-        shared, _, unknowns = roles(self.letters)
-        return {*shared, *unknowns} <= set(self.letters[0])
-
-
-def products(graph: Graph, parameters: Mapping[str, Tensor]) -> Iterator[Product]:
-    """All calls that multiply activations with entries of one parameter, in order."""
-    held: dict[str, tuple[str, Any]] = {}  # the parameter, and positions in it
-    for node in graph.nodes:
-        if node.op == "tensor" and node.path in parameters:
-            shape = parameters[node.path].shape
-            held[node.name] = node.path, torch.arange(prod(shape)).view(shape)
-        elif is_view(node.op) and set(node.inputs) <= held.keys() and len(set(node.inputs)) == 1:
-            path, index = held[node.inputs[0]]
-            view = _viewed(node, index)
-            if view is not None:
-                held[node.name] = path, view
-        else:
-            yield from _product(graph, node, held)
-
-
-def _viewed(node: Node, index: Any) -> Any:
-    """A view of the positions, or several, as the call takes it of the entries; else None."""
-    args = substitute(node.args, lambda ref: index)
-    try:
-        return resolve(node.op)(*args, **substitute(node.options, lambda ref: index))
-    except RuntimeError:
-        return None
-
-
-def _product(graph: Graph, node: Node, held: Mapping[str, tuple[str, Tensor]]) -> Iterator[Product]:
-    kind = node.kind.removesuffix("_")
-    letters = None
-    if kind in CONVOLUTIONS | DECONVOLUTIONS:
-        operands: Sequence[Any] = node.args[:2]
-    elif kind in EQUATIONS:
-        found = equation(node, lambda ref: len(graph.by_name[ref.name].shape))
-        if found is None or found.differs:
-            return
-        operands = [operand for operand, _ in found.operands]
-        letters = [spelled for _, spelled in found.operands], found.result
-    else:
-        return
-    if len(operands) != 2 or not all(isinstance(operand, Ref) for operand in operands):
-        return
-    kept = [operand.name in held for operand in operands]
-    if sum(kept) != 1:
-        return
-    w = kept.index(True)
-    if letters is None and w == 0:
-        return  # the parameter is what is convolved
-    spelled = None if letters is None else (letters[0][1 - w], letters[0][w], letters[1])
-    path, index = held[operands[w].name]
-    yield Product(node, operands[1 - w].name, operands[w].name, path, index, spelled)
 
 
 def squares(product: Product, values: Mapping[str, Any]) -> Tensor:
@@ -135,18 +44,19 @@ def _precise(value: Any) -> Any:
     return value
 
 
-def matrix(product: Product, weight: Tensor) -> Tensor:
-    """Entries of the operand (or their positions) as (groups, outputs, unknowns)."""
-    if product.letters is not None:
-        shared, outputs, unknowns = roles(product.letters)
-        return _arranged(weight, product.letters[1], shared, outputs, unknowns)
-    groups = int(product.node.argument("groups"))
-    if product.node.kind in DECONVOLUTIONS:
-        inputs, outs = weight.shape[:2]
-        split = weight.reshape(groups, inputs // groups, outs, *weight.shape[2:])
-        dims = tuple(range(3, split.ndim))
-        return split.transpose(1, 2).flip(dims).reshape(groups, outs, -1)
-    return weight.reshape(groups, weight.shape[0] // groups, -1)
+@dataclass(frozen=True)
+class Rows:
+    """Some of the rows of inputs that a weight is multiplied with.
+
+    Attributes:
+        inputs: shape (groups, rows, unknowns).
+        index: their numbers among all rows.
+        every: of how many rows, which follow each other, they are.
+    """
+
+    inputs: Tensor
+    index: Tensor
+    every: int
 
 
 def rows(
@@ -155,7 +65,7 @@ def rows(
     weight: Tensor,
     most: Callable[[int], int] | None = None,
     generator: torch.Generator | None = None,
-) -> Iterator[tuple[Tensor, int]]:
+) -> Iterator[Rows]:
     """The inputs of all outputs, a part at a time.
 
     Args:
@@ -165,52 +75,59 @@ def rows(
         most: of the number of rows in a part, how many are enough; these are drawn at random
             before they are put together, which is most of the work for a convolution.
         generator: of the draw.
-
-    Yields:
-        (groups, rows, unknowns), and how many rows there are in the part.
     """
+    start = 0
 
-    def drawn(every: int) -> Tensor | None:
+    def drawn(every: int) -> Tensor:
         enough = every if most is None else most(every)
-        return None if enough >= every else torch.randperm(every, generator=generator)[:enough]
+        if enough >= every:
+            return torch.arange(every)
+        return torch.randperm(every, generator=generator)[:enough]
 
     if product.letters is not None:
         shared, _, unknowns = roles(product.letters)
         own = product.letters[0]
-        free = tuple(letter for letter in own if letter not in (*shared, *unknowns))
-        found = _arranged(_precise(x), own, shared, free, unknowns)
-        chosen = drawn(found.shape[1])
-        yield found if chosen is None else found[:, chosen.to(x.device)], found.shape[1]
+        found = arranged(_precise(x), own, shared, _free(product.letters), unknowns)
+        every, index = found.shape[1], drawn(found.shape[1])
+        some = found if len(index) == every else found[:, index.to(x.device)]
+        yield Rows(some, index, every)
         return
     if x.ndim < weight.ndim:
         x = x[None]
-    groups = int(product.node.argument("groups"))
     unknowns_size = prod(weight.shape[2:]) * x.shape[1] * x.element_size()
     places = prod(x.shape[2:]) * (4 if product.node.kind in DECONVOLUTIONS else 1)
     for part in torch.split(x, max(1, CHUNK // max(unknowns_size * places, 1))):
         found = patches(product.node, _precise(part), weight)
         lead = found.shape[: weight.ndim - 1]
-        every, chosen = lead.numel(), drawn(lead.numel())
-        if chosen is not None:
-            found = found[torch.unravel_index(chosen.to(x.device), lead)]
-        count = every if chosen is None else len(chosen)
-        yield found.reshape(count, groups, -1).transpose(0, 1), every
+        every, index = lead.numel(), drawn(lead.numel())
+        if len(index) < every:
+            found = found[torch.unravel_index(index.to(x.device), lead)]
+        inputs = found.reshape(len(index), product.groups, -1).transpose(0, 1)
+        yield Rows(inputs, index + start, every)
+        start += every
 
 
-def roles(letters: tuple[Letters, Letters, Letters]) -> tuple[Letters, Letters, Letters]:
-    """Letters of the weight that are shared with both others, its own outputs, and summed over."""
-    x, weight, result = letters
-    shared = tuple(letter for letter in weight if letter in x and letter in result)
-    outputs = tuple(letter for letter in weight if letter not in x)
-    unknowns = tuple(letter for letter in weight if letter in x and letter not in result)
-    return shared, outputs, unknowns
+def results(product: Product, y: Tensor) -> Tensor:
+    """What the call gives, or should give, as rows of outputs: (groups, rows, outputs of one)."""
+    if product.letters is not None:
+        shared, outputs, _ = roles(product.letters)
+        return arranged(_precise(y), product.letters[2], shared, _free(product.letters), outputs)
+    flat: Tensor = _precise(y).movedim(1, -1)
+    return flat.reshape(-1, product.groups, y.shape[1] // product.groups).transpose(0, 1)
 
 
-def _arranged(tensor: Tensor, own: Letters, *merged: Letters) -> Tensor:
-    """A tensor whose dimensions are merged role by role."""
-    order = [own.index(letter) for role in merged for letter in role]
-    sizes = [prod(tensor.shape[own.index(letter)] for letter in role) for role in merged]
-    return tensor.permute(order).reshape(sizes)
+def places(product: Product, x: Tensor) -> tuple[int, ...]:
+    """Sizes of the activations along all dimensions that rows are told apart by."""
+    if product.letters is None:
+        return (x.shape[0], *x.shape[2:])
+    free = _free(product.letters)
+    sizes = zip(product.letters[0], x.shape, strict=True)
+    return tuple(size for letter, size in sizes if letter in free)
+
+
+def _free(letters: tuple[Letters, Letters, Letters]) -> Letters:
+    """Letters of the activations that rows are told apart by."""
+    return tuple(letter for letter in letters[0] if letter not in letters[1])
 
 
 def patches(node: Node, x: Tensor, weight: Tensor) -> Tensor:

@@ -1,12 +1,8 @@
-"""What healing and reconstruction share: two networks on their way through a graph, layer by layer.
-
-A layer is an operator with an input, a weight and perhaps a bias that can be solved by least
-squares: convolutions of any rank, transposed ones too, linear layers, products with a matrix.
-"""
+"""One network on its way through its graph, operator by operator, with others beside it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,23 +12,8 @@ from torch.utils import _pytree as pytree
 from rarefy.batches import arguments, map_tensors
 from rarefy.graph.declarations import resolve, writes
 from rarefy.graph.model import GraphModel, last_use
-from rarefy.graph.program import Graph, Node, Ref, substitute
-from rarefy.pruning.running.inputs import CONVOLUTIONS, DECONVOLUTIONS
+from rarefy.graph.program import Node, substitute
 from rarefy.types import Inputs
-
-OPERANDS = {
-    **dict.fromkeys((*CONVOLUTIONS, *DECONVOLUTIONS, "linear"), ("input", "weight", "bias")),
-    "addmm": ("mat1", "mat2", "self"),
-    "mm": ("self", "mat2", ""),
-    "matmul": ("self", "other", ""),
-}
-"""Operators whose weights are solved -> the names of their inputs, weight and bias."""
-
-TRANSPOSED = frozenset(("addmm", "mm", "matmul")) | DECONVOLUTIONS
-"""Those whose weight has its outputs along the second dimension."""
-
-AS_THEY_LIE = OPERANDS.keys() - DECONVOLUTIONS
-"""Those whose weight is the matrix of a product as it lies, or transposed: nothing is turned."""
 
 
 class Run:
@@ -66,12 +47,20 @@ class Run:
             del self.values[name]
         self._dead = ()
 
-    def renew(self, node: Node) -> None:
-        """Compute what a call gives of tensors of the network alone once more: they changed."""
-        if node.name in self.values:
-            nodes, model = self._model.graph.by_name, self._model
-            values = {name: model.tensor(nodes[name].path) for name in node.inputs}
-            self.values[node.name] = self._value(node, values)
+    def renew(self, way: Sequence[Node]) -> None:
+        """Compute once more what calls give of tensors of the network alone: these changed.
+
+        Args:
+            way: calls, each of which reads the one before and tensors.
+        """
+        nodes, values = self._model.graph.by_name, dict[str, Any]()
+        for node in way:
+            for name in node.inputs:
+                if nodes[name].op == "tensor":
+                    values[name] = self._model.tensor(nodes[name].path)
+            values[node.name] = self._value(node, values)
+            if node.name in self.values:
+                self.values[node.name] = values[node.name]
 
     def rest(self, changed: Mapping[str, Tensor], shifts: Mapping[str, Tensor]) -> list[Tensor]:
         """What the network would return with other tensors; the run itself stays where it is.
@@ -138,63 +127,9 @@ def _apart(values: Mapping[str, Any], nodes: Mapping[str, Node]) -> dict[str, An
     }
 
 
-def operand(node: Node, which: int) -> Any:
-    """The reference to a layer's inputs (0), weight (1) or bias (2), which may be None."""
-    name = OPERANDS[node.kind][which]
-    return node.argument(name) if name else None
-
-
-def weight_of(graph: Graph, node: Node) -> tuple[Node, Node | None]:
-    """The tensor that a layer's weight is, and the fake quantizer between them, if any."""
-    given = graph.by_name[operand(node, 1).name]
-    if given.kind.startswith("fake_quantize"):
-        sources = [graph.by_name[name] for name in given.inputs]
-        if all(source.op == "tensor" for source in sources):
-            return sources[0], given
-    return given, None
-
-
 def layer_name(node: Node) -> str:
     """Path of the module that makes the call, or the node's own name."""
     return node.scope or node.name
-
-
-def unsolvable(graph: Graph, weight: Node, *uses: Node) -> str:
-    """Why the weight of one layer, or of several calls at once, cannot be solved for; or empty."""
-    node, own = uses[0], {use.name for use in uses}
-    if weight.op != "tensor":
-        return "its weight is computed in the graph"
-    if 0 in weight.shape:
-        return "its weight has no entries"
-    if not _readers(graph, weight) <= own:
-        return "its weight is used several times"
-    ways = {(u.kind, u.argument("groups"), *(repr(operand(u, i)) for i in (1, 2))) for u in uses}
-    if len(ways) > 1:
-        return "its weight is used in several ways"
-    if node.kind in DECONVOLUTIONS and node.argument("groups") > 1:
-        return "it is a transposed convolution in groups"
-    if node.kind in TRANSPOSED - DECONVOLUTIONS and (
-        len(weight.shape) != 2
-        or {use.argument(name) for use in uses for name in ("alpha", "beta")} - {None, 1}
-    ):
-        return "it is more than a product with a matrix"
-    bias = operand(node, 2)
-    if isinstance(bias, Ref) and graph.by_name[bias.name].op != "tensor":
-        return "its bias is computed in the graph"
-    if isinstance(bias, Ref) and not _readers(graph, graph.by_name[bias.name]) <= own:
-        return "its bias is used several times"
-    if node.kind.startswith("conv") and any(len(u.shape) != len(weight.shape) for u in uses):
-        return "its inputs have no batch dimension"
-    return ""
-
-
-def _readers(graph: Graph, tensor: Node) -> set[str]:
-    """Names of the calls that read a tensor, itself or through a fake quantizer."""
-    found = set()
-    for user in graph.users[tensor.name]:
-        rounds = user.kind.startswith("fake_quantize") and user.inputs[0] == tensor.name
-        found |= {n.name for n in graph.users[user.name]} if rounds else {user.name}
-    return found
 
 
 def unseen(lead: tuple[int, ...], held_out: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from rarefy.graph.flow import every
 from rarefy.graph.model import GraphModel
 from rarefy.graph.program import Graph, Node, Spec
 from rarefy.graph.trace import Network, trace
-from rarefy.pruning.running.inputs import CONVOLUTIONS, DECONVOLUTIONS
+from rarefy.pruning.running.products import CONVOLUTIONS, DECONVOLUTIONS
 from rarefy.types import Inputs
 
 Watcher: TypeAlias = Callable[[Mapping[str, Any]], Mapping[str, Any]]

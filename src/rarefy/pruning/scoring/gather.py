@@ -18,7 +18,8 @@ from rarefy.batches import seeded
 from rarefy.errors import DataError, InputError
 from rarefy.graph.program import Ref
 from rarefy.graph.trace import Network
-from rarefy.pruning.running.inputs import Product, matrix, products, rows, squares
+from rarefy.pruning.running.inputs import rows, squares
+from rarefy.pruning.running.products import Product, matrix, products
 from rarefy.pruning.running.taps import End, Runner, Watched, tapped
 from rarefy.pruning.scoring import gradients
 from rarefy.pruning.scoring.evidence import LABELS, Evidence, Gates, Gram
@@ -212,10 +213,11 @@ def _grams(job: Job) -> dict[str, Any]:
     def read(product: Product, gram: Gram, values: Mapping[str, Any]) -> dict[str, Tensor]:
         groups, _, unknowns = gram.index.shape
         given = (values[product.x], values[product.weight])
-        for part, every in rows(product, *given, partial(_enough, unknowns), job.generator):
-            wide = part.reshape(part.shape[0], part.shape[1], -1, unknowns).movedim(2, 1)
+        for part in rows(product, *given, partial(_enough, unknowns), job.generator):
+            own, count = part.inputs.shape[:2]
+            wide = part.inputs.reshape(own, count, -1, unknowns).movedim(2, 1)
             wide = wide.reshape(groups, -1, unknowns)
-            gram.matrix.add_((wide.transpose(1, 2) @ wide).cpu(), alpha=every / part.shape[1])
+            gram.matrix.add_((wide.transpose(1, 2) @ wide).cpu(), alpha=part.every / count)
         return {}
 
     def attach(running: Watched, _: Sequence[End]) -> None:

@@ -13,10 +13,11 @@ from torch import Tensor
 from rarefy.batches import batch_size
 from rarefy.graph.groups import Group
 from rarefy.graph.model import GraphModel
-from rarefy.graph.program import Graph, Node, Ref
+from rarefy.graph.program import Graph
 from rarefy.graph.trace import Network
-from rarefy.pruning.running.inputs import Product, matrix, products, roles, rows
+from rarefy.pruning.running.inputs import rows
 from rarefy.pruning.running.lockstep import Run
+from rarefy.pruning.running.products import Product, matrix, products, roles
 from rarefy.pruning.scoring.surgeon import Columns, Reader
 from rarefy.types import Inputs
 
@@ -79,7 +80,7 @@ def places(network: Network, model: GraphModel, parts: Sequence[Inputs]) -> list
         positions = matrix(product, product.index)
         columns = [dict(_columns(own, labels[product.path], parameter.shape)) for own in positions]
         if any(columns) and positions.shape[-1] <= LARGEST:
-            found.append(_Site(product, positions, columns, _centered(graph, product.node)))
+            found.append(_Site(product, positions, columns, _centered(graph, product)))
     found = _held(found)
     total = sum(map(batch_size, parts))
     sums: dict[Any, _Sums] = {}
@@ -186,15 +187,12 @@ def _of(site: _Site, sums: _Sums, parameters: Mapping[str, Tensor]) -> Iterator[
             yield Place(reader, node.name, product.path, positions[group], first, mean, dim)
 
 
-def _centered(graph: Graph, node: Node) -> bool:
+def _centered(graph: Graph, product: Product) -> bool:
     """Whether a layer's bias, or what follows it, takes up a shift of its outputs."""
-    biased = node.kind.startswith("conv") or node.kind in ("linear", "addmm")
-    return biased and _takes_up_shifts(graph, node)
-
-
-def _takes_up_shifts(graph: Graph, node: Node) -> bool:
-    """Whether a bias, or the running mean of a BatchNorm, can undo a shift of the outputs."""
-    if isinstance(node.argument("self" if node.kind == "addmm" else "bias"), Ref):
+    node = product.node
+    if not (node.kind.startswith("conv") or node.kind in ("linear", "addmm")):
+        return False
+    if product.added is not None:
         return True
     users = graph.users[node.name]
     return bool(users) and all(user.kind == "batch_norm" for user in users)
@@ -220,8 +218,8 @@ class _Sums:
             x = x[: ceil(share * len(x))]
         generator = torch.Generator().manual_seed(self._count)
         most = ceil(wanted * min(1.0, len(x) / (share * examples))) if x.ndim else wanted
-        for part, _ in rows(product, x, weight, lambda every: most, generator):
-            self._take(part.cpu())
+        for part in rows(product, x, weight, lambda every: most, generator):
+            self._take(part.inputs.cpu())
 
     def _take(self, part: Tensor) -> None:
         if self._centered and not self._count:

@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rarefy.graph.program import Node, Ref
-from rarefy.pruning.running.inputs import CONVOLUTIONS, DECONVOLUTIONS, each
+from rarefy.pruning.running.inputs import each
+from rarefy.pruning.running.products import CONVOLUTIONS, DECONVOLUTIONS
 from rarefy.pruning.running.taps import Watched
 
 PART = 1 << 22

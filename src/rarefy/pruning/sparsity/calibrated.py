@@ -7,7 +7,8 @@ a layer say is summed up in matrices whose size does not depend on the number of
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -15,12 +16,15 @@ from torch import Tensor
 from rarefy.batches import answering, batch_size, evaluating, take
 from rarefy.errors import DataError, first_line
 from rarefy.graph.model import GraphModel
-from rarefy.graph.program import Node, Ref
+from rarefy.graph.program import Ref
 from rarefy.pruning.running.examples import live
-from rarefy.pruning.running.lockstep import AS_THEY_LIE, Run, operand, unsolvable
+from rarefy.pruning.running.lockstep import Run
+from rarefy.pruning.running.products import Product, positions
+from rarefy.pruning.running.solvable import Layers, next_norm, picked, put
+from rarefy.pruning.running.uses import gathered
 from rarefy.pruning.sparsity.elements import SparseGPT
 from rarefy.pruning.sparsity.gram import Sums, add_rows
-from rarefy.pruning.sparsity.patterns import NM, Pattern
+from rarefy.pruning.sparsity.patterns import NM, Block, Pattern
 from rarefy.pruning.sparsity.sparsegpt import Selection, moved, reconstructed, ridged
 from rarefy.pruning.sparsity.weights import Layer, zero
 from rarefy.types import Inputs
@@ -49,8 +53,9 @@ class Calibration:
 
     Attributes:
         gone: path of a weight -> what went of it.
-        errors: path -> held-out error of plain magnitude, of what was taken.
-        fallback: path -> why plain magnitude was taken.
+        errors: path -> held-out error of plain magnitude, of what was taken. Where one parameter
+            packs several projections, each is named by its rows, ``"in_proj_weight[0:64]"``.
+        fallback: path, or such a part of it -> why plain magnitude was taken.
         samples: examples used.
     """
 
@@ -62,8 +67,9 @@ class Calibration:
         pattern: Pattern,
         rule: SparseGPT,
     ) -> None:
-        self.first, self.second = pair
-        self.graph, self.layers, self.pattern, self.rule = pair[1].graph, layers, pattern, rule
+        graph = gathered(pair[1].graph, pair[1].graph.tensor_paths)
+        self.first, self.second = (model.with_graph(graph) for model in pair)
+        self.graph, self.layers, self.pattern, self.rule = graph, layers, pattern, rule
         self.gone = {layer.path: mask for layer, mask in zip(layers, plain, strict=True)}
         self.errors: dict[str, tuple[float, float]] = {}
         self.fallback: dict[str, str] = {}
@@ -78,44 +84,41 @@ class Calibration:
         Raises:
             DataError: they do not run, or activations are not finite.
         """
-        nodes = self._nodes()
+        found = self._parts()
         for layer in self.layers:
             if layer.path in self.fallback:
                 zero([layer], [self.gone[layer.path]])
         with evaluating(self.first, self.second):
-            chunks = self._affordable(given, frozenset(node.name for node, _ in nodes))
+            names = frozenset(call.node.name for part in found for call in part.calls)
+            chunks = self._affordable(given, names)
             self.samples = sum(map(batch_size, chunks))
             held = _held_out([batch_size(chunk) for chunk in chunks])
             runs = [(Run(self.first, chunk), Run(self.second, chunk)) for chunk in chunks]
-            for node, layer in nodes:
-                self._layer(node, layer, runs, held)
+            for part in found:
+                self._solve(part, runs, held)
 
-    def _nodes(self) -> list[tuple[Node, Layer]]:
-        """The operators to solve, in order, each with its weight; the others fall back."""
+    def _parts(self) -> list[_Part]:
+        """What is solved at once, in order; layers of which any part is not fall back."""
         by_id = {id(layer.weight): layer for layer in self.layers}
-        found: list[tuple[Node, Layer]] = []
-        reasons: dict[str, str] = {}
-        uses = [n for n in self.graph.calls for name in n.inputs if self._weight(name) in by_id]
-        for node in uses:
-            layer = next(by_id[i] for i in map(self._weight, node.inputs) if i in by_id)
-            weight = self.graph.by_name[_weight_name(node)] if node.kind in AS_THEY_LIE else None
-            if weight is None or self._weight(weight.name) != id(layer.weight):
-                reasons[layer.path] = f"{node.kind} is not solved"
-            elif sum(id(layer.weight) in map(self._weight, n.inputs) for n in uses) > 1:
-                reasons[layer.path] = "its weight is used several times"
-            else:
-                reasons[layer.path] = unsolvable(self.graph, weight, node)
-                found.append((node, layer))
-        missing = "it is not read for inputs like these"
+        products = Layers(self.graph)
+        found: list[_Part] = []
+        reasons: dict[str, list[str]] = {}
+        for calls in products.groups():
+            layer = by_id.get(id(self.second.tensor(calls[0].path)))
+            if layer is not None:
+                part = products.unsolvable(calls) or _part(calls, layer, self.pattern)
+                if isinstance(part, str):
+                    reasons.setdefault(layer.path, []).append(part)
+                else:
+                    found.append(part)
+        kinds = {id(self.second.tensor(path)): kind for path, kind in products.others.items()}
+        solved = {part.layer.path for part in found}
         for layer in self.layers:
-            if reason := reasons.get(layer.path, missing):
-                self.fallback[layer.path] = reason
-        return [(node, layer) for node, layer in found if layer.path not in self.fallback]
-
-    def _weight(self, name: str) -> int | None:
-        """Identity of the tensor that a node reads."""
-        node = self.graph.by_name[name]
-        return id(self.second.tensor(node.path)) if node.op == "tensor" else None
+            kind = kinds.get(id(layer.weight))
+            unread = f"{kind} is not solved" if kind else "it is not read for inputs like these"
+            if layer.path in reasons or layer.path not in solved:
+                self.fallback[layer.path] = reasons.get(layer.path, [unread])[0]
+        return [part for part in found if part.layer.path not in self.fallback]
 
     def _affordable(self, given: Sequence[Inputs], names: frozenset[str]) -> list[Inputs]:
         """The first of the batches, with as many examples as are wanted and may be held."""
@@ -129,136 +132,181 @@ class Calibration:
                 break
         return found
 
-    def _layer(
-        self, node: Node, layer: Layer, runs: Sequence[tuple[Run, Run]], held: Sequence[Tensor]
-    ) -> None:
-        with answering(WHERE):
-            for one, two in runs:
-                one.through(node)
-                two.before(node)
-        pairs = [
-            (two.values[operand(node, 0).name], one.values[node.name], seen)
-            for (one, two), seen in zip(runs, held, strict=True)
-        ]
-        if not all(bool(torch.isfinite(t).all()) for x, y, _ in pairs for t in (x, y)):
-            raise DataError(
-                f"{WHERE}, layer {layer.path!r}",
-                "activations are NaN or infinite",
-                "Check the data, and that the network gives finite outputs for them",
-            )
-        self._reconstruct(node, layer, *self._grams(node, layer, pairs))
-
-    def _grams(
-        self, node: Node, layer: Layer, pairs: Sequence[tuple[Tensor, Tensor, Tensor]]
-    ) -> tuple[Sums, Sums]:
-        """Sums over the rows to solve on, and over those that are held out."""
-        weight = layer.weight
-        convolution = node.kind.startswith("conv")
-        groups = node.argument("groups") if convolution else 1
-        outputs = weight.shape[1 - layer.input_dim] // groups
-        unknowns = weight.numel() // weight.shape[1 - layer.input_dim]
-        fit, check = (Sums.empty(groups, unknowns, outputs, weight.device) for _ in range(2))
-        every = sum(y.numel() for _, y, _ in pairs) // (groups * outputs)
-        share = min(1.0, max(ROWS * unknowns, 4096) / max(every, 1))
+    def _solve(self, part: _Part, runs: Sequence[tuple[Run, Run]], held: Sequence[Tensor]) -> None:
+        name = part.name(self.pattern)
+        fit, check = (part.sums() for _ in range(2))
         generator = torch.Generator().manual_seed(0)
-        for x, y, seen in pairs:
-            add_rows((fit, check), node, (x, y), weight, seen, share, generator)
-        return _ordered(fit, layer, self.pattern), _ordered(check, layer, self.pattern)
+        for (one, two), seen in zip(runs, held, strict=True):
+            for product, x, y in self._activations(part, one, two):
+                if not all(bool(torch.isfinite(t).all()) for t in (x, y)):
+                    raise DataError(
+                        f"{WHERE}, layer {name!r}",
+                        "activations are NaN or infinite",
+                        "Check the data, and that the network gives finite outputs for them",
+                    )
+                every = y.numel() // part.rows.numel() * len(part.calls)
+                every = every * self.samples // max(len(seen), 1)
+                share = min(1.0, max(ROWS * len(part.order), 4096) / max(every, 1))
+                operands = (x, two.values[product.weight])
+                add_rows((fit, check), product, operands, y, seen, share, generator)
+        self._reconstruct(part, name, part.ordered(fit), part.ordered(check))
+        for _, two in runs:
+            for call in part.calls:
+                two.renew(call.entries.way)
 
-    def _reconstruct(self, node: Node, layer: Layer, fit: Sums, check: Sums) -> None:
+    def _activations(
+        self, part: _Part, one: Run, two: Run
+    ) -> Iterator[tuple[Product, Tensor, Tensor]]:
+        """Each call of a layer with its inputs in the sparse network, its outputs in the other."""
+        with answering(WHERE):
+            two.before(part.calls[0].node)
+        for call in part.calls:
+            with answering(WHERE):
+                one.through(call.node)
+            yield call, two.values[call.x], one.values[call.node.name]
+
+    def _reconstruct(self, part: _Part, name: str, fit: Sums, check: Sums) -> None:
         """SparseGPT, taken where it is better than plain magnitude on the held-out rows."""
         if not fit.count or not check.count:
-            self._fall_back(layer, "too few examples to solve it on some and check it on others")
+            reason = "too few examples to solve it on some and check it on others"
+            self._fall_back(part, name, reason)
             return
-        matrix = layer.matrix(layer.weight.double(), self.pattern)
-        weight = matrix.reshape(len(fit.xx), -1, matrix.shape[1])
-        bias = self._bias(node)
+        weight = part.taken(part.layer.weight.detach().double(), self.pattern)
+        mask = part.taken(self.gone[part.layer.path], self.pattern)
+        bias = self._bias(part)
         old = torch.zeros_like(fit.y) if bias is None else bias.old.view(fit.y.shape)
         sums = fit if bias is None else fit.centered()
         hessian = ridged(sums.xx, self.rule.damp)
-        selection = Selection(self.pattern, self._count(layer), layer.inputs, self.rule.block)
-        mask = layer.matrix(self.gone[layer.path], self.pattern).view(weight.shape)
+        count = part.count(mask, self.pattern)
+        selection = Selection(self.pattern, count, part.layer.inputs, self.rule.block)
         try:
             optimum = moved(weight, sums.xx, sums.xy, hessian)
             found, gone = reconstructed(optimum, hessian, selection, mask)
         except RuntimeError as error:
-            self._fall_back(layer, f"it cannot be solved: {first_line(error)}")
+            self._fall_back(part, name, f"it cannot be solved: {first_line(error)}")
             return
-        found = found.transpose(1, 2)
-        new = old if bias is None else (fit.y - fit.x @ found) / fit.count
+        turned = found.transpose(1, 2)
+        new = old if bias is None else (fit.y - fit.x @ turned) / fit.count
         before = check.error(weight.masked_fill(mask, 0.0).transpose(1, 2), old)
-        after = check.error(found, new)
-        self.errors[layer.path] = (before, after)
+        after = check.error(turned, new)
+        self.errors[name] = (before, after)
         if not after <= before:
-            self._fall_back(layer, "with it, the layer's outputs are farther from the original's")
+            reason = "with it, the layer's outputs are farther from the original's"
+            self._fall_back(part, name, reason)
             return
-        self._take(layer, found.transpose(1, 2).flatten(0, 1), gone.flatten(0, 1))
+        self._take(part, found, gone)
         if bias is not None:
-            bias.set(new.flatten())
+            bias.set(new)
 
-    def _count(self, layer: Layer) -> int:
-        """Units that go of a layer, as plain magnitude has it; for N:M, its inputs."""
-        if isinstance(self.pattern, NM):
-            return layer.inputs
-        mask = layer.matrix(self.gone[layer.path].float(), self.pattern)
-        return int(self.pattern.units(mask).sum().round())
+    def _take(self, part: _Part, values: Tensor, gone: Tensor) -> None:
+        layer = part.layer
+        layer.weight.copy_(part.put(layer.weight, values, self.pattern))
+        self.gone[layer.path] = part.put(self.gone[layer.path], gone, self.pattern)
 
-    def _take(self, layer: Layer, matrix: Tensor, gone: Tensor) -> None:
-        new, mask = (layer.tensor(m, self.pattern) for m in (matrix, gone))
-        layer.weight.copy_(new.to(layer.weight.dtype))
-        self.gone[layer.path] = mask
+    def _fall_back(self, part: _Part, name: str, reason: str) -> None:
+        self.fallback[name] = reason
+        gone = part.taken(self.gone[part.layer.path], self.pattern)
+        kept = part.taken(part.layer.weight.detach(), self.pattern).masked_fill(gone, 0.0)
+        part.layer.weight.copy_(part.put(part.layer.weight, kept, self.pattern))
 
-    def _fall_back(self, layer: Layer, reason: str) -> None:
-        self.fallback[layer.path] = reason
-        zero([layer], [self.gone[layer.path]])
-
-    def _bias(self, node: Node) -> _Bias | None:
+    def _bias(self, part: _Part) -> _Bias | None:
         """What takes up a layer's mean: its bias, or that of the BatchNorm that alone reads it."""
-        given = operand(node, 2)
-        if isinstance(given, Ref):
-            return _Bias(self.second.tensor(self.graph.by_name[given.name].path), 1)
-        users = self.graph.users[node.name]
-        if len(users) != 1 or users[0].kind != "batch_norm":
+        given = part.calls[0].bias
+        if given is not None:
+            return _Bias(self.second.tensor(given.path), given.index, 1)
+        norms = [next_norm(self.graph, call.node) for call in part.calls]
+        means = [None if norm is None else norm.argument("running_mean") for norm in norms]
+        names = {mean.name for mean in means if isinstance(mean, Ref)}
+        if len(names) != 1 or not all(isinstance(mean, Ref) for mean in means):
             return None
-        mean = users[0].argument("running_mean")
-        if not isinstance(mean, Ref) or users[0].args[0].name != node.name:
+        source = self.graph.by_name[names.pop()]
+        if source.op != "tensor" or len(self.graph.users[source.name]) > len(norms):
             return None
-        source = self.graph.by_name[mean.name]
-        if source.op != "tensor" or len(self.graph.users[source.name]) > 1:
-            return None
-        return _Bias(self.second.tensor(source.path), -1)
+        held = self.second.tensor(source.path)
+        return _Bias(held, torch.arange(held.numel()), -1)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Rows of a weight's matrix that one call is made with, or several calls.
+
+    Attributes:
+        calls: these.
+        layer: the weight.
+        rows: of its matrix, shape (groups, outputs of one group).
+        order: for each column of the matrix, which unknown of the call it is.
+    """
+
+    calls: Sequence[Product]
+    layer: Layer
+    rows: Tensor
+    order: Tensor
+
+    def name(self, pattern: Pattern) -> str:
+        """Path of the weight, with the rows where these are not all."""
+        if self.rows.numel() == len(self.layer.matrix(self.layer.weight.detach(), pattern)):
+            return self.layer.path
+        return f"{self.layer.path}[{int(self.rows.min())}:{int(self.rows.max()) + 1}]"
+
+    def sums(self) -> Sums:
+        """No rows of the call yet."""
+        groups, outputs = self.rows.shape
+        return Sums.empty(groups, len(self.order), outputs, self.layer.weight.device)
+
+    def ordered(self, sums: Sums) -> Sums:
+        """Columns in the order of the matrix."""
+        by = self.order.to(sums.xx.device)
+        xx, xy = sums.xx[:, by][:, :, by], sums.xy[:, by]
+        return Sums(sums.count, xx, xy, sums.yy, sums.x[:, :, by], sums.y)
+
+    def taken(self, tensor: Tensor, pattern: Pattern) -> Tensor:
+        """The rows, (groups, outputs, columns), of a tensor of the weight's shape."""
+        return self.layer.matrix(tensor, pattern)[self.rows.to(tensor.device)]
+
+    def put(self, tensor: Tensor, rows: Tensor, pattern: Pattern) -> Tensor:
+        """Such a tensor with other rows."""
+        matrix = self.layer.matrix(tensor.detach(), pattern).clone()
+        matrix[self.rows.to(tensor.device)] = rows.to(matrix)
+        return self.layer.tensor(matrix, pattern)
+
+    def count(self, mask: Tensor, pattern: Pattern) -> int:
+        """Units that go of the rows, as plain magnitude has it; for N:M, its inputs."""
+        if isinstance(pattern, NM):
+            return self.layer.inputs
+        return int(pattern.units(mask.flatten(0, 1).float()).sum().round())
+
+
+def _part(calls: Sequence[Product], layer: Layer, pattern: Pattern) -> _Part | str:
+    """The rows that these calls are made with; a reason where they are not whole ones."""
+    every = torch.arange(layer.weight.numel()).view(layer.weight.shape)
+    matrix = layer.matrix(every, pattern)
+    place = torch.empty_like(every.flatten())
+    place[matrix.flatten()] = torch.arange(matrix.numel())
+    at = place[positions(calls[0])]
+    rows, columns = at // matrix.shape[1], at % matrix.shape[1]
+    whole = at.shape[2] == matrix.shape[1] and bool((rows == rows[:, :, :1]).all())
+    if not whole or not bool((columns == columns[:1, :1]).all()):
+        return "its weight is used in parts of its rows"
+    first, count = int(rows.min()), rows[:, :, 0].numel()
+    if isinstance(pattern, Block) and (
+        first % pattern.rows or (count % pattern.rows and first + count < len(matrix))
+    ):
+        return "its weight is used in parts of its blocks"
+    return _Part(calls, layer, rows[:, :, 0], columns[0, 0].argsort())
 
 
 class _Bias:
-    """A vector that is added to a layer's outputs, or taken off them."""
+    """Entries of a vector that are added to a layer's outputs, or taken off them."""
 
-    def __init__(self, tensor: Tensor, sign: int) -> None:
-        self._tensor, self._sign = tensor, sign
-        self.old = tensor.detach().double() if sign > 0 else torch.zeros_like(tensor).double()
+    def __init__(self, tensor: Tensor, index: Tensor, sign: int) -> None:
+        self._tensor, self._index, self._sign = tensor, index, sign
+        self._values = picked(tensor.detach(), index).double().flatten()
+        self.old = self._values if sign > 0 else torch.zeros_like(self._values)
 
     def set(self, value: Tensor) -> None:
         """Make the sum of old and new what is wanted."""
-        self._tensor.add_((self._sign * (value - self.old)).to(self._tensor.dtype))
-
-
-def _weight_name(node: Node) -> str:
-    weight = operand(node, 1)
-    return str(weight.name) if isinstance(weight, Ref) else node.name
-
-
-def _ordered(gram: Sums, layer: Layer, pattern: Pattern) -> Sums:
-    """Columns in the order of the pattern's matrix."""
-    if not isinstance(pattern, NM) or layer.weight.ndim == 2:
-        return gram
-    order = torch.arange(gram.xx.shape[1]).view(layer.inputs, -1).T.flatten()
-    return Sums(
-        gram.count,
-        gram.xx[:, order][:, :, order],
-        gram.xy[:, order],
-        gram.yy,
-        gram.x[:, :, order],
-        gram.y,
-    )
+        moved = self._values + self._sign * (value.flatten() - self.old)
+        put(self._tensor, self._index, moved)
 
 
 def _held_out(sizes: Sequence[int]) -> list[Tensor]:

@@ -2,70 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
-from math import prod
+from math import ceil, prod
 
 import torch
 from torch import Tensor
 
-from rarefy.graph.program import Node
-from rarefy.pruning.running.inputs import CHUNK, patches
-from rarefy.pruning.running.lockstep import TRANSPOSED, unseen
-
-
-def rows(
-    node: Node, x: Tensor, y: Tensor, weight: Tensor, share: float, generator: torch.Generator
-) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """A layer's inputs and outputs as rows of ``x w = y``, some examples at a time.
-
-    Args:
-        node: the layer.
-        x: its inputs.
-        y: outputs, of the layer's or of another network's at the same place.
-        weight: its weight.
-        share: of the rows, drawn at random where it is below 1.
-        generator: of the draw.
-
-    Yields:
-        (groups, rows, unknowns), (groups, rows, outputs of one group), and the numbers that these
-        rows have among all.
-    """
-    convolution = node.kind.startswith("conv")
-    groups = node.argument("groups") if convolution else 1
-    unknowns = weight.numel() // weight.shape[int(node.kind in TRANSPOSED)]
-    if x.ndim < 2:
-        x, y = x[None], y[None]
-    places = prod(y.shape[2:]) if convolution else prod(x.shape[1:-1])
-    step = max(1, CHUNK // (4 * max(1, places) * unknowns * groups))
-    for start in range(0, len(x), step):
-        part = x[start : start + step]
-        left = patches(node, part, weight) if convolution else part
-        right = y[start : start + step]
-        right = right.movedim(1, -1) if convolution else right
-        lead = right.shape[:-1]
-        index = torch.arange(prod(lead))
-        if share < 1:
-            index = index[torch.rand(len(index), generator=generator) < share]
-        place = torch.unravel_index(index, lead)
-        left = left[place].flatten(1) if share < 1 else left.flatten(0, len(lead) - 1).flatten(1)
-        right = right[place] if share < 1 else right.flatten(0, -2)
-        yield (
-            _exact(left).reshape(-1, groups, unknowns).transpose(0, 1),
-            _exact(right).reshape(len(left), groups, -1).transpose(0, 1),
-            start * prod(lead[1:]) + index,
-        )
-
-
-def _exact(tensor: Tensor) -> Tensor:
-    return tensor if tensor.dtype is torch.float64 else tensor.float()
+from rarefy.pruning.running.inputs import places, results, rows
+from rarefy.pruning.running.lockstep import unseen
+from rarefy.pruning.running.products import Product
 
 
 def add_rows(
     sums: tuple[Sums, Sums],
-    node: Node,
-    pair: tuple[Tensor, Tensor],
-    weight: Tensor,
+    product: Product,
+    operands: tuple[Tensor, Tensor],
+    wanted: Tensor,
     held_out: Tensor,
     share: float,
     generator: torch.Generator,
@@ -77,20 +29,22 @@ def add_rows(
 
     Args:
         sums: to solve on, and to check on.
-        node: the layer.
-        pair: its inputs, and what its outputs should be.
-        weight: its weight.
+        product: a call of the layer.
+        operands: its inputs and its weight.
+        wanted: what its outputs should be.
         held_out: for each example, whether it is held out.
         share: of the rows that are used, drawn at random.
         generator: of the draw.
     """
-    x, y = pair
     fit, check = sums
-    lead = y.shape[:1] if node.kind.startswith("conv") else y.shape[:-1]
-    places = prod(y.shape[2:]) if node.kind.startswith("conv") else 1
-    out = unseen(tuple(lead), held_out).repeat_interleave(places)
-    for left, right, index in rows(node, x, y, weight, share, generator):
-        aside = out[index].to(left.device)
+    if product.letters is None:
+        out = unseen(wanted.shape[:1], held_out).repeat_interleave(prod(wanted.shape[2:]))
+    else:
+        out = unseen(places(product, operands[0]), held_out)
+    every = results(product, wanted)
+    for part in rows(product, *operands, lambda count: ceil(share * count), generator):
+        left, right = part.inputs, every[:, part.index.to(every.device)]
+        aside = out[part.index].to(left.device)
         fit.add(left[:, ~aside], right[:, ~aside])
         check.add(left[:, aside].double(), right[:, aside].double())
 

@@ -9,10 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from rarefy.errors import BudgetError, InputError, shortened, warn
-from rarefy.graph.program import Graph, Ref
+from rarefy.graph.program import Graph
 from rarefy.paths import excluded, paths, within
-from rarefy.pruning.running.inputs import DECONVOLUTIONS
-from rarefy.pruning.running.lockstep import OPERANDS, TRANSPOSED, operand
+from rarefy.pruning.running.products import DECONVOLUTIONS, inputs_dim, products
 from rarefy.pruning.sparsity.norms import WHOLE, norms
 from rarefy.pruning.sparsity.patterns import (
     NM,
@@ -223,21 +222,16 @@ def _too_small(layer: Layer, pattern: Pattern) -> str:
 def input_dims(graph: Graph) -> Iterator[tuple[str, int, int]]:
     """Path of a weight, which of its dimensions a product sums over, and how many groups of
     inputs follow each other along it."""
+    found = {product.node.name: product for product in products(graph, graph.tensor_paths)}
     for node in graph.calls:
-        if node.kind in OPERANDS:
-            weight, dim = operand(node, 1), int(node.kind not in TRANSPOSED)
-            source = graph.by_name[weight.name] if isinstance(weight, Ref) else node
-            while source.kind in _TRANSPOSES and len(source.shape) == 2:
-                source, dim = graph.by_name[source.inputs[0]], 1 - dim
-            if source.op == "tensor":
-                grouped = node.kind in DECONVOLUTIONS
-                yield source.path, dim, node.argument("groups") if grouped else 1
+        if node.name in found:
+            dim = inputs_dim(found[node.name])
+            grouped = node.kind in DECONVOLUTIONS
+            if dim is not None:
+                yield found[node.name].path, dim, found[node.name].groups if grouped else 1
         elif node.kind in _RECURRENT:
             tables = [graph.by_name[name] for name in node.inputs]
             yield from ((t.path, 1, 1) for t in tables if t.op == "tensor" and len(t.shape) == 2)
 
-
-_TRANSPOSES = frozenset("t transpose numpy_T permute mT".split())
-"""Views that swap the dimensions of a matrix (a ``permute`` that does not is seldom written)."""
 
 _RECURRENT = frozenset("lstm gru rnn_tanh rnn_relu".split())

@@ -7,13 +7,13 @@ next to each other, wherever none of them waits for another.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from itertools import pairwise
 
 from rarefy.graph.declarations import is_random, writes
 from rarefy.graph.memory import Memory
-from rarefy.graph.program import Graph, Node
-from rarefy.pruning.running.lockstep import OPERANDS, weight_of
+from rarefy.graph.program import Graph, Node, Ref
+from rarefy.pruning.running.products import products
 
 
 def gathered(graph: Graph, paths: Collection[str]) -> Graph:
@@ -23,14 +23,10 @@ def gathered(graph: Graph, paths: Collection[str]) -> Graph:
         graph: any.
         paths: of the weights for which that is done, of BatchNorms the running means.
     """
-    uses: dict[str, list[str]] = {}
-    for node in graph.calls:
-        uses.setdefault(source(graph, node), []).append(node.name)
-    shared = [
-        calls
-        for name, calls in uses.items()
-        if name and graph.by_name[name].path in paths and len(calls) > 1
-    ]
+    uses: dict[Hashable, list[str]] = {}
+    for name, key in sources(graph, paths).items():
+        uses.setdefault(key, []).append(name)
+    shared = [calls for calls in uses.values() if len(calls) > 1]
     if not shared:
         return graph
     later = _later(graph)
@@ -48,13 +44,35 @@ def gathered(graph: Graph, paths: Collection[str]) -> Graph:
     return graph.with_nodes(order)
 
 
-def source(graph: Graph, node: Node) -> str:
-    """Name of the weight, of a BatchNorm the running mean; empty for others, and where computed."""
-    if node.kind in OPERANDS:
-        weight, _ = weight_of(graph, node)
-        return weight.name if weight.op == "tensor" else ""
-    mean = node.argument("running_mean") if node.kind == "batch_norm" else None
-    return mean.name if mean is not None else ""
+def sources(graph: Graph, paths: Collection[str]) -> Mapping[str, Hashable]:
+    """For the names of calls, what they read of these tensors, equal for calls of one layer.
+
+    Of products that is the weight, of BatchNorms the running mean.
+    """
+    found: dict[str, Hashable] = {p.node.name: p.entries.key for p in products(graph, paths)}
+    for node in graph.calls:
+        mean = node.argument("running_mean") if node.kind == "batch_norm" else None
+        source = graph.by_name[mean.name] if isinstance(mean, Ref) else None
+        if source is not None and source.op == "tensor" and source.path in paths:
+            found[node.name] = source.path
+    order = [node.name for node in graph.calls if node.name in found]
+    return {name: found[name] for name in order}
+
+
+def adjoins(
+    rank: Mapping[str, int], keys: Mapping[str, Hashable], group: Sequence[Node], call: Node
+) -> bool:
+    """Whether a call of the layer of a group stands right behind it and reads nothing of it.
+
+    Args:
+        rank: place of each node's name in its graph.
+        keys: as :func:`sources` returns them.
+        group: calls, one behind the other.
+        call: a later one.
+    """
+    last, key = group[-1], keys.get(call.name)
+    is_next = rank[call.name] == rank[last.name] + 1 and key == keys.get(last.name)
+    return key is not None and is_next and {node.name for node in group}.isdisjoint(call.inputs)
 
 
 def _later(graph: Graph) -> Mapping[str, list[str]]:
