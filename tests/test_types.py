@@ -1,11 +1,16 @@
 """Options refuse values that mean nothing."""
 
-from dataclasses import FrozenInstanceError, replace
+import json
+from dataclasses import FrozenInstanceError, asdict, replace
 
 import numpy as np
 import pytest
 
+from rarefy.distillation.soft_labels.records import Sampled, TopK
 from rarefy.errors import BudgetError, InputError
+from rarefy.pruning.scoring.compensated import Compensated
+from rarefy.pruning.sparsity.elements import SparseGPT
+from rarefy.pruning.sparsity.patterns import NM, Block
 from rarefy.schemes import Int8
 from rarefy.types import Budget, Limit, Target, is_count
 
@@ -141,3 +146,22 @@ def test_whole_numbers_count(value) -> None:
 @pytest.mark.parametrize("value", [0, -1, True, np.bool_(True), 2.0, np.float32(2), "3", None])
 def test_all_else_does_not_count(value) -> None:
     assert not is_count(value)
+
+
+COUNTED = [
+    lambda value: NM(value, 64),
+    lambda value: Block(value, 4).rows,
+    lambda value: TopK(value).k,
+    lambda value: Sampled(value).draws,
+    lambda value: SparseGPT(samples=value).samples,
+    lambda value: Compensated(shown=value).shown,
+]
+
+
+@pytest.mark.parametrize("make", COUNTED)
+def test_options_that_count(make) -> None:
+    assert make(np.int64(3)) == make(3)
+    assert json.dumps(asdict(NM(np.int64(2), np.int64(4)))) == '{"n": 2, "m": 4}'
+    for value in (0, 2.0, True, "3", None):
+        with pytest.raises(InputError, match=r"whole number, at least 1. Write \w+=\d+"):
+            make(value)

@@ -40,6 +40,25 @@ def is_count(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
+def check_counts(options: object, names: str, example: int) -> None:
+    """Refuse values that are no whole numbers of at least 1; NumPy's become Python's.
+
+    Args:
+        options: a dataclass.
+        names: of its fields, with spaces between.
+        example: what the error suggests.
+    """
+    for name in names.split():
+        value = python(getattr(options, name))
+        object.__setattr__(options, name, value)
+        if not is_count(value):
+            raise InputError(
+                f"{type(options).__name__}({name}={value!r})",
+                "it is a whole number, at least 1",
+                f"Write {name}={example}",
+            )
+
+
 def check_numbers(options: object, names: str, kind: type[int] | type[float]) -> None:
     """Refuse values that are no numbers: text, booleans, NaN, infinity."""
     for name in names.split():

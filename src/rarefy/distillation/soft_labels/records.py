@@ -21,6 +21,7 @@ from torch import Tensor
 
 from rarefy.distillation.soft_labels.seeds import uniforms
 from rarefy.errors import DataError, InputError
+from rarefy.types import check_counts
 
 Array: TypeAlias = npt.NDArray[Any]
 Fields: TypeAlias = list[tuple[str, str, int]]
@@ -111,7 +112,7 @@ class TopK(Form):
     kind: ClassVar[str] = "top-k"
 
     def __post_init__(self) -> None:
-        _require_count("TopK", "k", self.k)
+        check_counts(self, "k", 50)
 
     def fields(self, classes: int) -> Fields:
         """The fields of one position."""
@@ -165,7 +166,7 @@ class Sampled(Form):
     kind: ClassVar[str] = "sampled"
 
     def __post_init__(self) -> None:
-        _require_count("Sampled", "draws", self.draws)
+        check_counts(self, "draws", 50)
         if not 0 < self.temperature < math.inf:
             raise InputError(
                 f"Sampled(temperature={self.temperature!r})",
@@ -374,10 +375,3 @@ def _index(classes: int) -> str:
 
 
 _INDICES = (("<u1", 2**8), ("<u2", 2**16), ("<u4", 2**32))
-
-
-def _require_count(owner: str, name: str, value: object) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise InputError(
-            f"{owner}({name}={value!r})", "it is a whole number, at least 1", f"Write {name}=50"
-        )

@@ -38,7 +38,7 @@ from rarefy.pruning.scoring.curves import Losses, interpolated
 from rarefy.pruning.scoring.evidence import Evidence
 from rarefy.pruning.scoring.readers import Place, places
 from rarefy.pruning.scoring.surgeon import adapted, order
-from rarefy.types import Data, Inputs, is_count
+from rarefy.types import Data, Inputs, check_counts
 
 PART = 64
 """Examples that run at once: few enough for what layers hand on to stay in the cache."""
@@ -79,12 +79,7 @@ class Compensated:
     ratios: tuple[float, ...] = (1 / 8, 1 / 4, 3 / 8, 1 / 2, 5 / 8, 3 / 4, 7 / 8, 15 / 16)
 
     def __post_init__(self) -> None:
-        for name in ("samples", "shown"):
-            value = getattr(self, name)
-            if not is_count(value):
-                raise InputError(
-                    f"Compensated({name}={value!r})", "below 1", f"Write {name}=256 or the like"
-                )
+        check_counts(self, "samples shown", 256)
         if not self.ratios or not all(0 < r < 1 for r in self.ratios):
             raise InputError(
                 f"Compensated(ratios={self.ratios!r})",

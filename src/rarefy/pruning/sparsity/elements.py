@@ -15,7 +15,7 @@ from torch import Tensor
 from rarefy.errors import InputError, RarefyError, first_line
 from rarefy.pruning.scoring.criteria import ELEMENT, Element
 from rarefy.pruning.scoring.evidence import Evidence
-from rarefy.types import is_count
+from rarefy.types import check_counts
 
 
 @dataclass(frozen=True)
@@ -49,12 +49,10 @@ class SparseGPT:
     block: int = 128
 
     def __post_init__(self) -> None:
-        if not is_count(self.samples):
-            raise InputError(f"SparseGPT(samples={self.samples!r})", "below 1", "Use a few hundred")
+        check_counts(self, "samples", 512)
+        check_counts(self, "block", 128)
         if not 0 < self.damp < float("inf"):
             raise InputError(f"SparseGPT(damp={self.damp!r})", "must be above 0", "Write damp=0.01")
-        if not is_count(self.block):
-            raise InputError(f"SparseGPT(block={self.block!r})", "below 1", "Write block=128")
 
 
 ElementCriterion: TypeAlias = Callable[[Tensor], Tensor] | Element | SparseGPT

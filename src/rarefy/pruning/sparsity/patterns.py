@@ -16,16 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rarefy.errors import BudgetError, InputError
-
-
-def _whole(owner: object, **values: int) -> None:
-    for name, value in values.items():
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise InputError(
-                f"{type(owner).__name__}({name}={value!r})",
-                f"{name} counts weights and must be a whole number, at least 1",
-                f"Write {name}=4",
-            )
+from rarefy.types import check_counts
 
 
 @dataclass(frozen=True)
@@ -79,7 +70,7 @@ class Block:
     columns: int
 
     def __post_init__(self) -> None:
-        _whole(self, rows=self.rows, columns=self.columns)
+        check_counts(self, "rows columns", 4)
 
     def size(self, rows: int, columns: int) -> int:
         """How many units a matrix has."""
@@ -132,7 +123,7 @@ class NM:
     m: int
 
     def __post_init__(self) -> None:
-        _whole(self, n=self.n, m=self.m)
+        check_counts(self, "n m", 4)
         if self.n >= self.m:
             raise InputError(
                 f"NM({self.n}, {self.m})",
