@@ -70,6 +70,7 @@ LAYERS = {
     "matmul from the left": (Functional((6, 5), lambda x, w: torch.matmul(w, x)), X[2]),
     "einsum": (Functional((4, 2, 3), lambda x, w: torch.einsum("btc,chd->bthd", x, w)), X[2]),
     "a slice, transposed": (Functional((4, 8), lambda x, w: F.linear(x, w[:, 2:5].t())), X[2]),
+    "cast": (Functional((3, 4), lambda x, w: F.linear(x, w.to(x.dtype))), X[2]),
     "one matrix per position": (
         Functional((5, 4, 3), lambda x, w: torch.einsum("btc,tcd->btd", x, w)),
         X[2],

@@ -24,12 +24,20 @@ SUMMED = {
     "a part": (Reads((4, 6), lambda x, w, b: x @ w[:, 1:4]), X, 0),
     "conv": (nn.Conv2d(4, 6, 3), IMAGE, 1),
     "transposed": (nn.ConvTranspose2d(4, 6, 3), IMAGE, 0),
+    "a layer of a stack": (Reads((2, 3, 4), lambda x, w, b: F.linear(x, w[1])), X, None),
+    "some inputs": (Reads((3, 8), lambda x, w, b: F.linear(x, w[:, 2:6])), X, None),
+    "a kernel in another shape": (
+        Reads((3, 8), lambda x, w, b: F.conv1d(x.mT, w.view(3, 4, 2))),
+        X,
+        None,
+    ),
+    "a kernel turned": (Reads((4, 3, 2), lambda x, w, b: F.conv1d(x.mT, w.transpose(0, 1))), X, 0),
     "two": (Reads((5, 4, 3), lambda x, w, b: torch.einsum("bhk,hko->bo", x, w)), X, None),
     "each": (Reads((5, 4, 3), lambda x, w, b: torch.einsum("btc,tcd->btd", x, w)), X, None),
 }
 
 
-CONVS = ("conv", "transposed")  # where their rows are is for the tests of inputs
+CONVS = ("conv", "transposed", "a kernel turned")  # where their rows are is for the tests of inputs
 
 
 @pytest.mark.parametrize("name", SUMMED)
@@ -72,6 +80,8 @@ def test_what_is_not_handed_on_as_it_is() -> None:
         return F.linear(x, w * 2) + F.linear(x, w.clone()) + F.linear(x, torch.cat([w[:1], w[1:]]))
 
     found, _ = of(Reads((3, 4), call), X)
+    assert not found
+    found, _ = of(Reads((4, 4, 2), lambda x, w, b: (x + 0j) @ torch.view_as_complex(w)), X)
     assert not found
 
 

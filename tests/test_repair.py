@@ -456,6 +456,60 @@ def test_projections_that_one_parameter_packs_are_solved_each(kind) -> None:
         ).all()
 
 
+def test_an_int8_network_that_was_pruned_is_held_against_the_original() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(12, 16), nn.ReLU(), nn.Linear(16, 4)).eval()
+    x = torch.randn(128, 12)
+    q = rf.quantize(rf.prune(net, x[:2], HALF), [x])
+    healed = repair(net, q, [x])
+    before, after = healed.repaired.errors["2"]
+    assert after < 0.9 * before
+    assert healed.repaired.skipped == {"0": "the original's layer has other outputs"}
+
+
+class Gated(nn.Module):
+    """Two projections in one parameter, one of which gates the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.both = nn.Parameter(torch.randn(32, 12) / 4)
+        self.head = nn.Linear(16, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        a, b = self.both.chunk(2)
+        return self.head((x @ a.T).relu() * (x @ b.T).sigmoid())
+
+
+def test_zeros_of_parts_that_are_weights_of_their_own_in_int8_stay() -> None:
+    torch.manual_seed(0)
+    net, x = Gated().eval(), torch.randn(128, 12)
+    q = rf.quantize(rf.prune(net, x[:2], structure="2:4"), [x])
+    healed = repair(net, q, [x])
+    zeros = [[(p == 0).sum() for p in m.parameters() if p.ndim > 1] for m in (q, healed)]
+    assert zeros[0] == zeros[1]
+    assert distance(net, healed, x) < distance(net, q, x)
+
+
+class Complex(nn.Module):
+    """A layer of complex numbers between others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(12, 16), nn.Linear(16, 8, dtype=torch.complex64)
+        self.c = nn.Linear(8, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.c(self.b(self.a(x).relu().to(torch.complex64)).real.relu())
+
+
+def test_a_layer_of_complex_numbers_is_named_and_the_others_solved() -> None:
+    torch.manual_seed(0)
+    net, x = Complex().eval(), torch.randn(128, 12)
+    healed = repair(net, rf.prune(net, x[:2], rf.Budget(macs=0.6)), [x])
+    assert healed.repaired.skipped == {"b": "its weight is complex"}
+    assert healed.repaired.errors["c"][1] < healed.repaired.errors["c"][0]
+
+
 @pytest.mark.parametrize(("channels", "groups"), [((16, 16), 4), ((16, 8), 4)])
 def test_transposed_convolutions_in_groups_are_solved(channels, groups) -> None:
     torch.manual_seed(0)

@@ -211,3 +211,23 @@ def test_tensors_that_others_use_are_left_alone():
     net = captured(Shared(), x)
     assert folds(net.graph) == ()
     assert smooth(net, [x], 0.5) is net
+
+
+class Score(nn.Module):
+    """Units that are read by one row of weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.row = nn.Linear(6, 16), nn.Parameter(torch.randn(1, 16))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(self.first(x).relu(), self.row.squeeze(0))
+
+
+def test_units_that_a_vector_reads_are_left_alone() -> None:
+    torch.manual_seed(0)
+    net, x = Score().eval(), torch.randn(64, 6)
+    q = quantize(net, [x], Int8())
+    with torch.no_grad():
+        wanted = net(x)
+        assert (q(x) - wanted).square().mean() < 0.01 * wanted.var()

@@ -8,7 +8,7 @@ from torch import nn
 
 from product_networks import IMAGE, Reads, X, graph
 from rarefy.pruning.running.products import outputs_dim, positions
-from rarefy.pruning.running.solvable import Layers, picked, put, survivors
+from rarefy.pruning.running.solvable import Layers, part_of, picked, put, survivors
 
 REASONS = {
     "linear": (Reads((3, 4), lambda x, w, b: F.linear(x, w, b), 3), X, ""),
@@ -18,6 +18,9 @@ REASONS = {
         Reads((5, 4, 3), lambda x, w, b: torch.einsum("bhk,hko->bo", x, w)), X, ""),
     "a kernel in a row": (Reads((3, 4, 1, 1), lambda x, w, b: F.linear(x, w.flatten(1))), X, ""),
     "groups": (nn.ConvTranspose2d(4, 6, 3, groups=2), IMAGE, ""),
+    "a bias in a row": (
+        Reads((4, 3), lambda x, w, b: torch.addmm(b, x[0], w), (1, 3)), X, ""),
+    "cast": (Reads((3, 4), lambda x, w, b: F.linear(x, w.to(torch.bfloat16).float(), b), 3), X, ""),
     "twice": (
         Reads((4, 4), lambda x, w, b: F.linear(F.linear(x, w).relu(), w)), X, "several times"),
     "overlapping": (
@@ -34,13 +37,13 @@ REASONS = {
     "a computed bias": (
         Reads((3, 4), lambda x, w, b: F.linear(x, w, b * 2), 3), X, "bias is computed"),
     "a matrix added": (
-        Reads((4, 3), lambda x, w, b: torch.addmm(b, x[0], w), (5, 3)), X, "more than a product"),
+        Reads((4, 3), lambda x, w, b: torch.addmm(b, x[0], w), (5, 3)), X, "not a plain product"),
     "scaled": (
-        Reads((4, 3), lambda x, w, b: torch.addmm(b, x[0], w, alpha=2), 3), X, "more than"),
+        Reads((4, 3), lambda x, w, b: torch.addmm(b, x[0], w, alpha=2), 3), X, "not a plain"),
     "one matrix each": (
-        Reads((5, 4, 3), lambda x, w, b: torch.einsum("btc,tcd->btd", x, w)), X, "more than"),
+        Reads((5, 4, 3), lambda x, w, b: torch.einsum("btc,tcd->btd", x, w)), X, "not a plain"),
     "several outputs": (
-        Reads((4, 2, 3), lambda x, w, b: torch.einsum("btc,chd->bthd", x, w)), X, "more than"),
+        Reads((4, 2, 3), lambda x, w, b: torch.einsum("btc,chd->bthd", x, w)), X, "not a plain"),
     "no batch": (nn.Conv2d(4, 3, 3), IMAGE[0], "no batch"),
     "nothing": (Reads((0, 4), lambda x, w, b: F.linear(x, w)), X, "no entries"),
 }  # fmt: skip
@@ -81,6 +84,22 @@ def test_entries_are_put_into_memory_of_any_order() -> None:
     assert torch.equal(weight, wanted)
 
 
+def test_parts_of_a_parameter_are_named_as_they_are_indexed() -> None:
+    cases = {
+        "[2:5]": lambda w: w[2:5],
+        "[:, 1:3]": lambda w: w[:, 1:3],
+        "[0:5:2]": lambda w: w[::2],
+        "[1:6:2, 0:2]": lambda w: w[1::2, :2],
+        "[3:4]": lambda w: w[3:4],
+        "": lambda w: w.view(6, 4),
+    }
+    for expected, take in cases.items():
+        width = take(torch.zeros(6, 4)).shape[1]
+        net = Reads((6, 4), lambda x, w, b, take=take, n=width: F.linear(x[..., :n], take(w)))
+        (product,) = Layers(graph(net, X)).products.values()
+        assert part_of(product) == expected
+
+
 KEPT = {
     "linear": (nn.Linear(4, 6), nn.Linear(3, 2), X, {0: [1, 4], 1: [0, 2, 3]}, [1, 4]),
     "conv": (nn.Conv2d(4, 6, 3), nn.Conv2d(2, 3, 3), IMAGE, {0: [5, 0, 3], 1: [1, 2]}, [5, 0, 3]),
@@ -95,6 +114,7 @@ KEPT = {
         {1: [2]}, [2, 5]),
     "nothing went": (nn.Linear(4, 3), nn.Linear(4, 3), X, {}, [0, 1, 2]),
     "what went is not known": (nn.Linear(4, 3), nn.Linear(4, 2), X, {}, None),
+    "which inputs went is not known": (nn.Linear(4, 3), nn.Linear(2, 3), X, {}, [0, 1, 2]),
 }  # fmt: skip
 
 

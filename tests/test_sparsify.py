@@ -433,6 +433,78 @@ def test_layers_of_all_kinds_are_reconstructed(name, structure) -> None:
     assert (solved - wanted).square().mean() < 0.9 * (magnitude - wanted).square().mean()
 
 
+class Parts(nn.Module):
+    """One parameter for several layers, each of which multiplies with a part of it."""
+
+    def __init__(self, shape, call) -> None:
+        super().__init__()
+        self.weight, self.call = nn.Parameter(torch.randn(shape) / 4), call
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.call(x, self.weight)
+
+
+PARTS = {
+    "stacked": (Parts((3, 8, 8), lambda x, w: F.linear(F.linear(x, w[0]).relu(), w[1]) @ w[2]), 2),
+    "columns": (Parts((6, 8), lambda x, w: x[:, :4] @ w[:, :4].T * (x[:, 4:] @ w[:, 4:].T)), 2),
+    "an unfolded kernel": (
+        Parts((4, 8), lambda x, w: F.conv1d(x.view(-1, 4, 2), w.view(4, 4, 2)).flatten(1)), 2),
+    "kernels turned": (
+        Parts((8, 3, 1), lambda x, w: F.conv1d(x[:, :, None], w.transpose(0, 1)).flatten(1)), 0),
+    "cast": (Parts((3, 8), lambda x, w: F.linear(x, w.double().to(x.dtype))), 1),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_n_of_m_is_for_parameters_that_are_one_matrix(name) -> None:
+    net, dim = PARTS[name]
+    x = torch.randn(64, 8)
+    if dim == 2:
+        with pytest.raises(InputError, match="not the matrix of a product"):
+            rf.prune(net, x, structure="2:4")
+    else:
+        kept = rf.prune(net, x, structure="2:4").weight.movedim(dim, -1) != 0
+        assert (kept.unflatten(-1, (-1, 4)).sum(-1) == 2).all()
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_parts_of_a_parameter_are_solved_each(name) -> None:
+    torch.manual_seed(0)
+    net, _ = PARTS[name]
+    x = torch.randn(256, 3) @ torch.randn(3, 8)
+    budget = Budget(sparsity=0.5, scope="local")
+    found = rf.prune(net, x[:8], budget, structure="weight", data=[x])
+    plain = rf.prune(net, x[:8], budget, structure="weight")
+    count = {"stacked": 3, "columns": 2}.get(name, 1)
+    assert len(found.sparsified.errors) == count
+    assert int((found.weight == 0).sum()) == found.weight.numel() // 2
+    with torch.no_grad():
+        wanted, solved, magnitude = (m(x) for m in (net, found, plain))
+    assert (solved - wanted).square().mean() < 0.9 * (magnitude - wanted).square().mean()
+
+
+def test_zeros_of_a_bias_of_two_dimensions_stay() -> None:
+    torch.manual_seed(0)
+
+    class Odd(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight, self.bias = (
+                nn.Parameter(torch.randn(16, 8)),
+                nn.Parameter(torch.ones(4, 4)),
+            )
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.linear(x, self.weight, self.bias.view(-1))
+
+    x = torch.randn(64, 8)
+    found = rf.prune(Odd(), x, Budget(sparsity=0.5), structure="weight", data=[x])
+    assert "its bias" in found.sparsified.fallback["weight"]
+    assert "linear does not multiply" in found.sparsified.fallback["bias"]
+    for path, (gone, _) in found.sparsified.zeros.items():
+        assert int((found.get_parameter(path) == 0).sum()) == gone
+
+
 def test_weights_that_cannot_be_solved_go_by_magnitude() -> None:
     class Odd(nn.Module):
         def __init__(self) -> None:

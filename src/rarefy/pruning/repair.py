@@ -180,7 +180,7 @@ def _healed(
         first,
         second,
         _kept(original, pruned),
-        {id(tensor) for path, tensor in own.items() if path in sparse.keys() - known.keys()},
+        {id(own[path]) for path in _sparse(original, own, sparse) - known.keys()},
         {id(tensor) for tensor in (*own.values(), *healed.buffers())},
         {id(own[path]): grid for path, grid in grids(healed).items() if path in own},
         rounding,
@@ -202,6 +202,21 @@ def _healed(
         _, after = _distances(runs, plain, divided)
     healed.repaired = Repaired(errors, skipped, size)  # type: ignore[assignment]
     return healed
+
+
+def _sparse(
+    original: nn.Module, own: Mapping[str, Tensor], zeros: Mapping[str, object]
+) -> set[str]:
+    """Paths of weights whose zeros stay: sparse ones, and what was made of parts of them.
+
+    Args:
+        original: the network before.
+        own: parameters of the compressed one.
+        zeros: paths of those that were made sparse; empty for no sparse network.
+    """
+    known = dict(original.named_parameters(remove_duplicate=False)).keys()
+    parts = {path for path in own.keys() - known if own[path].ndim > 1} if zeros else set()
+    return (own.keys() & zeros.keys()) | parts
 
 
 def _kept(original: nn.Module, pruned: nn.Module) -> Mapping[tuple[str, int], NDArray[np.int64]]:

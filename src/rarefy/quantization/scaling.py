@@ -170,12 +170,11 @@ def _reader(graph: Graph, user: Node, source: Node, dim: int) -> Reader | None:
     own = _own(graph, user.args[1]) if user.args[0] == Ref(source.name) else None
     if not own:
         return None
-    rank = len(source.shape)
+    rank, own_rank = len(source.shape), len(graph.by_name[user.args[1].name].shape)
     if user.op in CONVOLUTIONS:
-        fits = dim == 1 and rank == len(graph.by_name[user.args[1].name].shape)
-        groups = int(user.argument("groups"))
+        fits, groups = dim == 1 and rank == own_rank, int(user.argument("groups"))
     else:
-        fits, groups = dim == rank - 1, 1
+        fits, groups = dim == rank - 1 and own_rank == 2, 1
     return Reader(source.name, dim, own[0], groups) if fits else None
 
 

@@ -117,12 +117,16 @@ class Walk:
         elif right.name in self._norms:
             self._move_statistics(pairs, runs)
         elif right.kind != "batch_norm" and self._are_changed(pairs, runs):
-            multiplies = right.kind in (*CONVOLUTIONS, *DECONVOLUTIONS, *EQUATIONS)
-            self.skipped[layer_name(right)] = (
-                "its weight is computed in the graph"
-                if multiplies
-                else f"weights of {right.kind} are not solved"
-            )
+            self.skipped[layer_name(right)] = self._unmultiplied(right)
+
+    def _unmultiplied(self, right: Node) -> str:
+        """Why a call with weights is no product with one of them."""
+        if right.kind not in (*CONVOLUTIONS, *DECONVOLUTIONS, *EQUATIONS):
+            return f"weights of {right.kind} are not solved"
+        own = [self.second.graph.by_name[name] for name in right.inputs]
+        held = [self.second.tensor(node.path) for node in own if node.op == "tensor"]
+        is_complex = any(tensor.is_complex() for tensor in held)
+        return "its weight is complex" if is_complex else "its weight is computed in the graph"
 
     def _heal_layer(self, pairs: Group, runs: Runs) -> None:
         old, new = self._layers
@@ -138,6 +142,8 @@ class Walk:
             reason = reason or "its weight is a constant of the graph"
         elif bias is not None and id(self.second.tensor(bias.path)) not in self.own:
             reason = reason or "its bias is a constant of the graph"
+        elif bias is not None and id(self.second.tensor(bias.path)) in self.sparse:
+            reason = reason or "its bias has zeros that stay"
         elif len(calls) < len(pairs):
             reason = reason or "its weight is computed in the original"
         if not reason:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from rarefy.graph.declarations import is_view, resolve
 from rarefy.graph.equations import EQUATIONS, Letters, equation
-from rarefy.graph.program import Graph, Node, Ref, Spec, substitute
+from rarefy.graph.program import Graph, Node, Ref, Spec, Value, substitute
 
 CONVOLUTIONS = frozenset(("conv1d", "conv2d", "conv3d"))
 DECONVOLUTIONS = frozenset(("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"))
@@ -32,7 +32,7 @@ class Entries:
     Attributes:
         path: of the parameter.
         shape: of the parameter.
-        way: the calls, in order: views, and a fake quantizer.
+        way: the calls, in order: views, casts, and a fake quantizer.
     """
 
     path: str
@@ -52,8 +52,8 @@ class Entries:
 
     @property
     def views(self) -> tuple[Node, ...]:
-        """The calls that hand them on as they are."""
-        return tuple(node for node in self.way if not is_rounding(node))
+        """The calls that hand on some of them, or all in another order."""
+        return tuple(node for node in self.way if not keeps_places(node))
 
     @property
     def key(self) -> Hashable:
@@ -82,15 +82,20 @@ def is_rounding(node: Node) -> bool:
     return node.kind.startswith("fake_quantize")
 
 
+def keeps_places(node: Node) -> bool:
+    """Whether a call hands on all that it is given, each entry in its place: rounded, or cast."""
+    return is_rounding(node) or node.kind == "to"
+
+
 def viewed(way: Sequence[Node], tensor: Tensor) -> Any:
-    """What becomes of a tensor, or of several, where calls hand it on: all but its rounding.
+    """What becomes of a tensor, or of several, where calls hand it on: all but its values.
 
     Raises:
         RuntimeError: a call does not take a tensor like this.
     """
     found: Any = tensor
     for node in way:
-        if not is_rounding(node):
+        if not keeps_places(node):
             found = _handed_on(node, found)
     return found
 
@@ -171,7 +176,7 @@ def handed(graph: Graph, paths: Collection[str]) -> Mapping[str, Entries]:
     """For each node that hands on entries of one of these parameters, which they are."""
     held: dict[str, tuple[Entries, Any]] = {}
     for node in graph.nodes:
-        if node.op == "tensor" and node.path in paths and isinstance(node.value, Spec):
+        if node.op == "tensor" and node.path in paths and _is_real(node.value):
             entries = Entries(node.path, node.shape)
             held[node.name] = entries, torch.empty(node.shape, device="meta")
         elif node.inputs and node.inputs[0] in held and _hands_on(graph, node):
@@ -186,7 +191,15 @@ def _hands_on(graph: Graph, node: Node) -> bool:
     """Whether a call gives entries of what it reads first, by what the network alone tells."""
     if is_rounding(node):
         return all(graph.by_name[name].op == "tensor" for name in node.inputs[1:])
-    return is_view(node.op) and len({*node.inputs}) == 1
+    is_alone = is_view(node.op) and len({*node.inputs}) == 1
+    return is_alone and _is_real(node.value)
+
+
+def _is_real(value: Value) -> bool:
+    """Whether it is a tensor of real numbers, or several of them."""
+    if isinstance(value, tuple):
+        return all(map(_is_real, value))
+    return isinstance(value, Spec) and value.dtype.is_floating_point
 
 
 def _product(graph: Graph, node: Node, held: Mapping[str, Entries]) -> Iterator[Product]:
@@ -259,27 +272,31 @@ def outputs_dim(product: Product) -> int:
 
 def inputs_dim(product: Product) -> int | None:
     """Which of the first two dimensions of a parameter a product sums over, the other one being
-    that of its outputs; None where it is not one of them."""
+    that of its outputs; None where the parameter is not their matrix.
+
+    It is where each output has all entries that lie at one place of the other dimension, in the
+    group of a transposed convolution.
+    """
+    shape, groups = product.entries.shape, 1
     if product.letters is None:
-        return 0 if product.node.kind in DECONVOLUTIONS else 1
-    shared, outputs, unknowns = roles(product.letters)
-    if shared or len(outputs) != 1 or len({*outputs, *unknowns}) < len(product.letters[1]):
-        return None
-    at = positions(product)[0]
-    if not at.numel():
-        return 1
-    summed, told = (_along(line, product.entries.shape) for line in (at[0], at[:, 0]))
-    if len(summed) == 1:
-        return summed.pop()
-    if summed or len(told) > 1:
-        return None
-    return 0 if told == {1} else 1
-
-
-def _along(positions: Tensor, shape: tuple[int, ...]) -> set[int]:
-    """Which of the first two dimensions of a parameter these entries differ along."""
-    places = torch.unravel_index(positions, shape)[:2]
-    return {dim for dim, where in enumerate(places) if bool((where != where[0]).any())}
+        if len(viewed(product.entries.way, torch.empty(shape, device="meta")).shape) != len(shape):
+            return None
+        groups = product.groups if product.node.kind in DECONVOLUTIONS else 1
+    else:
+        shared, outputs, unknowns = roles(product.letters)
+        if shared or len(outputs) != 1 or len({*outputs, *unknowns}) < len(product.letters[1]):
+            return None
+    at = positions(product)
+    if len(shape) < 2 or not at.numel():
+        return 1 if len(shape) > 1 else None
+    row, outputs_of = at[0, 0], at[:, :, 0].flatten()
+    for dim in (1, 0) if groups == 1 else (0,):
+        told = shape[1 - dim]
+        where, others = (torch.unravel_index(line, shape)[1 - dim] for line in (row, outputs_of))
+        is_whole = len(row) * told * groups == prod(shape) and bool((where == where[0]).all())
+        if is_whole and len(torch.unique(others)) * groups == len(others):
+            return dim
+    return None
 
 
 def positions(product: Product) -> Tensor:

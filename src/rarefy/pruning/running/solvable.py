@@ -8,6 +8,7 @@ layers, products with a matrix, each of the projections that one parameter packs
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from math import prod
 
 import torch
 from torch import Tensor
@@ -23,7 +24,8 @@ class Layers:
     Attributes:
         graph: any.
         products: name of a call -> what it multiplies.
-        others: path of a tensor -> kind of another call that reads it.
+        others: path of a tensor -> kind of a call that reads it and does not multiply activations
+            with it.
     """
 
     def __init__(self, graph: Graph) -> None:
@@ -39,7 +41,8 @@ class Layers:
                 if name in held:
                     read = (node.name, name, held[name])
                     self._reads.setdefault(held[name].path, []).append(read)
-                    if node.name not in self.products and node is not graph.output:
+                    product = self.products.get(node.name)
+                    if (product is None or product.weight != name) and node is not graph.output:
                         self.others[held[name].path] = node.kind
         self._names = self._named()
 
@@ -80,7 +83,7 @@ class Layers:
         if len({(u.node.kind, u.groups, u.entries.key, u.added) for u in uses}) > 1:
             return "its weight is used in several ways"
         if not all(map(self._is_plain, uses)):
-            return "it is more than a product with a matrix"
+            return "it is not a plain product with a matrix"
         if first.letters is None and any(len(use.node.shape) != self._rank(use) for use in uses):
             return "its inputs have no batch dimension"
         if first.added is None:
@@ -122,8 +125,8 @@ class Layers:
             return False
         if product.added is None:
             return True
-        added = shapes[product.added].shape
-        return result[-1:] == outputs and added[-1:] == (sizes[1][outputs[0]],) == added
+        added, size = shapes[product.added].shape, sizes[1][outputs[0]]
+        return result[-1:] == outputs and added[-1:] == (size,) and prod(added) == size
 
 
 def next_norm(graph: Graph, layer: Node) -> Node | None:
@@ -149,7 +152,8 @@ def put(tensor: Tensor, at: Tensor, values: Tensor) -> None:
 def survivors(left: Product, right: Product, kept: Mapping[int, Tensor]) -> Tensor | None:
     """Which outputs of a layer are left in a smaller one; None where that is not known.
 
-    Each is known by one of its entries, which is looked up in the layer.
+    Each is known by one of its entries, which is looked up in the layer. Where nothing is known of
+    a dimension, as many outputs are the same outputs.
 
     Args:
         left: the layer.
@@ -158,24 +162,44 @@ def survivors(left: Product, right: Product, kept: Mapping[int, Tensor]) -> Tens
             have all are left out.
     """
     old, new = left.entries.shape, right.entries.shape
-    at = list(torch.unravel_index(positions(right)[:, :, 0].flatten(), new))
-    for dim, sizes in enumerate(zip(old, new, strict=True)):
-        if dim in kept:
-            at[dim] = kept[dim][at[dim]]
-        elif sizes[0] != sizes[1]:
-            return None
-    every = positions(left).flatten(0, 1)
-    row = torch.full((torch.Size(old).numel(),), -1)
-    row[every] = torch.arange(len(every))[:, None].expand(every.shape)
-    steps = [torch.Size(old[dim + 1 :]).numel() for dim in range(len(old))]
+    rows = [positions(product).flatten(0, 1) for product in (left, right)]
+    at = list(torch.unravel_index(rows[1][:, 0], new))
+    for dim, index in kept.items():
+        at[dim] = index[at[dim]]
+    if any(old[dim] != new[dim] and dim not in kept for dim in range(len(old))):
+        return torch.arange(len(rows[1])) if len(rows[0]) == len(rows[1]) else None
+    row = torch.full((prod(old),), -1)
+    row[rows[0]] = torch.arange(len(rows[0]))[:, None].expand(rows[0].shape)
+    steps = [prod(old[dim + 1 :]) for dim in range(len(old))]
     found = row[sum(where * step for where, step in zip(at, steps, strict=True))]
     return None if bool((found < 0).any()) else found
 
 
+def part_of(product: Product) -> str:
+    """Which part of a parameter it multiplies with, as one would index it; empty for all of it."""
+    shape = product.entries.shape
+    at = torch.unique(product.index) if product.entries.views else torch.empty(0)
+    if len(at) in (0, prod(shape)):
+        return ""
+    places = [torch.unique(where).tolist() for where in torch.unravel_index(at, shape)]
+    parts = [_spelled(own, size) for own, size in zip(places, shape, strict=True)]
+    while parts[-1] == ":":
+        parts.pop()
+    return f"[{', '.join(parts)}]"
+
+
 def _label(product: Product) -> str:
-    """Path of the module that holds a weight, or of the weight, with its rows where not all."""
-    path, shape = product.path.removesuffix(".weight"), product.entries.shape
-    if not product.entries.views or product.index.numel() == torch.Size(shape).numel():
-        return path
-    rows = product.index // torch.Size(shape[1:]).numel()
-    return f"{path}[{int(rows.min())}:{int(rows.max()) + 1}]"
+    """Path of the module that holds a weight, or of the weight, with the part of it that it is."""
+    return product.path.removesuffix(".weight") + part_of(product)
+
+
+def _spelled(places: Sequence[int], size: int) -> str:
+    """Places along a dimension as one would index them."""
+    first, last, step = places[0], places[-1] + 1, 1
+    if len(places) == size:
+        return ":"
+    if len(places) > 1:
+        step = places[1] - first
+    if list(places) != list(range(first, last, step)):
+        return "..."
+    return f"{first}:{last}" + (f":{step}" if step > 1 else "")

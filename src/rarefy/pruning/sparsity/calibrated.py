@@ -20,11 +20,11 @@ from rarefy.graph.program import Ref
 from rarefy.pruning.running.examples import live
 from rarefy.pruning.running.lockstep import Run
 from rarefy.pruning.running.products import Product, positions
-from rarefy.pruning.running.solvable import Layers, next_norm, picked, put
+from rarefy.pruning.running.solvable import Layers, next_norm, part_of, picked, put
 from rarefy.pruning.running.uses import gathered
 from rarefy.pruning.sparsity.elements import SparseGPT
 from rarefy.pruning.sparsity.gram import Sums, add_rows
-from rarefy.pruning.sparsity.patterns import NM, Block, Pattern
+from rarefy.pruning.sparsity.patterns import NM, Block, Pattern, Unstructured
 from rarefy.pruning.sparsity.sparsegpt import Selection, moved, reconstructed, ridged
 from rarefy.pruning.sparsity.weights import Layer, zero
 from rarefy.types import Inputs
@@ -106,7 +106,10 @@ class Calibration:
         for calls in products.groups():
             layer = by_id.get(id(self.second.tensor(calls[0].path)))
             if layer is not None:
+                bias = calls[0].bias
                 part = products.unsolvable(calls) or _part(calls, layer, self.pattern)
+                if bias is not None and id(self.second.tensor(bias.path)) in by_id:
+                    part = "its bias is set to zero in parts, too"
                 if isinstance(part, str):
                     reasons.setdefault(layer.path, []).append(part)
                 else:
@@ -115,7 +118,8 @@ class Calibration:
         solved = {part.layer.path for part in found}
         for layer in self.layers:
             kind = kinds.get(id(layer.weight))
-            unread = f"{kind} is not solved" if kind else "it is not read for inputs like these"
+            unread = "it is not read for inputs like these"
+            unread = f"{kind} does not multiply activations with it" if kind else unread
             if layer.path in reasons or layer.path not in solved:
                 self.fallback[layer.path] = reasons.get(layer.path, [unread])[0]
         return [part for part in found if part.layer.path not in self.fallback]
@@ -133,23 +137,22 @@ class Calibration:
         return found
 
     def _solve(self, part: _Part, runs: Sequence[tuple[Run, Run]], held: Sequence[Tensor]) -> None:
-        name = part.name(self.pattern)
         fit, check = (part.sums() for _ in range(2))
         generator = torch.Generator().manual_seed(0)
         for (one, two), seen in zip(runs, held, strict=True):
             for product, x, y in self._activations(part, one, two):
                 if not all(bool(torch.isfinite(t).all()) for t in (x, y)):
                     raise DataError(
-                        f"{WHERE}, layer {name!r}",
+                        f"{WHERE}, layer {part.name!r}",
                         "activations are NaN or infinite",
                         "Check the data, and that the network gives finite outputs for them",
                     )
-                every = y.numel() // part.rows.numel() * len(part.calls)
+                every = y.numel() // part.at[:, :, 0].numel() * len(part.calls)
                 every = every * self.samples // max(len(seen), 1)
                 share = min(1.0, max(ROWS * len(part.order), 4096) / max(every, 1))
                 operands = (x, two.values[product.weight])
                 add_rows((fit, check), product, operands, y, seen, share, generator)
-        self._reconstruct(part, name, part.ordered(fit), part.ordered(check))
+        self._reconstruct(part, part.ordered(fit), part.ordered(check))
         for _, two in runs:
             for call in part.calls:
                 two.renew(call.entries.way)
@@ -165,14 +168,14 @@ class Calibration:
                 one.through(call.node)
             yield call, two.values[call.x], one.values[call.node.name]
 
-    def _reconstruct(self, part: _Part, name: str, fit: Sums, check: Sums) -> None:
+    def _reconstruct(self, part: _Part, fit: Sums, check: Sums) -> None:
         """SparseGPT, taken where it is better than plain magnitude on the held-out rows."""
         if not fit.count or not check.count:
             reason = "too few examples to solve it on some and check it on others"
-            self._fall_back(part, name, reason)
+            self._fall_back(part, reason)
             return
-        weight = part.taken(part.layer.weight.detach().double(), self.pattern)
-        mask = part.taken(self.gone[part.layer.path], self.pattern)
+        weight = picked(part.layer.weight.detach(), part.at).double()
+        mask = picked(self.gone[part.layer.path], part.at)
         bias = self._bias(part)
         old = torch.zeros_like(fit.y) if bias is None else bias.old.view(fit.y.shape)
         sums = fit if bias is None else fit.centered()
@@ -183,31 +186,27 @@ class Calibration:
             optimum = moved(weight, sums.xx, sums.xy, hessian)
             found, gone = reconstructed(optimum, hessian, selection, mask)
         except RuntimeError as error:
-            self._fall_back(part, name, f"it cannot be solved: {first_line(error)}")
+            self._fall_back(part, f"it cannot be solved: {first_line(error)}")
             return
         turned = found.transpose(1, 2)
         new = old if bias is None else (fit.y - fit.x @ turned) / fit.count
         before = check.error(weight.masked_fill(mask, 0.0).transpose(1, 2), old)
         after = check.error(turned, new)
-        self.errors[name] = (before, after)
+        self.errors[part.name] = (before, after)
         if not after <= before:
             reason = "with it, the layer's outputs are farther from the original's"
-            self._fall_back(part, name, reason)
+            self._fall_back(part, reason)
             return
-        self._take(part, found, gone)
+        put(part.layer.weight, part.at, found)
+        put(self.gone[part.layer.path], part.at, gone)
         if bias is not None:
             bias.set(new)
 
-    def _take(self, part: _Part, values: Tensor, gone: Tensor) -> None:
-        layer = part.layer
-        layer.weight.copy_(part.put(layer.weight, values, self.pattern))
-        self.gone[layer.path] = part.put(self.gone[layer.path], gone, self.pattern)
-
-    def _fall_back(self, part: _Part, name: str, reason: str) -> None:
-        self.fallback[name] = reason
-        gone = part.taken(self.gone[part.layer.path], self.pattern)
-        kept = part.taken(part.layer.weight.detach(), self.pattern).masked_fill(gone, 0.0)
-        part.layer.weight.copy_(part.put(part.layer.weight, kept, self.pattern))
+    def _fall_back(self, part: _Part, reason: str) -> None:
+        self.fallback[part.name] = reason
+        gone = picked(self.gone[part.layer.path], part.at)
+        kept = picked(part.layer.weight.detach(), part.at).masked_fill(gone, 0.0)
+        put(part.layer.weight, part.at, kept)
 
     def _bias(self, part: _Part) -> _Bias | None:
         """What takes up a layer's mean: its bias, or that of the BatchNorm that alone reads it."""
@@ -228,62 +227,53 @@ class Calibration:
 
 @dataclass(frozen=True)
 class _Part:
-    """Rows of a weight's matrix that one call is made with, or several calls.
+    """A weight, or a part of it, that one call multiplies with, or several calls.
 
     Attributes:
         calls: these.
         layer: the weight.
-        rows: of its matrix, shape (groups, outputs of one group).
-        order: for each column of the matrix, which unknown of the call it is.
+        order: for each column, which unknown of the call it is, as the pattern wants them.
+        at: where the entries are in the flattened weight, (groups, outputs of one, columns).
     """
 
     calls: Sequence[Product]
     layer: Layer
-    rows: Tensor
     order: Tensor
+    at: Tensor
 
-    def name(self, pattern: Pattern) -> str:
-        """Path of the weight, with the rows where these are not all."""
-        if self.rows.numel() == len(self.layer.matrix(self.layer.weight.detach(), pattern)):
-            return self.layer.path
-        return f"{self.layer.path}[{int(self.rows.min())}:{int(self.rows.max()) + 1}]"
+    @property
+    def name(self) -> str:
+        """Path of the weight, with the part of it where it is not all."""
+        return self.layer.path + part_of(self.calls[0])
 
     def sums(self) -> Sums:
         """No rows of the call yet."""
-        groups, outputs = self.rows.shape
-        return Sums.empty(groups, len(self.order), outputs, self.layer.weight.device)
+        groups, outputs, columns = self.at.shape
+        return Sums.empty(groups, columns, outputs, self.layer.weight.device)
 
     def ordered(self, sums: Sums) -> Sums:
-        """Columns in the order of the matrix."""
+        """Columns in the order of the pattern."""
         by = self.order.to(sums.xx.device)
         xx, xy = sums.xx[:, by][:, :, by], sums.xy[:, by]
         return Sums(sums.count, xx, xy, sums.yy, sums.x[:, :, by], sums.y)
 
-    def taken(self, tensor: Tensor, pattern: Pattern) -> Tensor:
-        """The rows, (groups, outputs, columns), of a tensor of the weight's shape."""
-        return self.layer.matrix(tensor, pattern)[self.rows.to(tensor.device)]
-
-    def put(self, tensor: Tensor, rows: Tensor, pattern: Pattern) -> Tensor:
-        """Such a tensor with other rows."""
-        matrix = self.layer.matrix(tensor.detach(), pattern).clone()
-        matrix[self.rows.to(tensor.device)] = rows.to(matrix)
-        return self.layer.tensor(matrix, pattern)
-
     def count(self, mask: Tensor, pattern: Pattern) -> int:
-        """Units that go of the rows, as plain magnitude has it; for N:M, its inputs."""
+        """Units that go, as plain magnitude has it; for N:M, its inputs."""
         if isinstance(pattern, NM):
             return self.layer.inputs
         return int(pattern.units(mask.flatten(0, 1).float()).sum().round())
 
 
 def _part(calls: Sequence[Product], layer: Layer, pattern: Pattern) -> _Part | str:
-    """The rows that these calls are made with; a reason where they are not whole ones."""
+    """What these calls multiply with; a reason where the pattern reaches beyond it."""
+    at = positions(calls[0])
+    if isinstance(pattern, Unstructured):
+        return _Part(calls, layer, torch.arange(at.shape[2]), at)
     every = torch.arange(layer.weight.numel()).view(layer.weight.shape)
     matrix = layer.matrix(every, pattern)
     place = torch.empty_like(every.flatten())
     place[matrix.flatten()] = torch.arange(matrix.numel())
-    at = place[positions(calls[0])]
-    rows, columns = at // matrix.shape[1], at % matrix.shape[1]
+    rows, columns = place[at] // matrix.shape[1], place[at] % matrix.shape[1]
     whole = at.shape[2] == matrix.shape[1] and bool((rows == rows[:, :, :1]).all())
     if not whole or not bool((columns == columns[:1, :1]).all()):
         return "its weight is used in parts of its rows"
@@ -292,7 +282,8 @@ def _part(calls: Sequence[Product], layer: Layer, pattern: Pattern) -> _Part | s
         first % pattern.rows or (count % pattern.rows and first + count < len(matrix))
     ):
         return "its weight is used in parts of its blocks"
-    return _Part(calls, layer, rows[:, :, 0], columns[0, 0].argsort())
+    order = columns[0, 0].argsort()
+    return _Part(calls, layer, order, at[:, :, order])
 
 
 class _Bias:

@@ -105,6 +105,8 @@ class Sums:
     def error(self, w: Tensor, offset: Tensor) -> float:
         """``||x w + offset - y||^2`` over ``||y||^2`` without its mean; infinite where not finite.
 
+        Where all rows of ``y`` are alike, over ``||y||^2``.
+
         Args:
             w: (groups, unknowns, outputs).
             offset: (groups, 1, outputs).
@@ -112,6 +114,6 @@ class Sums:
         total = self.yy + ((self.xx @ w) * w).sum(1, keepdim=True)
         total = total - 2 * (self.xy * w).sum(1, keepdim=True)
         total = total + offset * (2 * (self.x @ w - self.y) + self.count * offset)
-        scale = float(self.centered().yy.sum())
+        scale = float(self.centered().yy.sum()) or float(self.yy.sum())
         found = float(total.sum().clamp_min(0)) / max(scale, 1e-30)
         return found if found == found else float("inf")
