@@ -117,7 +117,8 @@ def _resnet(depth: int, chosen: argparse.Namespace, folder: str) -> Subject:
         tutor = cifar.network(chosen.teacher) if chosen.teacher else model
         if chosen.tuned:
             before, kept = rf.evaluate(tutor, test), {"checkpoint": f"{folder}/teacher"}
-            tutor = learned(subject, tutor, max(chosen.epochs), 0, resume=True, **kept)
+            first = subject if chosen.tuned == "alike" else replace(subject, options=plain)
+            tutor = learned(first, tutor, max(chosen.epochs), 0, resume=True, **kept)
             print(f"teacher: {before:.2%}, trained {rf.evaluate(tutor, test):.2%}", flush=True)
         tutor = Mirrored(tutor) if chosen.mirrored else tutor
         rf.write_soft_labels(tutor, batches, f"{folder}/labels", views=views)
@@ -281,7 +282,9 @@ def main() -> None:
     parser.add_argument("--teacher", type=int, help="depth of a ResNet to learn from; own if none")
     parser.add_argument("--label-weight", type=float, default=0.1, help="beside soft labels")
     parser.add_argument("--augmented", action="store_true", help="shift and mirror the images")
-    parser.add_argument("--tuned", action="store_true", help="the teacher is trained first, too")
+    parser.add_argument(
+        "--tuned", nargs="?", const="alike", choices=("alike", "plain"), help="a teacher, first"
+    )
     parser.add_argument(
         "--mirrored", action="store_true", help="images at random; the teacher sees both"
     )
