@@ -14,7 +14,15 @@ import torch
 from torch import Tensor
 
 from rarefy.graph.program import Graph, Node
-from rarefy.pruning.running.products import Entries, Product, handed, multiplying, positions, roles
+from rarefy.pruning.running.products import (
+    Entries,
+    Product,
+    handed,
+    multiplying,
+    outputs_dim,
+    positions,
+    roles,
+)
 from rarefy.pruning.running.uses import adjoins
 
 
@@ -162,17 +170,19 @@ def survivors(left: Product, right: Product, kept: Mapping[int, Tensor]) -> Tens
             have all are left out.
     """
     old, new = left.entries.shape, right.entries.shape
+    if not kept and old == new:
+        return torch.arange(right.node.shape[outputs_dim(right)])
     rows = [positions(product).flatten(0, 1) for product in (left, right)]
     at = list(torch.unravel_index(rows[1][:, 0], new))
     for dim, index in kept.items():
         at[dim] = index[at[dim]]
     if any(old[dim] != new[dim] and dim not in kept for dim in range(len(old))):
         return torch.arange(len(rows[1])) if len(rows[0]) == len(rows[1]) else None
-    row = torch.full((prod(old),), -1)
-    row[rows[0]] = torch.arange(len(rows[0]))[:, None].expand(rows[0].shape)
+    row = torch.full((prod(old),), -1, dtype=torch.int32)
+    row[rows[0]] = torch.arange(len(rows[0]), dtype=torch.int32)[:, None].expand(rows[0].shape)
     steps = [prod(old[dim + 1 :]) for dim in range(len(old))]
     found = row[sum(where * step for where, step in zip(at, steps, strict=True))]
-    return None if bool((found < 0).any()) else found
+    return None if bool((found < 0).any()) else found.long()
 
 
 def part_of(product: Product) -> str:
