@@ -244,3 +244,28 @@ def test_units_of_weight_normed_layers_are_measured() -> None:
     assert found.losses[0](shares) == pytest.approx(expected.losses[0](shares), rel=1e-4)
     small = rf.prune(normed, x[:2], rf.Budget(macs=0.5), criterion="compensated", data=[x])
     assert small.pruned.left == 0.5
+
+
+class Cast(nn.Module):
+    """Layers in half precision between others, and one whose weight comes first."""
+
+    def __init__(self, *, is_cast: bool) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 12), nn.Linear(12, 12)
+        self.weight, self.bias = nn.Parameter(torch.randn(8, 12) / 3), nn.Parameter(torch.randn(8))
+        self.c, self.is_cast = nn.Linear(8, 4), is_cast
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.is_cast):
+            x = self.b(self.a(x).relu()).relu().float()
+        y = torch.addmm(self.bias[:, None], self.weight, x.t()).t().relu()
+        return self.c(y)
+
+
+@pytest.mark.parametrize("is_cast", [False, True])
+def test_casts_and_weights_that_come_first_are_measured(is_cast) -> None:
+    torch.manual_seed(0)
+    net, x = Cast(is_cast=is_cast).eval(), randn(64, 6)
+    small = rf.prune(net, x[:3], rf.Budget(macs=0.6), criterion="compensated", data=[x], heal=False)
+    assert small.weight.shape[1] == small.b.out_features
+    assert sum(p.numel() for p in small.parameters()) < sum(p.numel() for p in net.parameters())

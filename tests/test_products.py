@@ -81,8 +81,29 @@ def test_what_is_not_handed_on_as_it_is() -> None:
 
     found, _ = of(Reads((3, 4), call), X)
     assert not found
+    assert not of(Reads((4, 4), lambda x, w, b: x @ torch.mm(w, w)), X)[0]
     found, _ = of(Reads((4, 4, 2), lambda x, w, b: (x + 0j) @ torch.view_as_complex(w)), X)
     assert not found
+
+
+VIEWS = {
+    "row": lambda w: w[1],
+    "part of a row": lambda w: w[0, 2:, ::2],
+    "turned": lambda w: w[:, 1:].transpose(1, 2),
+    "reshaped": lambda w: w.transpose(0, 1).reshape(3, -1)[:2],
+    "unbound": lambda w: w.unbind(1)[2],
+    "in windows": lambda w: w.unfold(1, 2, 1)[:, 1],
+}
+
+
+@pytest.mark.parametrize("name", VIEWS)
+def test_positions_are_those_of_the_entries(name) -> None:
+    take = VIEWS[name]
+    _, held = of(Reads((2, 3, 4), lambda x, w, b: x.sum() * take(w)), X)
+    entries = list(held.values())[-1]
+    every = torch.arange(24).view(2, 3, 4)
+    assert torch.equal(entries.index, take(every))
+    assert entries.span == (int(take(every).min()), int(take(every).max()))
 
 
 def test_of_two_parameters_the_second_is_multiplied_with() -> None:

@@ -483,6 +483,42 @@ def test_parts_of_a_parameter_are_solved_each(name) -> None:
     assert (solved - wanted).square().mean() < 0.9 * (magnitude - wanted).square().mean()
 
 
+def test_blocks_stay_whole_where_rows_are_read_in_another_order() -> None:
+    torch.manual_seed(1)
+    net = Parts(
+        (16, 12), lambda x, w: F.linear(x, w.view(4, 4, 12).transpose(0, 1).reshape(16, 12))
+    )
+    x = torch.randn(256, 12) @ torch.randn(12, 12)
+    found = rf.prune(net, x[:2], Budget(sparsity=0.5), structure="4x1", data=[x])
+    assert set((found.weight == 0).view(4, 4, 12).sum(1).flatten().tolist()) == {0, 4}
+    assert found.sparsified.fallback == {"weight": "its weight is used in parts of its blocks"}
+
+
+class Autocast(nn.Module):
+    """Layers whose weights and biases are cast before they are used."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(32, 32) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            for layer in self.layers:
+                x = F.relu(layer(x))
+        return x.float()
+
+
+def test_layers_behind_a_cast_bias_see_the_new_one() -> None:
+    torch.manual_seed(0)
+    net, x = Autocast().eval(), torch.randn(512, 32) + 0.5
+    found = rf.prune(net, x[:2], Budget(sparsity=0.6), structure="weight", data=[x])
+    plain = rf.prune(net, x[:2], Budget(sparsity=0.6), structure="weight")
+    new = torch.randn(512, 32) + 0.5
+    with torch.no_grad():
+        wanted, solved, magnitude = (m(new) for m in (net, found, plain))
+    assert (solved - wanted).square().mean() < 0.8 * (magnitude - wanted).square().mean()
+
+
 def test_zeros_of_a_bias_of_two_dimensions_stay() -> None:
     torch.manual_seed(0)
 

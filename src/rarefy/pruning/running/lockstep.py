@@ -84,7 +84,8 @@ class Run:
                 value = self._value(node, values)
                 values[node.name] = map_tensors(torch.clone, value) if node.op == "input" else value
             if node.name in shifts:
-                values[node.name] = values[node.name] + shifts[node.name]
+                value = values[node.name]
+                values[node.name] = value + shifts[node.name].to(value.dtype)
             dead = self._last_use[node.name]
         raise AssertionError("a graph ends with its output")
 

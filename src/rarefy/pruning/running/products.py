@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import cached_property
 from math import prod
 from typing import Any
 
@@ -42,8 +43,18 @@ class Entries:
     @property
     def index(self) -> Tensor:
         """For each entry that is handed on, its position in the flattened parameter."""
+        with suppress(RuntimeError):  # of a large parameter, no more than is handed on
+            if self.views and self.shape:
+                steps = [viewed(self.way, where) for where in _steps(self.shape)]
+                return torch.stack(steps).sum(0)
         found: Tensor = viewed(self.way, torch.arange(prod(self.shape)).view(self.shape))
         return found
+
+    @cached_property
+    def span(self) -> tuple[int, int]:
+        """The first and the last of these positions."""
+        index = self.index
+        return (int(index.min()), int(index.max())) if index.numel() else (0, -1)
 
     @property
     def quantizer(self) -> Node | None:
@@ -70,7 +81,16 @@ class Entries:
             return False
         if not self.views or not other.views:
             return True
+        if self.span[1] < other.span[0] or other.span[1] < self.span[0]:
+            return False
         return bool(torch.isin(self.index, other.index).any())
+
+
+def _steps(shape: Sequence[int]) -> Iterator[Tensor]:
+    """Of the position of each entry, what each dimension adds to it, in the memory of one line."""
+    for dim, size in enumerate(shape):
+        line = torch.arange(size) * prod(shape[dim + 1 :])
+        yield line.view([-1 if d == dim else 1 for d in range(len(shape))]).expand(tuple(shape))
 
 
 def _nothing(ref: Ref) -> None:
@@ -217,6 +237,8 @@ def _product(graph: Graph, node: Node, held: Mapping[str, Entries]) -> Iterator[
         return
     if len(operands) != 2 or not all(isinstance(operand, Ref) for operand in operands):
         return
+    if operands[0] == operands[1]:
+        return  # a square
     kept = [operand.name in held for operand in operands]
     if not any(kept):
         return
@@ -263,11 +285,12 @@ def matrix(product: Product, weight: Tensor) -> Tensor:
 
 
 def outputs_dim(product: Product) -> int:
-    """Dimension of the result that the outputs of a layer lie along."""
+    """Dimension of the result that the outputs of a layer lie along: the last of several."""
     if product.letters is None:
         return 1
-    _, outputs, _ = roles(product.letters)
-    return product.letters[2].index(outputs[0]) - len(product.letters[2])
+    x, weight, result = product.letters
+    own = [dim for dim, letter in enumerate(result) if letter in weight and letter not in x]
+    return own[-1] - len(result) if own else -1
 
 
 def inputs_dim(product: Product) -> int | None:

@@ -17,7 +17,7 @@ from rarefy.graph.program import Graph
 from rarefy.graph.trace import Network
 from rarefy.pruning.running.inputs import rows
 from rarefy.pruning.running.lockstep import Run
-from rarefy.pruning.running.products import Product, matrix, products, roles
+from rarefy.pruning.running.products import Product, matrix, outputs_dim, products, roles
 from rarefy.pruning.scoring.surgeon import Columns, Reader
 from rarefy.types import Inputs
 
@@ -177,7 +177,7 @@ def _of(site: _Site, sums: _Sums, parameters: Mapping[str, Tensor]) -> Iterator[
     node, parameter = product.node, parameters[product.path]
     grams, means = sums.moments()
     weight = parameter.detach().cpu().double().flatten()[positions]
-    dim = 1 if node.kind.startswith("conv") else -1
+    dim = outputs_dim(product)
     dim = dim - 1 if dim == 1 and len(node.shape) == parameter.ndim - 1 else dim
     for group, own in enumerate(site.columns):
         if own:

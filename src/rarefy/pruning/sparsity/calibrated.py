@@ -156,6 +156,7 @@ class Calibration:
         for _, two in runs:
             for call in part.calls:
                 two.renew(call.entries.way)
+                two.renew(call.bias.way if call.bias is not None else ())
 
     def _activations(
         self, part: _Part, one: Run, two: Run
@@ -277,9 +278,12 @@ def _part(calls: Sequence[Product], layer: Layer, pattern: Pattern) -> _Part | s
     whole = at.shape[2] == matrix.shape[1] and bool((rows == rows[:, :, :1]).all())
     if not whole or not bool((columns == columns[:1, :1]).all()):
         return "its weight is used in parts of its rows"
-    first, count = int(rows.min()), rows[:, :, 0].numel()
+    lines = rows[:, :, 0].flatten()
+    first, end = int(lines[0]), int(lines[0]) + len(lines)
     if isinstance(pattern, Block) and (
-        first % pattern.rows or (count % pattern.rows and first + count < len(matrix))
+        first % pattern.rows
+        or (end % pattern.rows and end < len(matrix))
+        or not torch.equal(lines, torch.arange(first, end))
     ):
         return "its weight is used in parts of its blocks"
     order = columns[0, 0].argsort()
