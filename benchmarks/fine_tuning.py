@@ -6,11 +6,12 @@ Every method starts from the same trained network, keeps the same share of its m
 and is then trained with the same optimizer, learning rate, batches and number of epochs: on the
 labels alone, or, where rarefy pruned it, on soft labels, too, which are stored once for images: the
 original's, or those of a larger ResNet (``--teacher 56``). With ``--tuned`` the teacher is trained
-first, in the same way and as long, on the labels: work beside that on the small network, once for
-all of them; with ``--mirrored`` it is asked of an image and its mirror image, and images are
-mirrored at random. With ``--shifted`` a network that learns sees them shifted at random, and the
-teacher that answers in their place. With ``--norms`` the statistics of BatchNorm are estimated anew
-after training, on images as they are (Izmailov et al. 2018 do so for averaged weights).
+first, as long, on the labels and the same images, as the small network is (``alike``) or by SGD
+whose rate ends at zero (``plain``): work beside that on the small network, once for all of them.
+With ``--mirrored`` it is asked of an image and its mirror image, and images are mirrored at random.
+With ``--shifted`` a network that learns sees them shifted at random; its teacher was asked of them
+in their place. With ``--norms`` the statistics of BatchNorm are estimated anew after training, on
+images as they are (Izmailov et al. 2018 do so for averaged weights).
 ``unpruned`` is the original itself, trained as long on the labels.
 """
 
@@ -283,7 +284,7 @@ def main() -> None:
     parser.add_argument("--label-weight", type=float, default=0.1, help="beside soft labels")
     parser.add_argument("--augmented", action="store_true", help="shift and mirror the images")
     parser.add_argument(
-        "--tuned", nargs="?", const="alike", choices=("alike", "plain"), help="a teacher, first"
+        "--tuned", nargs="?", const="alike", choices=("alike", "plain"), help="train it first"
     )
     parser.add_argument(
         "--mirrored", action="store_true", help="images at random; the teacher sees both"

@@ -79,15 +79,16 @@ def mean_squares(
     """
     found: dict[str, Tensor] = {}
     examples = sum(map(batch_size, parts))
+    multiplied = [(p, p.index.flatten()) for p in products(model.graph, weights)]
     with evaluating(model):
         for part in parts:
             run = Run(model, part)
-            for product in products(model.graph, weights):
+            for product, index in multiplied:
                 run.before(product.node)
                 path, shape = product.path, product.entries.shape
                 total = found.setdefault(path, torch.zeros(shape, dtype=torch.float64))
                 added = squares(product, run.values).flatten().cpu().double() / examples
-                total.view(-1).index_add_(0, product.index.flatten(), added)
+                total.view(-1).index_add_(0, index, added)
     for path, total in found.items():
         if not bool(torch.isfinite(total).all()):
             raise DataError(

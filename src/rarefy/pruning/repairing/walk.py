@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TypeAlias
 
 import numpy as np
@@ -287,12 +288,11 @@ class _Layer:
         if not solved.is_better:
             return
         layer, tensor = self._layer, self.walk.second.tensor
-        put(tensor(layer.path), positions(layer), solved.values)
+        put(tensor(layer.path), self._positions, solved.values)
         if layer.bias is not None:
             put(tensor(layer.bias.path), layer.bias.index, solved.bias)
-        ways = [e.way for call in self.calls for e in (call.right.entries, call.right.bias) if e]
         for _, two, _ in runs:
-            for way in ways:
+            for way in (way for call in self.calls for way in call.right.ways):
                 two.renew(way)
         moved = [entries for entries in (layer.entries, layer.bias) if entries is not None]
         self.walk.changed.append((self.name, moved))
@@ -339,10 +339,15 @@ class _Layer:
         """The first of the calls."""
         return self.calls[0].right
 
+    @cached_property
+    def _positions(self) -> Tensor:
+        """Where the entries of its weight are in the parameter."""
+        return positions(self._layer)
+
     def _weights(self) -> Weights | None:
         """What the system needs to know; None where the grid is of an unknown form."""
         second, layer = self.walk.second, self._layer
-        held, at = second.tensor(layer.path).detach(), positions(layer)
+        held, at = second.tensor(layer.path).detach(), self._positions
         values = picked(held, at).double()
         grid: Grid | None = None
         if layer.entries.quantizer is not None:

@@ -43,11 +43,11 @@ class Entries:
     @property
     def index(self) -> Tensor:
         """For each entry that is handed on, its position in the flattened parameter."""
-        with suppress(RuntimeError):  # of a large parameter, no more than is handed on
-            if self.views and self.shape:
-                steps = [viewed(self.way, where) for where in _steps(self.shape)]
+        if self.views:
+            with suppress(RuntimeError):  # of a large parameter, no more than is handed on
+                steps = [viewed(self.views, where) for where in _steps(self.shape)]
                 return torch.stack(steps).sum(0)
-        found: Tensor = viewed(self.way, torch.arange(prod(self.shape)).view(self.shape))
+        found: Tensor = viewed(self.views, torch.arange(prod(self.shape)).view(self.shape))
         return found
 
     @cached_property
@@ -157,6 +157,11 @@ class Product:
     def index(self) -> Tensor:
         """For each entry of the operand, its position in the flattened parameter."""
         return self.entries.index
+
+    @property
+    def ways(self) -> tuple[tuple[Node, ...], ...]:
+        """The calls that hand on what it reads of the network alone: its weight, and its bias."""
+        return tuple(own.way for own in (self.entries, self.bias) if own is not None)
 
     @property
     def has_rows(self) -> bool:
@@ -275,7 +280,7 @@ def matrix(product: Product, weight: Tensor) -> Tensor:
     if product.letters is not None:
         shared, outputs, unknowns = roles(product.letters)
         return arranged(weight, product.letters[1], shared, outputs, unknowns)
-    groups = int(product.node.argument("groups"))
+    groups = product.groups
     if product.node.kind in DECONVOLUTIONS:
         inputs, outs = weight.shape[:2]
         split = weight.reshape(groups, inputs // groups, outs, *weight.shape[2:])
@@ -309,9 +314,11 @@ def inputs_dim(product: Product) -> int | None:
         shared, outputs, unknowns = roles(product.letters)
         if shared or len(outputs) != 1 or len({*outputs, *unknowns}) < len(product.letters[1]):
             return None
+    if len(shape) < 2:
+        return None
     at = positions(product)
-    if len(shape) < 2 or not at.numel():
-        return 1 if len(shape) > 1 else None
+    if not at.numel():
+        return 1
     row, outputs_of = at[0, 0], at[:, :, 0].flatten()
     for dim in (1, 0) if groups == 1 else (0,):
         told = shape[1 - dim]

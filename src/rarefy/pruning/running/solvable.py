@@ -84,7 +84,7 @@ class Layers:
     def unsolvable(self, uses: Sequence[Product]) -> str:
         """Why the weight of one call, or of several at once, cannot be solved for; or empty."""
         first = uses[0]
-        if not first.index.numel():
+        if 0 in self.graph.by_name[first.weight].shape:
             return "its weight has no entries"
         if self._is_read(first.entries, {(use.node.name, use.weight) for use in uses}):
             return "its weight is used several times"

@@ -188,16 +188,16 @@ def _norms(job: Job) -> dict[str, Any]:
     sums = Sums(job.model)
     covered: set[str] = set()
 
-    def read(product: Product, values: Mapping[str, Any]) -> dict[str, Tensor]:
+    def read(product: Product, index: Tensor, values: Mapping[str, Any]) -> dict[str, Tensor]:
         found = squares(product, values)
         flat = sums.totals[sums.paths[product.path]].view(-1)
-        flat.index_add_(0, product.index.reshape(-1).to(flat.device), found.reshape(-1).to(flat))
+        flat.index_add_(0, index.to(flat.device), found.reshape(-1).to(flat))
         return {}
 
     def attach(running: Watched, _: Sequence[End]) -> None:
         for product in products(running.graph, _weights(running)):
             covered.update(_aliases(sums, product.path))
-            running.watch(product.node.name, partial(read, product))
+            running.watch(product.node.name, partial(read, product, product.index.flatten()))
 
     sums.samples = _inputs_seen(job, attach)
     means = sums.means()

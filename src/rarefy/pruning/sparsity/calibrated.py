@@ -154,9 +154,8 @@ class Calibration:
                 add_rows((fit, check), product, operands, y, seen, share, generator)
         self._reconstruct(part, part.ordered(fit), part.ordered(check))
         for _, two in runs:
-            for call in part.calls:
-                two.renew(call.entries.way)
-                two.renew(call.bias.way if call.bias is not None else ())
+            for way in (way for call in part.calls for way in call.ways):
+                two.renew(way)
 
     def _activations(
         self, part: _Part, one: Run, two: Run
