@@ -1,6 +1,8 @@
 """A small network around one function, and the check that removing its units equals masking."""
 
+import dis
 from collections.abc import Callable
+from types import FunctionType
 
 import numpy as np
 import torch
@@ -15,8 +17,22 @@ from rarefy.pruning.structure.surgery import rewrite
 X = torch.randn(3, 5, generator=torch.Generator().manual_seed(0))
 
 
+def reads(function: Callable[..., Tensor], name: str) -> bool:
+    """Whether the code of a function, or of one around which it closes, names this."""
+    if not isinstance(function, FunctionType):
+        return True
+    named = {repr(i.argval) for i in dis.get_instructions(function)}
+    inner = (cell.cell_contents for cell in function.__closure__ or ())
+    return any(repr(name) in each for each in named) or any(
+        reads(value, name) for value in inner if callable(value)
+    )
+
+
 class Net(nn.Module):
-    """``y`` and ``z`` (3, 8) from two layers, a function of both, and a last layer."""
+    """``y`` and ``z`` (3, 8) from two layers, a function of both, and a last layer.
+
+    It holds no parameter that the function does not read: those have it captured in training, too.
+    """
 
     def __init__(self, function: Callable[..., Tensor], width: int) -> None:
         super().__init__()
@@ -24,6 +40,10 @@ class Net(nn.Module):
             torch.manual_seed(0)
             self.y, self.z, self.out = nn.Linear(5, 8), nn.Linear(5, 8), nn.Linear(width, 2)
             self.table = nn.Parameter(torch.randn(8, 8))
+        if not reads(function, "table"):
+            del self.table
+        if not reads(function, "z"):
+            self.z = self.y
         self.register_buffer("order", torch.tensor([3, 1, 7, 0, 2, 5, 4, 6]))
         self.function = function
         self.eval()

@@ -172,19 +172,15 @@ def test_compress_from_end_to_end(whole: tuple[Path, Any]) -> None:
     assert left == {"compressed", "net.py", "recipe.yaml"}
 
 
-@pytest.mark.parametrize(
-    ("name", "status"), [("SIGKILL", -signal.SIGKILL), ("SIGINT", 130)], ids=["killed", "Ctrl-C"]
-)
-def test_a_run_that_is_stopped_continues(
-    whole: tuple[Path, Any], tmp_path: Path, name: str, status: int
-) -> None:
+def test_a_run_that_is_stopped_continues(whole: tuple[Path, Any], tmp_path: Path) -> None:
+    """Killed, then interrupted by Ctrl-C, then left alone."""
     recipe, out = write_recipe(tmp_path), tmp_path / "compressed"
-    found = command("compress", recipe, OUT=str(out), AFTER="pruned", STOP=name)
-    assert found.returncode == status, found.stderr
-    assert list(json.loads((out / "run.json").read_text())["stages"]) == ["teacher", "pruned"]
-    if name == "SIGINT":
-        assert "Traceback" not in found.stderr
-        assert "--resume continues after the last complete stage" in found.stderr
+    for name, status, options in (("SIGKILL", -signal.SIGKILL, ()), ("SIGINT", 130, ["--resume"])):
+        found = command("compress", recipe, *options, OUT=str(out), AFTER="pruned", STOP=name)
+        assert found.returncode == status, found.stderr
+        assert list(json.loads((out / "run.json").read_text())["stages"]) == ["teacher", "pruned"]
+    assert "Traceback" not in found.stderr
+    assert "--resume continues after the last complete stage" in found.stderr
     resumed = invoke("compress", recipe, "--resume")
     assert resumed.exit_code == 0, resumed.output
     assert "teacher: complete in" in resumed.stderr

@@ -117,7 +117,7 @@ def test_half_of_the_blocks_of_a_network_go(name, tmp_path) -> None:
     assert torch.equal(output(again, inputs), output(small, inputs))
 
 
-@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2", "vit", "bert"])
+@pytest.mark.parametrize("name", ["resnet18", "vit", "bert"])
 def test_nothing_of_a_block_is_left_in_the_exported_file(name, tmp_path) -> None:
     model, inputs = made(name)
     kinds = ("Conv", "MatMul", "Gemm", "Add", "ConstantOfShape", "Expand", "Relu", "Mul")

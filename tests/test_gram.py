@@ -95,6 +95,8 @@ def test_sums_tell_the_error_of_the_rows() -> None:
         sums.add(x[:, part : part + 20], y[:, part : part + 20])
     expected = (x @ w + offset - y).square().sum() / (y - y.mean(1, keepdim=True)).square().sum()
     assert sums.error(w, offset) == pytest.approx(float(expected))
+    expected = (x @ w + offset - y).square().sum() / y.square().sum()
+    assert sums.error(w, offset, about_mean=False) == pytest.approx(float(expected))
     centered, x0, y0 = sums.centered(), x - x.mean(1, keepdim=True), y - y.mean(1, keepdim=True)
     torch.testing.assert_close(centered.xx, x0.transpose(1, 2) @ x0)
     torch.testing.assert_close(centered.xy, x0.transpose(1, 2) @ y0)

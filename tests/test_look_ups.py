@@ -55,8 +55,10 @@ SCHEMES = {
 }
 
 
-@pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize(
+    ("scheme", "tied"),
+    [*((scheme, False) for scheme in SCHEMES), ("int8", True), ("4 bits, blocks", True)],
+)
 def test_no_table_of_real_numbers_is_stored_or_made(scheme, tied, tmp_path):
     model = Words(rows=3000, tied=tied, padding=0).eval()
     ids = torch.randint(3000, (4, 7))

@@ -592,6 +592,28 @@ class Deep(nn.Module):
         return self.head(x)
 
 
+class Twice(nn.Module):
+    """A layer that reads its own outputs: repair cannot solve it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.twice = nn.Linear(8, 24), nn.Linear(24, 24)
+        self.head = nn.Linear(24, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.twice(self.twice(self.first(x)).relu())
+        out: Tensor = self.head(x.relu())
+        return out
+
+
+def test_what_repair_leaves_alone_is_noted(tmp_path: Path) -> None:
+    changes = {"train": None, "prune": PruneStage(macs=0.49), "distill": None, "quantize": None}
+    result = run(tmp_path, Twice(), stages=ALL.model_copy(update=changes))
+    notes = result.report.stages[-1].notes
+    assert result.report.stages[-1].name == "repaired"
+    assert "not repaired: twice: its weight is used several times" in notes
+
+
 @pytest.mark.parametrize("repaired", [True, False])
 @pytest.mark.parametrize("structure", ["weight", "2:4"])
 def test_zeros_stay_through_training_and_quantization(

@@ -144,7 +144,7 @@ def test_pruning_random_networks_equals_masking_them(network, budget, seed, trai
 
 
 @pytest.mark.slow
-@settings(max_examples=30, **{**PATIENT, "derandomize": False})
+@settings(max_examples=12, **{**PATIENT, "derandomize": False})
 @given(*EXAMPLE)
 def test_pruning_many_random_networks_equals_masking_them(network, budget, seed, train) -> None:
     check_everything(*network, budget, seed, train)

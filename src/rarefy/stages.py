@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,10 +11,11 @@ from torch import nn
 
 from rarefy.batches import Leading
 from rarefy.distillation.losses import KD
+from rarefy.errors import shortened
 from rarefy.gains import quantize
 from rarefy.measured import prune
 from rarefy.pruning.narrow import Pruned
-from rarefy.pruning.repair import repair
+from rarefy.pruning.repair import Repaired, repair
 from rarefy.pruning.sparsity.masks import hold
 from rarefy.pruning.sparsity.sparsify import Sparsified
 from rarefy.recipe.options import DistillStage, PruneStage, QuantizeStage, Stages
@@ -114,8 +115,20 @@ def _repaired(job: Job, before: Mapping[str, nn.Module]) -> Made:
     if options is None:
         return student, ()
     healed = repair(before["teacher"], student, job.train, samples=options.samples, seed=job.seed)
+    record = healed.repaired
+    assert isinstance(record, Repaired)
     accuracy = evaluate(healed, job.test)
-    return healed, (f"accuracy after repair, before any training: {accuracy:.2%}",)
+    note = f"accuracy after repair, before any training: {accuracy:.2%}"
+    return healed, (note, *_unrepaired(record.skipped))
+
+
+def _unrepaired(skipped: Mapping[str, str]) -> Iterator[str]:
+    """What repair left as it was, a note for each reason."""
+    layers: dict[str, list[str]] = {}
+    for layer, reason in skipped.items():
+        layers.setdefault(reason, []).append(layer or "every layer")
+    for reason, names in layers.items():
+        yield f"not repaired: {shortened(names, 4)}: {reason}"
 
 
 def _sparse(job: Job, before: Mapping[str, nn.Module]) -> Made:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from contextlib import suppress
 from dataclasses import dataclass
 from enum import Enum
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -105,15 +106,17 @@ def solve(fit: Sums, check: Sums, weights: Weights) -> Solved:
     tried = [weights.values]
     with suppress(torch.linalg.LinAlgError):  # type: ignore[attr-defined]
         tried.append(least_squares(sums, hessian, weights))
-    before = error(judged, weights.values, weights.bias)
-    limit = float("inf") if weights.grid is None else error(seen, weights.values, weights.bias)
+    error = partial(Sums.error, about_mean=False)
+    old = weights.values.transpose(1, 2)
+    before = error(judged, old, weights.bias)
+    limit = float("inf") if weights.grid is None else error(seen, old, weights.bias)
     best = Solved(weights.values, weights.bias, (before, before))
     for values in tried:
-        bias = weights.bias
+        w, bias = values.transpose(1, 2), weights.bias
         if weights.mean is Mean.BIAS:
-            bias = (fit.y - fit.x @ values.transpose(1, 2)) / max(fit.count, 1)
-        after = error(judged, values, bias)
-        if after < best.errors[1] and error(seen, values, bias) <= limit:
+            bias = (fit.y - fit.x @ w) / max(fit.count, 1)
+        after = error(judged, w, bias)
+        if after < best.errors[1] and error(seen, w, bias) <= limit:
             best = Solved(values, bias, (before, after))
     return best
 
@@ -184,13 +187,3 @@ def conjugate_gradients(optimum: Tensor, hessian: Tensor, gone: Tensor, start: T
         last, size = size, (residual * ready).sum(2, keepdim=True)
         direction = ready + torch.where(last > 0, size / last, 0.0) * direction
     return w
-
-
-def error(check: Sums, values: Tensor, bias: Tensor) -> float:
-    """``||x w + b - y||^2`` over ``||y||^2``, of the sums as given; infinite where not finite."""
-    w = values.transpose(1, 2)
-    total = check.yy + ((check.xx @ w) * w - 2 * check.xy * w).sum(1, keepdim=True)
-    total = total + bias * (2 * (check.x @ w - check.y) + check.count * bias)
-    scale = float(check.yy.sum())
-    found = max(float(total.sum()), 0.0) / max(scale, 1e-30)
-    return found if found == found else float("inf")

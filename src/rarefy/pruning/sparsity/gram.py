@@ -102,18 +102,16 @@ class Sums:
             torch.zeros_like(self.y),
         )
 
-    def error(self, w: Tensor, offset: Tensor) -> float:
-        """``||x w + offset - y||^2`` over ``||y||^2`` without its mean; infinite where not finite.
-
-        Where all rows of ``y`` are alike, over ``||y||^2``.
+    def error(self, w: Tensor, offset: Tensor, *, about_mean: bool = True) -> float:
+        """``||x w + offset - y||^2`` over ``||y||^2``; infinite where not finite.
 
         Args:
             w: (groups, unknowns, outputs).
             offset: (groups, 1, outputs).
+            about_mean: ``||y||^2`` without the mean of ``y``, unless all its rows are alike.
         """
-        total = self.yy + ((self.xx @ w) * w).sum(1, keepdim=True)
-        total = total - 2 * (self.xy * w).sum(1, keepdim=True)
+        total = self.yy + ((self.xx @ w) * w - 2 * self.xy * w).sum(1, keepdim=True)
         total = total + offset * (2 * (self.x @ w - self.y) + self.count * offset)
-        scale = float(self.centered().yy.sum()) or float(self.yy.sum())
-        found = float(total.sum().clamp_min(0)) / max(scale, 1e-30)
+        scale = (about_mean and float(self.centered().yy.sum())) or float(self.yy.sum())
+        found = max(float(total.sum()), 0.0) / max(scale, 1e-30)
         return found if found == found else float("inf")
