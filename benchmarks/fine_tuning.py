@@ -10,7 +10,8 @@ first, as long, on the labels and the same images, as the small network is (``al
 whose rate ends at zero (``plain``): work beside that on the small network, once for all of them.
 With ``--mirrored`` it is asked of an image and its mirror image, and images are mirrored at random.
 With ``--shifted`` a network that learns sees them shifted at random; its teacher was asked of them
-in their place. With ``--norms`` the statistics of BatchNorm are estimated anew after training, on
+in their place, or, with ``--replayed``, of the very images that it sees, of every epoch anew. With
+``--norms`` the statistics of BatchNorm are estimated anew after training, on
 images as they are (Izmailov et al. 2018 do so for averaged weights).
 ``unpruned`` is the original itself, trained as long on the labels.
 """
@@ -122,6 +123,11 @@ def _resnet(depth: int, chosen: argparse.Namespace, folder: str) -> Subject:
             tutor = learned(first, tutor, max(chosen.epochs), 0, resume=True, **kept)
             print(f"teacher: {before:.2%}, trained {rf.evaluate(tutor, test):.2%}", flush=True)
         tutor = Mirrored(tutor) if chosen.mirrored else tutor
+        if chosen.replayed:
+            move, views = partial(moved, most=chosen.shifted), max(chosen.epochs)
+            data = rf.soft_labels.Replay(TensorDataset(x, y), move, seed=0)
+            batches = DataLoader(data, 128, shuffle=True, drop_last=True)
+            subject = replace(subject, train=batches, wrap=partial(Shifted, most=0))
         rf.write_soft_labels(tutor, batches, f"{folder}/labels", views=views)
         subject = replace(subject, teacher=rf.SoftLabels(f"{folder}/labels"))
     return subject
@@ -135,6 +141,14 @@ def same(image: Tensor) -> Tensor:
 def flip(image: Tensor) -> Tensor:
     """The image, mirrored at random."""
     return image.flip(-1) if torch.rand(()) < 0.5 else image
+
+
+def moved(image: Tensor, most: int) -> Tensor:
+    """The image (C, H, W), shifted by up to ``most`` pixels either way, and mirrored, at random."""
+    height, width = image.shape[1:]
+    down, right = torch.randint(2 * most + 1, (2,)).tolist()
+    padded = nn.functional.pad(image[None], (most,) * 4, mode="reflect")[0]
+    return flip(padded[:, down : down + height, right : right + width])
 
 
 class Mirrored(nn.Module):
@@ -290,6 +304,9 @@ def main() -> None:
         "--mirrored", action="store_true", help="images at random; the teacher sees both"
     )
     parser.add_argument("--shifted", type=int, default=0, help="images, by up to so many pixels")
+    parser.add_argument(
+        "--replayed", action="store_true", help="soft labels of the images that are seen"
+    )
     parser.add_argument("--muon", action="store_true", help="instead of SGD, on images")
     parser.add_argument("--min-lr-rate", type=float, default=0.0, help="where it ends, on images")
     parser.add_argument("--norms", type=int, default=0, help="images for BatchNorms, at the end")
