@@ -71,6 +71,19 @@ class Slices(nn.Module):
         return F.linear(x, a) * F.linear(x, b).sigmoid()
 
 
+class Cast(nn.Module):
+    """Parameters in bfloat16 that are read in single precision."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(6, 8, dtype=torch.bfloat16)
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, x):
+        inner = self.inner
+        return self.head(F.linear(x, inner.weight.float(), inner.bias.float()).relu())
+
+
 def normed(norm):
     return nn.Sequential(
         norm(nn.Conv2d(3, 8, 3, bias=False)), nn.BatchNorm2d(8), nn.ReLU(), norm(nn.Conv2d(8, 4, 1))
@@ -94,6 +107,7 @@ NETWORKS = {
     ),
     "products": (Products, rows, 4, None),
     "slices": (Slices, rows, 2, None),
+    "cast": (Cast, rows, 2, ["inner", "head"]),
 }
 """Name -> (network, inputs, calls of layers in int8, names of the layers)."""
 

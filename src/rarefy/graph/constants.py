@@ -145,7 +145,7 @@ class _Folding:
         sources = [graph.by_name[name] for name in sorted(self.sources[arg.name])]
         held = [self.net.tensor(source.path) for source in sources]
         for source, tensor in zip(sources, held, strict=True):
-            if tensor.shape == value.shape and torch.equal(tensor, value):
+            if tensor.dtype == value.dtype and torch.equal(tensor, value):
                 return source
         if value.numel() > sum(tensor.numel() for tensor in held):
             return None
