@@ -11,7 +11,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from rarefy.copies import fingerprint
@@ -686,3 +686,55 @@ def test_labels_that_are_the_tokens_themselves_are_told() -> None:
     distill(Tokens(), Tokens(), same, label_weight=0, **QUICK)  # nobody reads them
     shifted = nn.functional.pad(tokens[:, 1:], (0, 1), value=-100)
     train(Tokens(), [{"input_ids": tokens, "labels": shifted}], **QUICK)
+
+
+BUFFERS = {
+    "expanded": lambda: torch.zeros(1).expand(5),
+    "sparse": lambda: torch.eye(5).to_sparse(),
+    "float8": lambda: torch.zeros(5).to(torch.float8_e4m3fn),
+    "quantized": lambda: torch.quantize_per_tensor(torch.zeros(5), 0.1, 0, torch.qint8),
+}
+
+
+class Counting(nn.Module):
+    """Counts its batches in a buffer whose entries are one number, beside a buffer of any kind."""
+
+    def __init__(self, buffer: Tensor) -> None:
+        super().__init__()
+        self.layer = nn.Linear(6, 3)
+        self.register_buffer("kept", buffer)
+        self.register_buffer("count", torch.zeros(1).expand(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.count[:1] += 1
+        out: Tensor = self.layer(x)
+        return out
+
+
+@pytest.mark.filterwarnings("ignore:.*quantize_per_tensor")
+@pytest.mark.filterwarnings("ignore:TypedStorage is deprecated")
+@pytest.mark.parametrize("kind", BUFFERS)
+def test_buffers_of_all_kinds_come_through_averages_and_the_best_weights(kind) -> None:
+    data = [(torch.randn(8, 6), torch.randint(3, (8,))) for _ in range(4)]
+    options = {"epochs": 2, "lr": 0.1, "progress": False}
+    averaged = train(Counting(BUFFERS[kind]()), data, ema=0.5, **options)
+    assert 1 < float(averaged.count[0]) <= 8
+    assert len(averaged.count.unique()) == 1
+    best = train(Counting(BUFFERS[kind]()), data, val=data, keep="best", **options)
+    assert float(best.count[0]) in (4, 8)
+    for net in (averaged, best):
+        assert type(net.kept) is type(BUFFERS[kind]())
+        assert net.kept.dtype == BUFFERS[kind]().dtype
+
+
+@pytest.mark.filterwarnings("ignore:.*quantize_per_tensor")
+@pytest.mark.filterwarnings("ignore:TypedStorage is deprecated")
+@pytest.mark.parametrize("kind", ["sparse", "quantized"])
+def test_tensors_that_files_do_not_hold_are_refused_by_name(kind, tmp_path) -> None:
+    data = [(torch.randn(8, 6), torch.randint(3, (8,)))]
+    net = Counting(BUFFERS[kind]())
+    with pytest.raises(InputError, match=rf"train\(checkpoint=...\): 'kept' of Counting is {kind}"):
+        train(net, data, checkpoint=tmp_path, progress=False)
+    assert not list(tmp_path.iterdir())
+    assert not float(net.count[0])

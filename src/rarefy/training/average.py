@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from rarefy.copies import copied
-from rarefy.training.networks import tensors_of
+from rarefy.training.networks import tensors_of, unexpanded
 
 
 class Average:
@@ -50,13 +50,14 @@ class Average:
 def follow(average: nn.Module, network: nn.Module, share: float) -> None:
     """Move all tensors of an average by a share of the way to those of its network.
 
-    Tensors that are not of floating point are copied.
+    Tensors that are not of floating point are copied, as are sparse ones and those of 8 bits.
     """
     moves: tuple[list[Tensor], list[Tensor]] = ([], [])
     for (_, own), (_, its) in zip(tensors_of(average), tensors_of(network), strict=True):
-        if own.is_floating_point():
-            moves[0].append(own)
-            moves[1].append(its)
+        target, source = unexpanded(own), unexpanded(its, own)
+        if own.is_floating_point() and own.layout is torch.strided and own.dtype.itemsize > 1:
+            moves[0].append(target)
+            moves[1].append(source)
         else:
-            own.copy_(its)
+            target.copy_(source)
     torch._foreach_lerp_(*moves, share)

@@ -14,6 +14,7 @@ from torch import nn
 from rarefy.batches import tensors
 from rarefy.copies import fingerprint
 from rarefy.training.job import Job
+from rarefy.training.networks import require_dense
 from rarefy.training.objective import Objective
 from rarefy.training.options import TrainOptions
 from rarefy.training.teachers import Aside
@@ -22,6 +23,8 @@ from rarefy.training.teachers import Aside
 def identity_of(objective: Objective, length: int, job: Job, processes: int) -> dict[str, str]:
     """Names and values of all that a training depends on, beside the data themselves."""
     networks = {"network": objective.network, **objective.teachers}
+    for network in networks.values():
+        require_dense(network, f"{job.where}(checkpoint=...)")
     return {
         "call": job.where,
         "seed": str(job.seed),

@@ -22,7 +22,20 @@ def tensors_of(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 def fill(model: nn.Module, values: Mapping[str, Tensor]) -> None:
     """Copy values into parameters and buffers of the same names."""
     for name, tensor in tensors_of(model):
-        tensor.copy_(values[name])
+        unexpanded(tensor).copy_(unexpanded(values[name], tensor))
+
+
+def unexpanded(tensor: Tensor, like: Tensor | None = None) -> Tensor:
+    """The entries with memory of their own: of each dimension that is expanded, the first.
+
+    Args:
+        tensor: any.
+        like: the tensor whose expanded dimensions these are; ``tensor`` itself by default.
+    """
+    given = tensor if like is None else like
+    if given.layout is not torch.strided or 0 not in given.stride():
+        return tensor
+    return tensor[tuple(slice(0, 1 if step == 0 else None) for step in given.stride())]
 
 
 def require_trainable(model: nn.Module, where: str) -> None:
@@ -40,6 +53,18 @@ def require_trainable(model: nn.Module, where: str) -> None:
             "Move it to one real device first",
         )
     require_finite(model, f"{where}(model)", InputError, "Check the checkpoint it was loaded from")
+
+
+def require_dense(model: nn.Module, where: str) -> None:
+    """Pass where files can hold all tensors."""
+    for name, tensor in tensors_of(model):
+        if tensor.layout is not torch.strided or tensor.is_quantized:
+            kind = "quantized by PyTorch" if tensor.is_quantized else "sparse"
+            raise InputError(
+                where,
+                f"{name!r} of {type(model).__name__} is {kind}, and files hold dense tensors",
+                "Hold it as dense tensors, or train without checkpoints",
+            )
 
 
 def warn_of_rounded(model: nn.Module, where: str) -> None:
