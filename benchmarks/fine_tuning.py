@@ -10,9 +10,9 @@ first, as long, on the labels and the same images, as the small network is (``al
 whose rate ends at zero (``plain``): work beside that on the small network, once for all of them.
 With ``--mirrored`` it is asked of an image and its mirror image, and images are mirrored at random.
 With ``--shifted`` a network that learns sees them shifted at random; its teacher was asked of them
-in their place, or, with ``--replayed``, of the very images that it sees, of every epoch anew. With
-``--norms`` the statistics of BatchNorm are estimated anew after training, on
-images as they are (Izmailov et al. 2018 do so for averaged weights).
+in their place, or, with ``--replayed``, of the very images that it sees, anew in every epoch. With
+``--norms`` the statistics of BatchNorm are estimated anew after training, on images as they are
+(Izmailov et al. 2018 do so for averaged weights).
 ``unpruned`` is the original itself, trained as long on the labels.
 """
 
