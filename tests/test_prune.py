@@ -238,7 +238,8 @@ def test_what_cannot_be_pruned_exactly_is_left_as_it_is(name) -> None:
 def test_several_attentions_and_a_transformer() -> None:
     layer = nn.TransformerEncoderLayer(16, 4, 16, batch_first=True)
     net = nn.Sequential(nn.Linear(5, 16), layer, nn.Linear(16, 2)).eval()
-    small = rf.prune(net, torch.randn(2, 7, 5), rf.Budget(sparsity=0.5, scope="local"))
+    with pytest.warns(RuntimeWarning, match="takes 20 units.* let 18 of them go"):  # heads' widths
+        small = rf.prune(net, torch.randn(2, 7, 5), rf.Budget(sparsity=0.5, scope="local"))
     assert small.pruned.kind == "module"
     assert small[1].linear1.out_features == 8
     assert small[1].self_attn.num_heads == 2
@@ -354,3 +355,34 @@ def test_inference_mode_changes_nothing(criterion, made_in_it) -> None:
     for a, b in zip(found.parameters(), wanted.parameters(), strict=True):
         assert torch.equal(a, b)
         assert not a.is_inference()
+
+
+class SharedSizes(nn.Module):
+    """Attention whose forward holds the widths of queries and keys in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v = nn.Linear(16, 24), nn.Linear(16, 24), nn.Linear(16, 20)
+        self.o = nn.Linear(20, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = self.q(x), self.k(x), self.v(x)
+        return self.o(torch.softmax(q @ k.mT * 24**-0.5, -1) @ v)
+
+
+@pytest.mark.parametrize(
+    ("budget", "left"),
+    [
+        (rf.Budget(sparsity=0.5), 22),
+        (rf.Budget(sparsity=0.5, layers={"q": 0.25}), 22),
+        (rf.Budget(sparsity=0.0, layers={"q": 0.5}), 32),
+    ],
+)
+def test_what_a_sparsity_takes_goes_also_where_the_class_holds_it(budget, left) -> None:
+    torch.manual_seed(0)
+    net = SharedSizes().eval()
+    small = rf.prune(net, torch.randn(2, 5, 16), budget)
+    widths = {w.layer: w.after for w in small.pruned.widths}
+    assert widths["q"] == widths["k"]
+    assert widths["k"] + widths["v"] == left
+    assert not small.pruned.missed

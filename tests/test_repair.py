@@ -306,7 +306,7 @@ def test_activations_that_are_not_finite_are_named_by_their_layer() -> None:
     for broken in (net, small):
         model = copy.deepcopy(broken)
         with torch.no_grad():
-            model.a.weight.mul_(torch.inf)
+            model.a.weight.fill_(3e38)
         pair = (model, small) if broken is net else (net, model)
         with pytest.raises(DataError, match=r"layer '(a|na)': activations are NaN or infinite"):
             repair(*pair, [x])
@@ -532,7 +532,8 @@ def test_transposed_convolutions_in_groups_are_solved(channels, groups) -> None:
 def test_a_repair_that_does_not_help_as_a_whole_is_taken_back(monkeypatch) -> None:
     net, x = layered()
     small = rf.prune(net, x[:2], HALF)
-    monkeypatch.setattr(module, "_distances", lambda *runs: (1.0, 2.0))
+    distances = iter([2.0, 1.0])  # with the repair, without it; whatever is kept, 2
+    monkeypatch.setattr(module, "_distance", lambda *outputs: next(distances, 2.0))
     healed = repair(net, small, [x])
     state = small.state_dict()
     assert all(torch.equal(v, state[k]) for k, v in healed.state_dict().items())
@@ -662,8 +663,66 @@ def test_what_cannot_be_run_side_by_side_is_returned_as_it_was(monkeypatch) -> N
         raise RuntimeError("no way")
 
     monkeypatch.setattr(module.Walk, "run", failing)
-    healed = repair(net, small, [x])
+    with pytest.warns(RuntimeWarning, match="nothing was solved.*no way"):
+        healed = repair(net, small, [x])
     assert "no way" in healed.repaired.skipped[""]
+    assert distance(small, healed, x) == 0
+
+
+@pytest.mark.parametrize("error", [MemoryError("full"), torch.OutOfMemoryError("full")])
+def test_want_of_memory_is_not_taken_for_another_network(monkeypatch, error) -> None:
+    net, x = settled()
+    small = rf.prune(net, x, HALF)
+
+    def failing(*args: object) -> None:
+        raise error
+
+    monkeypatch.setattr(module.Walk, "run", failing)
+    with pytest.raises(type(error), match="full"):
+        repair(net, small, [x])
+
+
+@pytest.mark.parametrize("seed", ["a", None, 0.5])
+def test_seeds_that_are_no_whole_numbers_are_refused(seed) -> None:
+    net, x = settled()
+    small = rf.prune(net, x, HALF)
+    with pytest.raises(InputError, match="no whole number"):
+        repair(net, small, [x], seed=seed)
+
+
+def test_a_compiled_original_is_refused_in_its_own_words() -> None:
+    net, x = settled()
+    small = rf.prune(net, x, HALF)
+    with pytest.raises(InputError, match="compile"):
+        repair(torch.compile(net), small, [x])
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_weights_that_are_no_numbers_are_named(which) -> None:
+    net, x = settled()
+    pair = [net, rf.prune(net, x, HALF)]
+    with torch.no_grad():
+        pair[which].o.weight[0, 0] = float("nan")
+    with pytest.raises(InputError, match=r"o\.weight.*NaN"):
+        repair(*pair, [x])
+
+
+def test_few_passes_find_what_is_taken_back(monkeypatch) -> None:
+    torch.manual_seed(0)
+    layers = [part for _ in range(20) for part in (nn.Linear(8, 8), nn.Tanh())]
+    net, x = nn.Sequential(*layers).eval(), torch.randn(64, 8)
+    small = rf.prune(net, x[:2], HALF)
+    real, count = module._distance, 0
+
+    def farther(found: object, expected: object) -> float:
+        nonlocal count
+        count += 1
+        return real(found, expected) + (count != 2)  # the second is without the repair
+
+    monkeypatch.setattr(module, "_distance", farther)
+    healed = repair(net, small, [x])
+    assert len(healed.repaired.skipped) > 10
+    assert count < 12
     assert distance(small, healed, x) == 0
 
 
@@ -863,11 +922,11 @@ def test_activations_of_sparse_and_quantized_networks_are_checked() -> None:
     broken = copy.deepcopy(sparse), copy.deepcopy(net)
     with torch.no_grad():
         for model in broken:
-            model.a.weight.mul_(torch.nan)
+            model.a.weight[model.a.weight != 0] = 3e38
     named = r"layer '.*': activations are NaN or infinite"
     for original, other in ((net, broken[0]), (broken[1], quantized(net, x))):
         with pytest.raises(DataError, match=named):
-            repair(original, other, [x])
+            repair(original, other, [100 * x])
 
 
 def test_another_original_is_refused_or_named() -> None:

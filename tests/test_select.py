@@ -193,6 +193,27 @@ def test_an_impossible_budget_says_what_can_be_reached(kind, limits, scope) -> N
     assert shares(plan)[("macs", "params").index(kind)] <= offered
 
 
+@QUICK
+@given(st.floats(0.05, 0.6), st.integers(1, 5), st.floats(0.3, 1), SEEDS)
+def test_where_limits_keep_units_of_a_sparsity_others_go(share, least, drop, seed) -> None:
+    most = {n: min(math.floor(n * drop + 1e-9), n - min(least, n), n - 1) for n in SIZES.values()}
+    wanted = math.floor(share * 29 + 1e-9)
+    order = [100.0 if group.name.startswith("stem") else 1.0 for group in NETWORK.groups]
+    values = [score + plus for score, plus in zip(scores(seed), order, strict=True)]
+    budget = Budget(sparsity=share, min_keep=least, max_drop=drop)
+    plan = select(NETWORK, NET, values, budget)
+    assert plan.removed.sum() == min(wanted, sum(most.values()))
+    assert bool(plan.missed) == (plan.removed.sum() < 0.98 * wanted)
+
+
+def test_a_layers_own_share_that_does_not_go_is_said() -> None:
+    budget = Budget(macs=0.8, layers={"inner": 0.5})
+    (inner,) = (g for g, group in enumerate(NETWORK.groups) if len(group) == 10)
+    plan = select(NETWORK, NET, scores(0), budget, closed={inner: "for a test"})
+    assert "takes 5 of 10 units" in plan.missed
+    assert "lets 0 of them go" in plan.missed
+
+
 def test_shared_weights_are_counted_once() -> None:
     net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4, bias=False), nn.Linear(4, 2)).eval()
     net[1].weight = net[0].weight

@@ -121,7 +121,9 @@ def _plan(
     keep_class: bool,
     options: Mapping[str, Any],
 ) -> Plan:
-    """A plan that the user's forward can carry out; where none does it, one for the graph.
+    """A plan that the user's forward can carry out; where that takes less, one for the graph.
+
+    Where every group is to lose the same share, those that the forward holds are named instead.
 
     Raises:
         ClassError: the class has to be kept, and nothing can go then.
@@ -134,7 +136,8 @@ def _plan(
         if keep_class:
             raise
         return select(network, model, scores, budget, exclude, **options)
-    if plan.removed.any() or not plan.whole:
+    shared = budget.scope == "local" and all(limit.sparsity is None for _, limit in budget.limits)
+    if not plan.whole or (plan.removed.any() and (keep_class or shared or not plan.missed)):
         return plan
     if keep_class:
         raise ClassError(
@@ -143,7 +146,8 @@ def _plan(
             "Write sizes in forward as x.shape[...] or module attributes, or accept a rewritten "
             "graph (keep_class=False)",
         )
-    return select(network, model, scores, budget, exclude, **options)
+    free = select(network, model, scores, budget, exclude, **options)
+    return plan if plan.removed.any() and free.missed else free
 
 
 def stated(model: nn.Module, network: Network, example_inputs: Inputs) -> tuple[Equation, ...]:
@@ -222,10 +226,11 @@ def noted(small: nn.Module, budget: Budget, left: float | None) -> nn.Module:
             reasons.insert(0, f"rounding widths to multiples of {budget.round_to}")
         if any(limit.sparsity is not None for _, limit in budget.limits):
             reasons.insert(0, "what layers= takes whatever the budget")
-        missed = (
+        far = (
             f"{budget.kind}={budget.share:g} was asked for and {left:.3f} remain, the most that "
             f"was found with {', and '.join(reasons)}"
         )
+        missed = "; ".join(filter(None, (far, missed)))
     small.pruned = replace(record, left=left, missed=missed)
     return small
 

@@ -28,20 +28,21 @@ from torch import Tensor, nn
 
 from rarefy.batches import answering, batch_size, call, evaluating, map_tensors, seeded, take
 from rarefy.copies import copied, ordinary
-from rarefy.errors import DataError, InputError, first_line
+from rarefy.errors import DataError, InputError, first_line, warn
 from rarefy.graph.capture import Capture, capture, graph_model
 from rarefy.graph.constants import fold_constants
 from rarefy.graph.model import GraphModel
 from rarefy.graph.stubs import plain_graph, stubs, without_zeros
 from rarefy.grid import grids
+from rarefy.pruning.checks import check_finite
 from rarefy.pruning.repairing.pairs import StrangersError
 from rarefy.pruning.repairing.rounding import ROUNDINGS
+from rarefy.pruning.repairing.undoing import Changes, first_that_hold
 from rarefy.pruning.repairing.walk import Walk
 from rarefy.pruning.running.examples import Misses, affordable, collect, parts
 from rarefy.pruning.running.lockstep import Run
-from rarefy.pruning.running.solvable import picked, put
 from rarefy.pruning.running.uses import gathered
-from rarefy.types import Data, Inputs, check_network, is_count
+from rarefy.types import Data, Inputs, check_network, is_count, python
 
 RECORDS = {"pruned": "prune()", "sparsified": "prune()", "quantization": "quantize()"}
 """Attributes of compressed networks -> who leaves them."""
@@ -101,7 +102,11 @@ def repair(
 
     Raises:
         DataError: the data yield nothing, or activations are not finite.
-        InputError: ``pruned`` is not a compression of ``original``, or an option is unknown.
+        InputError: ``pruned`` is not a compression of ``original``, an option is unknown, or a
+            weight is NaN or infinite.
+        MemoryError: there was not enough of it.
+
+    Where the two do not run side by side, a warning and ``repaired.skipped[""]`` say so.
 
     Example:
         >>> net, x = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), torch.randn(64, 4)
@@ -128,6 +133,12 @@ def repair(
             "unknown rounding",
             f"Use {' or '.join(map(repr, ROUNDINGS))}",
         )
+    if not isinstance(python(seed), int):
+        raise InputError(
+            f"repair(seed={seed!r})", "it is no whole number", "Leave it out, or give 0, 1, ..."
+        )
+    for network in (original, pruned):
+        check_finite(network)
     original, pruned = ordinary(original), ordinary(pruned)
     joined, single = collect(data, samples)
     failure = Exception()
@@ -136,14 +147,17 @@ def repair(
             try:  # a network of one batch size takes a batch as it comes, if anything
                 with seeded(seed):
                     return _healed(original, pruned, inputs, shown, rounding)
-            except (DataError, StrangersError):
+            except (DataError, StrangersError, MemoryError, torch.OutOfMemoryError):
                 raise
             except Exception as error:  # noqa: BLE001 - forward may raise anything
                 failure = error
     with evaluating(original), answering("repair(data)"):
         call(original, map_tensors(torch.clone, single))
+    if isinstance(failure, InputError):
+        raise failure
     same = copied(pruned)
     reason = f"the networks do not run side by side on the data: {first_line(failure)}"
+    warn(f"repair: nothing was solved, {reason}")
     same.repaired = Repaired({}, {"": reason}, 0)  # type: ignore[assignment]
     return same
 
@@ -188,18 +202,25 @@ def _healed(
     )
     held_out = torch.split(_held_out(size), [batch_size(part) for part in divided])
     runs = [(one, two) for one, two, _ in walk.run(divided, held_out)]
-    before, after = _distances(runs, plain, divided)
     errors, skipped = walk.errors, walk.skipped
-    while walk.changed and not after <= before:
-        layer, moved = walk.changed.pop()
-        for entries in moved:
-            at = entries.index
-            put(second.tensor(entries.path), at, picked(plain.tensor(entries.path), at))
-        if layer in errors:
-            errors[layer] = (errors[layer][0], errors[layer][0])
-        skipped[layer] = "with it, the outputs are farther from the original's"
-        runs = [(Run(first, part), Run(second, part)) for part in divided]
-        _, after = _distances(runs, plain, divided)
+    expected = [one.rest({}, {}) for one, _ in runs]
+    after = _distance([two.rest({}, {}) for _, two in runs], expected)
+    for run in (run for pair in runs for run in pair):
+        run.values.clear()
+    before = _distance([_outputs(plain, part) for part in divided], expected)
+    if not after <= before:
+        changes = Changes(second, plain, [entries for _, entries in walk.changed])
+
+        def holds(count: int) -> bool:
+            changes.keep(count)
+            return _distance([_outputs(second, part) for part in divided], expected) <= before
+
+        kept = first_that_hold(len(walk.changed), holds)
+        changes.keep(kept)
+        for layer, _ in walk.changed[kept:]:
+            if layer in errors:
+                errors[layer] = (errors[layer][0], errors[layer][0])
+            skipped[layer] = "with it, the outputs are farther from the original's"
     healed.repaired = Repaired(errors, skipped, size)  # type: ignore[assignment]
     return healed
 
@@ -245,18 +266,17 @@ def _graphs(pruned: nn.Module, healed: nn.Module, shown: Inputs) -> tuple[GraphM
     return graph_model(pruned, captured), graph_model(healed, captured)
 
 
-def _distances(
-    runs: Sequence[tuple[Run, Run]], plain: GraphModel, divided: list[Inputs]
-) -> tuple[float, float]:
-    """How far the outputs are from the original's without the repair, and with it."""
-    before, after = Misses(), Misses()
-    for (one, two), part in zip(runs, divided, strict=True):
-        expected = one.rest({}, {})
-        after.add(two.rest({}, {}), expected)
-        before.add(Run(plain, part).rest({}, {}), expected)
-        one.values.clear()
-        two.values.clear()
-    return before.relative, after.relative
+def _outputs(model: GraphModel, part: Inputs) -> Sequence[Tensor]:
+    """What a network gives on some of the examples."""
+    return Run(model, part).rest({}, {})
+
+
+def _distance(found: Sequence[Sequence[Tensor]], expected: Sequence[Sequence[Tensor]]) -> float:
+    """How far outputs are from the original's, each over all parts of the examples."""
+    misses = Misses()
+    for own, right in zip(found, expected, strict=True):
+        misses.add(own, right)
+    return misses.relative
 
 
 def _held_out(examples: int) -> Tensor:

@@ -95,7 +95,8 @@ def shorten(
     if not free:
         return Shortened(model)
     importance = importances(model, network, _totals(judged), data)
-    allowed = ranges(network, model, budget, exclude, judged.unmeasured) if width else {}
+    bounds = ranges(network, model, budget, exclude) if width else {}
+    allowed = {g: own for g, own in bounds.items() if g not in judged.unmeasured}
     account = None if budget.blocks is not None else accounts.account(network, model, budget, costs)
     held: dict[str, str] = {}
     while True:

@@ -55,7 +55,6 @@ def ranges(
     model: nn.Module,
     budget: Budget,
     exclude: Sequence[str] = (),
-    closed: Mapping[int, str] | None = None,
 ) -> dict[int, Range]:
     """For each group that may lose units, how many.
 
@@ -67,7 +66,6 @@ def ranges(
         model: the network.
         budget: with the limits of single layers.
         exclude: paths or patterns whose own outputs keep their width.
-        closed: numbers of groups that stay whole, each with the reason.
 
     Raises:
         InputError: a name matches nothing, or nothing that could be removed.
@@ -90,7 +88,7 @@ def ranges(
     return {
         g: _range(len(group), budget, limits.get(g, Limit(max_drop=budget.max_drop)))
         for g, group in enumerate(network.groups)
-        if g not in held and g not in (closed or {})
+        if g not in held
     }
 
 

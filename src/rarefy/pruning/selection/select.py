@@ -46,7 +46,8 @@ def select(
     """Choose the units that go so that what remains fits the budget.
 
     Units are ranked by score: within each group (``scope="local"``), or over the whole network by
-    score per saved cost (``scope="global"``). Where the cost is latency, which falls in steps, or
+    score per saved cost (``scope="global"``), where others go on for those that limits keep. Where
+    the cost is latency, which falls in steps, or
     where the loss was measured, a knapsack problem is solved instead. What still fits is given
     back in the end. Every group keeps what its limits say, and every tensor keeps an entry along
     every dimension.
@@ -70,9 +71,8 @@ def select(
         BudgetError: the budget cannot be reached; the message says what can.
     """
     closed = closed or {}
-    allowed = ranges(network, model, budget, exclude, closed)
-    if losses is not None:
-        allowed = {g: r for g, r in allowed.items() if g in losses}
+    free = ranges(network, model, budget, exclude)
+    allowed = {g: r for g, r in free.items() if g not in closed and (losses is None or g in losses)}
     if not allowed:
         raise _nothing(network)
     account = accounts.account(network, model, budget, costs)
@@ -83,32 +83,51 @@ def select(
         return Landed(plan, choice.counts(plan), choice.share(plan))
 
     allocate = choice.allocation(budget, losses)
-    if account is None and losses is None:
-        wanted = allocate(budget.share)
-        missed = _held_back(budget, sum(wanted), sum(choice.taken(wanted).values()))
-        return replace(attempt(wanted).plan, missed=missed)
-    limit = 1 - budget.share if account is None else budget.share
-    levels = max(sum(map(len, network.groups)), LEVELS)
-    even = budget.scope == "local"
-    together = () if sizes is None else choice.together(sizes)
-    found = landed(allocate, choice.lanes, attempt, limit, levels, even=even, together=together)
-    if found is None:
+    units, even = sum(map(len, network.groups)), budget.scope == "local"
+    own = [r.size for r in free.values()]
+    asked = sum(_share_of(size, budget.share) for size in (own if even else [sum(own)]))
+    limit = 1 - asked / units if account is None else budget.share
+    found = attempt(allocate(budget.share)) if account is None and losses is None else None
+    if found is None or not (even or sum(found.counts) == asked):
+        together = () if sizes is None else choice.together(sizes)
+        levels = max(units, LEVELS)
+        found = landed(allocate, choice.lanes, attempt, limit, levels, even=even, together=together)
+    if found is None and account is not None:
         raise _out_of_reach(budget, attempt(allocate(1.0)).share)
-    return replace(found.plan, left=found.share)
+    found = found or attempt(allocate(1.0))
+    gone = dict(zip(choice.groups, found.counts, strict=True))
+    held = _held_back(network, free, gone)
+    if account is None and not is_close(sum(gone.values()), asked):
+        held.insert(0, _short(budget, asked, sum(gone.values())))
+    left = None if account is None else found.share
+    return replace(found.plan, left=left, missed="; ".join(held))
 
 
 LEVELS = 1000
 """Amounts of removal that are told apart, at least."""
 
 
-def _held_back(budget: Budget, asked: int, free: int) -> str:
-    """How many of the units that a sparsity takes the limits hold; empty where these are few."""
-    if is_close(free, asked):
-        return ""
+def _share_of(units: int, share: float) -> int:
+    """So many of these units are a share of them."""
+    return math.floor(share * units + 1e-9)
+
+
+def _short(budget: Budget, asked: int, gone: int) -> str:
+    """How many of the units that a sparsity takes stay."""
     return (
         f"sparsity={budget.share:g} takes {asked} units, and min_keep, max_drop, round_to, layers, "
-        f"or the projections of an LSTM, let {free} of them go"
+        f"sizes that the forward states, or the projections of an LSTM, let {gone} of them go"
     )
+
+
+def _held_back(network: Network, free: Mapping[int, Range], gone: Mapping[int, int]) -> list[str]:
+    """Groups that keep units which their own limits take."""
+    return [
+        f"layers= takes {r.low} of {r.size} units of {network.groups[g].name}, and its forward, or "
+        f"what its units are measured on, lets {gone.get(g, 0)} of them go"
+        for g, r in free.items()
+        if gone.get(g, 0) < r.low
+    ]
 
 
 def _nothing(network: Network) -> InputError:
@@ -122,17 +141,12 @@ def _nothing(network: Network) -> InputError:
 
 
 def _out_of_reach(budget: Budget, reachable: float) -> BudgetError:
-    if budget.sparsity is not None:
-        name, most = "sparsity", math.floor((1 - reachable) * 1000) / 1000
-        what, remedy = f"the largest share that can go is {most:.3f}", f"{name}={most:g} or less"
-    else:
-        name, least = budget.kind, math.ceil(reachable * 1000) / 1000
-        what = f"the smallest share that can remain is {reachable:.3f}"
-        remedy = f"{name}={least:g} or more"
+    least = math.ceil(reachable * 1000) / 1000
     return BudgetError(
-        f"prune(budget=Budget({name}={budget.share:g}))",
-        what,
-        f"Ask for {remedy}, or relax min_keep, max_drop, round_to, layers and exclude",
+        f"prune(budget=Budget({budget.kind}={budget.share:g}))",
+        f"the smallest share that can remain is {reachable:.3f}",
+        f"Ask for {budget.kind}={least:g} or more, or relax min_keep, max_drop, round_to, layers "
+        "and exclude",
     )
 
 

@@ -36,25 +36,34 @@ from rarefy.graph.program import Node, Ref, substitute
 from rarefy.graph.trace import Network
 from rarefy.graph.zeros import directions
 from rarefy.pruning.plan import Plan
+from rarefy.pruning.structure.lengths import remaining_lengths
 from rarefy.pruning.structure.surgery import kept_entries
 
 
 def masked(model: nn.Module, network: Network, plan: Plan) -> nn.Module:
     """A copy of the model with every coupled slice of the removed units set to zero.
 
-    Vectors that a weight norm divides by their length keep their values, for that is set to zero.
+    Vectors that a weight norm divides by their length keep their values, for that is set to zero;
+    where they lose entries, it shrinks with them, so that the other entries of the weight stay.
     Constants made in ``forward`` are no parameters: they keep their values. Parameters that lose
     nothing are those of the model itself, to save their memory.
     """
     entries, same = kept_entries(network, plan), directions(network.captured.graph)
     zeros = [(*place, kept) for place, kept in entries.items() if place not in same]
-    lost = {path for path, _, _ in zeros}
+    named: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
+    named |= dict(model.named_buffers(remove_duplicate=False))
+    lengths: dict[str, Tensor] = dict(
+        remaining_lengths(network.captured.graph, named.__getitem__, entries)
+    )
+    lost = {path for path, _, _ in zeros} | lengths.keys()
     parameters = list(model.named_parameters(remove_duplicate=False))
     changed = {id(tensor) for path, tensor in parameters if path in lost}
     reference = copied(model, {id(t): t for _, t in parameters if id(t) not in changed})
     tensors: dict[str, Tensor] = dict(reference.named_parameters(remove_duplicate=False))
     tensors |= dict(reference.named_buffers(remove_duplicate=False))
     with torch.no_grad():
+        for path, length in lengths.items():
+            tensors[path].copy_(length)
         for path, dim, kept in zeros:
             if path not in tensors:
                 continue

@@ -29,6 +29,7 @@ from rarefy.graph.stubs import stubs, without_zeros
 from rarefy.graph.trace import Network, storages
 from rarefy.pruning.plan import Plan
 from rarefy.pruning.structure import attributes
+from rarefy.pruning.structure.lengths import remaining_lengths
 from rarefy.pruning.structure.sizes import Values
 
 Kept = Mapping[tuple[str, int], NDArray[np.int64]]
@@ -60,6 +61,9 @@ def cut(model: nn.Module, network: Network, plan: Plan, values: Values | None = 
     """
     small = copied(model)
     kept = with_aliases(model, kept_entries(network, plan))
+    lengths = remaining_lengths(network.captured.graph, lambda path: _tensor(small, path), kept)
+    for path, length in [*lengths]:
+        _tensor(small, path).data.copy_(length)
     old = {path: _tensor(small, path) for path in dict.fromkeys(path for path, _ in kept)}
     slice_once = _slicer(kept)
     for path, tensor in old.items():
@@ -187,7 +191,11 @@ def rewrite(model: nn.Module, network: Network, plan: Plan) -> GraphModel:
     kept = kept_entries(network, plan, made=True)
     whole = graph_model(model, network.captured)
     small = _slicer(kept)
-    parameters = {p: small(p, t) for p, t in whole.named_parameters(remove_duplicate=False)}
+    parameters: dict[str, Tensor] = dict(whole.named_parameters(remove_duplicate=False))
+    for path, length in [*remaining_lengths(graph, whole.tensor, kept)]:
+        flag = parameters[path].requires_grad
+        parameters[path] = nn.Parameter(length, requires_grad=flag)
+    parameters = {p: small(p, t) for p, t in parameters.items()}
     buffers = {p: small(p, t) for p, t in whole.named_buffers(remove_duplicate=False)}
     device = next((tensor.device for tensor in parameters.values()), torch.device("cpu"))
     buffers |= {path: tensor.to(device) for path, tensor in editor.constants.items()}
