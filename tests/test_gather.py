@@ -589,3 +589,13 @@ def test_labels_are_left_as_they_are_by_losses_that_overwrite_them(kind) -> None
     labels = Y.clone()
     gathered(Net(), kind, data=[(X, labels)], loss=lambda z, y: F.cross_entropy(z, y.fill_(0)))
     assert torch.equal(labels, Y)
+
+
+def test_labels_that_the_loss_ignores_tell_no_unit_from_another() -> None:
+    ignored = [(X, torch.full_like(Y, -100))]
+
+    def loss(logits, targets):
+        return F.cross_entropy(logits, targets, reduction="sum") / len(logits)
+
+    with pytest.raises(DataError, match=r"gradient .* by every unit is zero"):
+        gathered(Net(), "gates", "labels", data=ignored, loss=loss)

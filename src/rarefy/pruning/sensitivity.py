@@ -74,7 +74,8 @@ def sensitivity(
             mode, and the same random numbers every time.
         example_inputs: what the network is traced with instead of examples of ``data``.
         ratios: shares of a group's units to remove, in (0, 1), at least one unit each.
-        criterion: by what units are chosen, as for :func:`rarefy.prune`.
+        criterion: by what units are chosen, as for :func:`rarefy.prune`; ``"compensated"``, which
+            adapts what is left, is none of masking.
         exclude: paths or patterns of modules and parameters whose outputs are left alone.
         higher_is_better: False where the metric is a loss.
         path: a file of JSON lines that each measurement is appended to; an interrupted call with
@@ -101,7 +102,7 @@ def sensitivity(
     if example_inputs is None:
         example_inputs = take(next(batches(data, "sensitivity(data)"))[0], EXAMPLES)
     network = trace(model, example_inputs)
-    chosen = named(criterion)
+    chosen = named(criterion, call="sensitivity")
     name = (
         criterion if isinstance(criterion, str) else getattr(chosen, "__qualname__", repr(chosen))
     )

@@ -453,12 +453,13 @@ layer's norm makes layers of different scale count alike. ``"l1"`` has absolute 
 # --- use ---------------------------------------------------------------------------------------
 
 
-def named(criterion: str | Criterion, others: Sequence[str] = ()) -> Criterion:
+def named(criterion: str | Criterion, others: Sequence[str] = (), call: str = "prune") -> Criterion:
     """A criterion from its shorthand, or itself.
 
     Args:
         criterion: either.
         others: names that the caller knows besides, for the error.
+        call: the function that errors name.
 
     Raises:
         InputError: no criterion has that name.
@@ -467,8 +468,8 @@ def named(criterion: str | Criterion, others: Sequence[str] = ()) -> Criterion:
         return criterion
     if criterion not in CRITERIA:
         raise InputError(
-            f"prune(criterion={criterion!r})",
-            "no criterion has that name",
+            f"{call}(criterion={criterion!r})",
+            "no criterion has that name here",
             f"Use one of {', '.join([*CRITERIA, *others])}, or a function (group, evidence) -> "
             "scores",
         )

@@ -128,6 +128,13 @@ def _gates(job: Job) -> dict[str, Any]:
         absolute += sums.abs().sum(0)
         square += sums.square().sum(0)
         samples += size
+    if bool(seen.any()) and not bool(absolute.any()):
+        raise DataError(
+            WHERE,
+            "the gradient of the loss by every unit is zero, so that none is told from another",
+            "Check labels (those that the loss ignores have none), loss and weights, or use "
+            "criterion='magnitude'",
+        )
     gates = Gates(mean / samples, absolute / samples, square / samples, seen)
     return {"gates": gates, "samples": samples}
 
