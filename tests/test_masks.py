@@ -196,3 +196,13 @@ def test_a_ticket_has_the_first_weights_and_the_last_zeros() -> None:
         rewind(sparse, {})
     with pytest.raises(InputError, match="not a state of this network"):
         rewind(sparse, trained)
+
+
+def test_a_wrapped_network_is_rewound_to_a_state_of_the_network_within() -> None:
+    net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+    start = copy.deepcopy(net.state_dict())
+    sparse = rf.prune(net, torch.zeros(1, 4), Budget(sparsity=0.5), structure="weight")
+    for state in (start, nn.DataParallel(net).state_dict()):
+        found = rewind(nn.DataParallel(sparse), state)
+        for path, mask in Masks.of(sparse).items():
+            assert torch.equal(found.module.state_dict()[path], start[path] * mask)

@@ -273,3 +273,49 @@ def test_a_latency_is_reached_in_onnxruntime(tmp_path: Path, monkeypatch) -> Non
     assert small.served.before.runtime.startswith("onnxruntime")
     assert all(m.out_channels % 16 == 0 for m in list(small)[:-1] if isinstance(m, nn.Conv2d))
     assert list(tmp_path.glob("layers-*.json"))
+
+
+class Shuffled:
+    """Batches in an order that is drawn anew from the global generators."""
+
+    def __iter__(self):
+        np.random.random()  # noqa: NPY002
+        order = torch.randperm(64)
+        return iter([torch.randn(64, 8, generator=torch.Generator().manual_seed(0))[order]])
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda net: rf.prune(net, X, Budget(macs=0.5), data=Shuffled()),
+        lambda net: rf.prune(net, X, Budget(macs=0.5), data=Shuffled(), criterion="compensated"),
+        lambda net: rf.prune(net, X, structure="2:4", data=Shuffled()),
+        lambda net: rf.repair(net, rf.prune(net, X, Budget(macs=0.5)), Shuffled()),
+        lambda net: rf.sensitivity(
+            net, Shuffled(), lambda m: float(m(X).detach().sum()), progress=False
+        ),
+    ],
+)
+def test_global_generators_go_on_as_if_nothing_had_been_drawn(call) -> None:
+    torch.manual_seed(3)
+    np.random.seed(3)  # noqa: NPY002
+    before, others = torch.get_rng_state(), np.random.get_state()[1].copy()  # noqa: NPY002
+    call(wide())
+    assert torch.equal(torch.get_rng_state(), before)
+    assert np.array_equal(np.random.get_state()[1], others)  # noqa: NPY002
+
+
+def test_a_budget_of_bytes_speaks_of_bytes_alone() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        small = rf.prune(wide(), X, Budget(bytes=0.3, round_to=64))
+    assert "params" not in small.pruned.missed
+
+
+def test_sparse_networks_are_timed_where_a_runtime_is_named() -> None:
+    with pytest.raises(InputError, match="nonsense"):
+        rf.prune(wide(), X, Budget(sparsity=0.5), structure="weight", runtime="nonsense")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # zeros alone are seldom faster
+        sparse = rf.prune(wide(), X, structure="2:4", runtime="onnxruntime")
+    assert sparse.served.after.latency_ms.median > 0

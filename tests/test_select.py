@@ -13,6 +13,7 @@ from torch import nn
 from rarefy.errors import BudgetError, InputError
 from rarefy.graph.count import count
 from rarefy.graph.trace import trace
+from rarefy.paths import paths
 from rarefy.pruning.plan import Plan
 from rarefy.pruning.selection.select import select
 from rarefy.pruning.structure.surgery import cut
@@ -263,3 +264,42 @@ def test_every_tensor_keeps_an_entry() -> None:
 def test_what_keeps_a_sparsity_from_being_reached_is_said(options, missed) -> None:
     plan = select(NETWORK, NET, scores(0), Budget(sparsity=0.5, **options))
     assert re.search(missed, plan.missed) if missed else not plan.missed
+
+
+@QUICK
+@given(st.floats(0.3, 0.9), SEEDS, st.floats(-1e3, 0))
+def test_scores_below_zero_rank_like_those_above(share, seed, shift) -> None:
+    values = [score - min(map(np.min, scores(seed))) for score in scores(seed)]
+    moved = [score + shift for score in values]
+    plans = [select(NETWORK, NET, given, Budget(params=share)) for given in (values, moved)]
+    first, second = (kept(plan) for plan in plans)
+    assert max(abs(first[name] - second[name]) for name in SIZES) <= 1  # but for rounding
+
+
+@pytest.mark.parametrize("budget", [{"sparsity": 0.5}, {"macs": 0.5}])
+def test_measured_losses_keep_a_local_scope(budget) -> None:
+    losses = {g: np.square if g else np.sqrt for g in range(len(NETWORK.groups))}
+    local = Budget(**budget, scope="local")
+    plan = select(NETWORK, NET, scores(0), local, losses=losses)
+    assert kept(plan) == kept(select(NETWORK, NET, scores(0), local))
+
+
+@pytest.mark.parametrize("name", ["1.weight", "3.weight", "1", "3"])
+def test_any_name_of_a_shared_layer_excludes_it(name) -> None:
+    net = nn.Sequential(nn.Linear(3, 6), nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6, bias=False))
+    net[3].weight = net[1].weight
+    net.append(nn.Linear(6, 2)).eval()
+    network = trace(net, torch.zeros(2, 3))
+    values = [np.arange(len(g), dtype=float) for g in network.groups]
+    assert select(network, net, values, Budget(sparsity=0.5)).removed.any()
+    with pytest.raises(InputError, match="no unit"):
+        select(network, net, values, Budget(sparsity=0.5), [name])
+
+
+def test_both_paths_of_a_module_exclude_it() -> None:
+    net = nn.Sequential(nn.Linear(3, 6), nn.ReLU(), nn.Linear(6, 2)).eval()
+    net.add_module("again", nn.Sequential())
+    net.again.inner = net[0]
+    network = trace(nn.Sequential(net[0], net[2]).eval(), torch.zeros(2, 3))
+    assert network.groups
+    assert "again.inner" in paths(net)

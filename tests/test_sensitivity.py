@@ -279,3 +279,22 @@ def test_a_metric_with_a_gradient_is_its_value() -> None:
     with_gradient = sensitivity(NET, DATA, lambda m: m(DATA[0]).square().mean(), **LOSS)
     plain = sensitivity(NET, DATA, lambda m: m(DATA[0]).square().mean().item(), **LOSS)
     assert with_gradient.points == plain.points
+
+
+def test_data_that_can_be_read_once_are_refused() -> None:
+    with pytest.raises(InputError, match=r"sensitivity\(data\).*only once"):
+        sensitivity(NET, iter(DATA), lambda net: 0.0, progress=False)
+
+
+def test_columns_of_small_numbers_stand_apart() -> None:
+    found = sensitivity(NET, DATA, lambda net: -1.2345678e-5, progress=False)
+    cells = str(found).splitlines()[-1].split()
+    assert cells[2:] == ["-1.235e-05"] * (len(cells) - 2)
+    assert len(cells) > 4
+
+
+def test_what_a_criterion_keeps_is_left_as_it_is() -> None:
+    group = trace(NET, DATA[0][0]).groups[0]
+    held = torch.arange(len(group), dtype=torch.float64)
+    scored(group, Evidence(dict(NET.named_parameters())), lambda *_: held)[:] = -1
+    assert torch.equal(held, torch.arange(len(group), dtype=torch.float64))

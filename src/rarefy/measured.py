@@ -9,11 +9,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Unpack
+from typing import Any, Unpack
 
 from torch import nn
 
-from rarefy.batches import batch_size
+from rarefy.batches import batch_size, forked
 from rarefy.deployment.cache import Cache
 from rarefy.deployment.export import export
 from rarefy.deployment.measure import compare, relative
@@ -65,6 +65,7 @@ class Served:
     tried: tuple[Ratio, ...] = ()
 
 
+@forked()
 def prune(
     model: nn.Module,
     example_inputs: Inputs,
@@ -157,10 +158,15 @@ def prune(
         >>> prune(net, torch.randn(2, 4), Budget(sparsity=0.5))[0]
         Linear(in_features=4, out_features=4, bias=True)
     """
-    if not isinstance(budget, Budget) or not removes(options.get("structure", "channel")):
-        return pruning.prune(model, example_inputs, budget, **options)
-    if runtime is not None or budget.latency is not None:
+    if runtime is not None or (isinstance(budget, Budget) and budget.latency is not None):
         runtime_named(runtime or DEFAULT_RUNTIME)
+    if not isinstance(budget, Budget) or not removes(options.get("structure", "channel")):
+        sparse = pruning.prune(model, example_inputs, budget, **options)
+        if runtime is not None and example_inputs is not None:
+            with _workplace(model, example_inputs, runtime, threads) as place:
+                place.note(sparse)
+            _warn_where_slower(sparse)
+        return sparse
     budget = _with_widths(budget, runtime or DEFAULT_RUNTIME)
     if budget.kind not in ("bytes", "latency"):
         small = pruning.prune(model, example_inputs, budget, **options)
@@ -324,6 +330,8 @@ def _maker(
         def by_bytes(share: float) -> tuple[nn.Module, Ratio]:
             counted = replace(budget, bytes=None, params=share)
             small = pruning.prune(model, example_inputs, counted, **options)
+            inner: Any = small.pruned
+            small.pruned = replace(inner, missed="")  # it was not asked for parameters
             found = Ratio.exact(place.saved(small) / whole)
             return noted(small, budget, found.value), found
 

@@ -54,7 +54,7 @@ def within_wrappers(path: str) -> str:
 
 def paths(model: nn.Module) -> frozenset[str]:
     """Paths of all modules and parameters."""
-    modules = (name for name, _ in model.named_modules() if name)
+    modules = (name for name, _ in model.named_modules(remove_duplicate=False) if name)
     return frozenset(modules).union(
         name for name, _ in model.named_parameters(remove_duplicate=False)
     )

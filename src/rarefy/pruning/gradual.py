@@ -124,9 +124,9 @@ def _no_data(gradual: _Gradual, criterion: object, instead: str) -> InputError:
 class GradualPruning(_Gradual):
     """Sets the least important weights to zero along a schedule, while a network is trained.
 
-    Every ``every`` steps the share that the schedule gives is selected anew; weights that are zero
-    already go first, whatever the criterion. After every step all of them are set to zero again.
-    Zhu and Gupta 2017 (https://arxiv.org/abs/1710.01878) with
+    Every ``every`` steps the share that the schedule gives is selected anew; weights that it
+    has set to zero go first, whatever the criterion. After every step all of them are set to zero
+    again. Zhu and Gupta 2017 (https://arxiv.org/abs/1710.01878) with
     :class:`~rarefy.schedules.Cubic`; one-shot with ``Constant``, in rounds with ``Iterative``.
 
     Args:

@@ -26,7 +26,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from rarefy.batches import answering, batch_size, call, evaluating, map_tensors, seeded, take
+from rarefy.batches import (
+    answering,
+    batch_size,
+    call,
+    evaluating,
+    forked,
+    map_tensors,
+    seeded,
+    take,
+)
 from rarefy.copies import copied, ordinary
 from rarefy.errors import DataError, InputError, first_line, warn
 from rarefy.graph.capture import Capture, capture, graph_model
@@ -65,6 +74,7 @@ class Repaired:
     samples: int
 
 
+@forked()
 @torch.inference_mode(False)
 def repair(
     original: nn.Module,

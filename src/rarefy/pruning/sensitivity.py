@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from rarefy.batches import batches, seeded, take
+from rarefy.batches import batches, check_rereadable, forked, seeded, take
 from rarefy.copies import copied, fingerprint, ordinary
 from rarefy.errors import InputError, first_line
 from rarefy.graph.trace import Network, trace
@@ -46,6 +46,7 @@ class EvaluationError(InputError):
 
 
 @torch.inference_mode(False)
+@forked()
 def sensitivity(
     model: nn.Module,
     data: Data,
@@ -98,6 +99,7 @@ def sensitivity(
     """
     check_network(model, "sensitivity(model)")
     _check(ratios, evaluate)
+    check_rereadable(data, "sensitivity(data)")
     model = ordinary(model)
     if example_inputs is None:
         example_inputs = take(next(batches(data, "sensitivity(data)"))[0], EXAMPLES)

@@ -502,5 +502,5 @@ def scored(group: Group, evidence: Evidence, criterion: Criterion) -> NDArray[np
             f"{int((~torch.isfinite(scores)).sum())} values that are not finite",
             remedy,
         )
-    found: NDArray[np.float64] = scores.numpy()
+    found: NDArray[np.float64] = scores.numpy().copy()  # what a criterion keeps is its own
     return found

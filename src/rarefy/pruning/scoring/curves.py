@@ -107,12 +107,12 @@ class Sensitivity:
         wide = max([len("group"), *map(len, self.groups)])
         lines = [
             f"metric {self.base:.4g} whole, units chosen by {self.criterion}",
-            f"{'group':<{wide}}  units  " + "".join(f"{r:>9.0%}" for r in ratios),
+            f"{'group':<{wide}}  units  " + "".join(f"{r:>11.0%}" for r in ratios),
         ]
         for group in self.groups:
             curve = self.curve(group)
             at = {p.ratio: f"{p.metric:.4g}" for p in curve}
-            cells = "".join(f"{at.get(r, ''):>9}" for r in ratios)
+            cells = "".join(f"{at.get(r, ''):>11}" for r in ratios)
             lines.append(f"{group:<{wide}}  {curve[0].units:>5}  {cells}")
         return "\n".join(lines)
 

@@ -9,8 +9,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from rarefy.errors import InputError
-from rarefy.graph.groups import Group
-from rarefy.graph.trace import Network
+from rarefy.graph.trace import Network, storages
 from rarefy.paths import excluded, matches, matching, paths, within
 from rarefy.types import Budget, Limit
 
@@ -71,7 +70,7 @@ def ranges(
         InputError: a name matches nothing, or nothing that could be removed.
     """
     known = paths(model)
-    outputs = {g: _outputs(model, group) for g, group in enumerate(network.groups)}
+    outputs = _outputs(network, model)
     held = _named(excluded(exclude, known), outputs)
     limits: dict[int, Limit] = {}
     for name, limit in budget.limits:
@@ -95,13 +94,24 @@ def ranges(
 def concerning(network: Network, model: nn.Module, names: Iterable[str]) -> frozenset[str]:
     """Those of these paths and patterns that outputs of any group match."""
     known = paths(model)
-    outputs = {g: _outputs(model, group) for g, group in enumerate(network.groups)}
+    outputs = _outputs(network, model)
     return frozenset(name for name in names if _named(matches(name, known), outputs))
 
 
-def _outputs(model: nn.Module, group: Group) -> tuple[str, ...]:
-    """Parameters whose own outputs a group's units are."""
-    return tuple(m.path for m in group.members if m.dim == output_dim(model, m.path))
+def _outputs(network: Network, model: nn.Module) -> dict[int, tuple[str, ...]]:
+    """For each group, the parameters whose own outputs its units are, by all of their names."""
+    identity, names = storages(model), dict[int, list[str]]()
+    for path, tensor in identity.items():
+        names.setdefault(tensor, []).append(path)
+    return {
+        g: tuple(
+            name
+            for m in group.members
+            if m.dim == output_dim(model, m.path)
+            for name in names.get(identity.get(m.path, -1), [m.path])
+        )
+        for g, group in enumerate(network.groups)
+    }
 
 
 def output_dim(model: nn.Module, path: str) -> int:

@@ -87,7 +87,8 @@ def select(
     own = [r.size for r in free.values()]
     asked = sum(_share_of(size, budget.share) for size in (own if even else [sum(own)]))
     limit = 1 - asked / units if account is None else budget.share
-    found = attempt(allocate(budget.share)) if account is None and losses is None else None
+    counts = account is None and (losses is None or even)
+    found = attempt(allocate(budget.share)) if counts else None
     if found is None or not (even or sum(found.counts) == asked):
         together = () if sizes is None else choice.together(sizes)
         levels = max(units, LEVELS)
@@ -175,8 +176,9 @@ class Choice:
         self.dimensions = _Dimensions(network)
         self.projections = [one for one in projections(network) if one.hidden[0] in allowed]
         self.order = {g: np.argsort(scores[g], kind="stable") for g in self.groups}
-        self.lanes = tuple(
-            Lane(np.sort(scores[g]), self._saved_by_one(g), allowed[g]) for g in self.groups
+        least = min([0.0, *(scores[g].min(initial=0.0) for g in self.groups)])
+        self.lanes = tuple(  # a share of what is saved asks for a zero below all scores
+            Lane(np.sort(scores[g]) - least, self._saved_by_one(g), allowed[g]) for g in self.groups
         )
 
     def plan(self, counts: Sequence[int], closed: Mapping[int, str], sizes: Sizes | None) -> Plan:
@@ -219,7 +221,7 @@ class Choice:
 
     def allocation(self, budget: Budget, losses: Mapping[int, Losses] | None) -> Allocation:
         """How the removal is divided between the groups."""
-        if losses is None and budget.scope == "local":
+        if budget.scope == "local":
             return even(self.lanes)
         if losses is not None or budget.latency is not None:
             return knapsack(self.choices(losses))

@@ -231,7 +231,7 @@ def rewind(
 
     Args:
         model: the sparse network; it is not changed.
-        state: an earlier ``state_dict`` of it, buffers included.
+        state: an earlier ``state_dict`` of it, buffers included, or of the network in its wrapper.
         masks: what stays (:class:`Masks`); None for :meth:`Masks.of` the network.
 
     Returns:
@@ -244,7 +244,8 @@ def rewind(
     kept = Masks.of(model) if masks is None else Masks(masks)
     found = copied(model)
     try:
-        found.load_state_dict(state)
+        same = isinstance(state, Mapping) and set(state) == set(found.state_dict())
+        (found if same else unwrapped(found)).load_state_dict(state)
     except (RuntimeError, TypeError) as error:
         raise InputError(
             "rewind(state)",
