@@ -5,10 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from rarefy.errors import MissingExtraError
+from rarefy.pruning.sparsity.masks import Masks
 from rarefy.training.job import AfterStep as Function
 
 try:
     from lightning.pytorch import Callback, LightningModule, Trainer
+    from lightning.pytorch.trainer.states import TrainerFn
 except ImportError as error:
     raise MissingExtraError("lightning", "lightning") from error
 
@@ -19,6 +21,12 @@ class AfterStep(Callback):
     What a function with ``state_dict`` and ``load_state_dict`` holds is kept in Lightning's
     checkpoints, so that a training goes on where it was. Callbacks are called in their order: put
     this one before those that average weights.
+
+    An average holds remnants of weights from before they were set to zero. Where the function has
+    ``masks`` (:class:`~rarefy.pruning.sparsity.masks.Masks`), they are applied to what is validated
+    during a fit, which is the average itself for Lightning's ``WeightAveraging``, and to what the
+    fit leaves. A checkpoint that is written without a validation before it has the average as it
+    is: call ``function.masks.apply(network)`` once it is loaded.
 
     Args:
         function: for example :func:`~rarefy.pruning.sparsity.masks.hold` of the network, or a
@@ -37,6 +45,17 @@ class AfterStep(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Steps are counted from where the trainer begins."""
         self._done = trainer.global_step
+
+    def on_validation_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any
+    ) -> None:
+        """Averages are swapped in when the validation begins, after this callback was asked."""
+        if trainer.state.fn == TrainerFn.FITTING:
+            self._mask(pl_module)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Averages are copied into the network at the end of the training, before this."""
+        self._mask(pl_module)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any
@@ -61,6 +80,11 @@ class AfterStep(Callback):
         function: Any = self.function
         if hasattr(function, "load_state_dict") and self._key(trainer) in checkpoint:
             function.load_state_dict(checkpoint[self._key(trainer)])
+
+    def _mask(self, pl_module: LightningModule) -> None:
+        masks = getattr(self.function, "masks", None)
+        if isinstance(masks, Masks):
+            masks.apply(pl_module.get_submodule(self.network))
 
     def _key(self, trainer: Any) -> str:
         held = [callback for callback in trainer.callbacks if isinstance(callback, AfterStep)]
