@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
+from rarefy.errors import InputError
 from rarefy.pruning.gradual import GradualPruning, GradualUnits
 from rarefy.pruning.sparsity.masks import hold, sparsity
 from rarefy.pruning.sparsity.sparsify import sparsify
@@ -117,6 +118,26 @@ def test_checkpoints_of_averages_that_were_validated_have_the_zeros(tmp_path) ->
     state = torch.load(tmp_path / "last.ckpt", weights_only=True)["state_dict"]
     for path, keep in gradual.masks.items():
         assert not state[f"net.{path}"][~keep].any()
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("path", "remedy"),
+    [("nett", "Did you mean net"), ("net.weight", "net"), ("q", "There are net, net.0, net.1")],
+)
+def test_a_path_that_lightnings_module_does_not_have_is_told_at_the_start(
+    path, remedy, tmp_path
+) -> None:
+    lightning, callback, task = lightning_of(network())
+    called: list[nn.Module] = []
+    with pytest.raises(InputError, match="has no module of that path") as raised:
+        fit(lightning, task, tmp_path, callback(called.append, network=path))
+    assert raised.value.where == f"AfterStep(network={path!r})"
+    assert remedy in raised.value.remedy
+    assert not task.validated  # not even the check before the training
+    assert not called
+    with pytest.raises(InputError, match=r"a Sequential was given"):
+        callback(called.append, network=task.net)
 
 
 @pytest.mark.filterwarnings("ignore")

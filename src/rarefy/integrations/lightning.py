@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from rarefy.errors import MissingExtraError
+from rarefy.errors import InputError, MissingExtraError
+from rarefy.paths import remedy
 from rarefy.pruning.sparsity.masks import Masks
 from rarefy.training.job import AfterStep as Function
 
@@ -33,6 +34,9 @@ class AfterStep(Callback):
             :class:`~rarefy.pruning.gradual.GradualPruning`.
         network: path of the network below the ``LightningModule``; empty for the module itself.
 
+    Raises:
+        InputError: the path is no string, or, when a fit starts, no module has it.
+
     Example:
         >>> from torch import nn
         >>> from rarefy.pruning.sparsity.masks import hold
@@ -40,7 +44,25 @@ class AfterStep(Callback):
     """
 
     def __init__(self, function: Function, network: str = "") -> None:
+        if not isinstance(network, str):
+            raise InputError(
+                "AfterStep(network=...)",
+                f"a {type(network).__name__} was given",
+                "Give the path of the network below the LightningModule, such as 'net'",
+            )
         self.function, self.network, self._done = function, network, 0
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """A wrong path is told before the first batch."""
+        try:
+            pl_module.get_submodule(self.network)
+        except AttributeError as error:
+            known = [path for path, _ in pl_module.named_modules(remove_duplicate=False) if path]
+            raise InputError(
+                f"AfterStep(network={self.network!r})",
+                f"{type(pl_module).__name__} has no module of that path",
+                remedy(self.network, known),
+            ) from error
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Steps are counted from where the trainer begins."""
