@@ -86,9 +86,10 @@ def test_rows_times_the_weight_are_the_outputs(name, share, monkeypatch) -> None
     assert max(numbers) < total
 
 
-def test_sums_tell_the_error_of_the_rows() -> None:
+@pytest.mark.parametrize("level", [0, 1, 1000])
+def test_sums_tell_the_error_of_the_rows(level) -> None:
     torch.manual_seed(0)
-    x, y = torch.randn(2, 50, 4).double() + 1, torch.randn(2, 50, 3).double() - 2
+    x, y = torch.randn(2, 50, 4).double() + level, torch.randn(2, 50, 3).double() - 2 * level
     w, offset = torch.randn(2, 4, 3).double(), torch.randn(2, 1, 3).double()
     sums = Sums.empty(2, 4, 3)
     for part in range(0, 50, 20):
@@ -100,6 +101,51 @@ def test_sums_tell_the_error_of_the_rows() -> None:
     centered, x0, y0 = sums.centered(), x - x.mean(1, keepdim=True), y - y.mean(1, keepdim=True)
     torch.testing.assert_close(centered.xx, x0.transpose(1, 2) @ x0)
     torch.testing.assert_close(centered.xy, x0.transpose(1, 2) @ y0)
+    raw = sums.raw()
+    torch.testing.assert_close(raw.xx, x.transpose(1, 2) @ x)
+    torch.testing.assert_close(raw.xy, x.transpose(1, 2) @ y)
+    torch.testing.assert_close(raw.yy, y.square().sum(1, keepdim=True))
+    torch.testing.assert_close(raw.x, x.sum(1, keepdim=True))
+    torch.testing.assert_close(raw.y, y.sum(1, keepdim=True))
+    torch.testing.assert_close(sums.squares, x.square().sum(1))
+    torch.testing.assert_close(sums.mean_x, x.mean(1, keepdim=True))
+    torch.testing.assert_close(sums.mean_y, y.mean(1, keepdim=True))
+    for same in (raw, centered):
+        torch.testing.assert_close(same.centered().xx, centered.xx, rtol=1e-6, atol=1e-6)
+    assert raw.error(w, offset) == pytest.approx(sums.error(w, offset))
+
+
+@pytest.mark.parametrize("level", [0.0, 300.0, -30_000.0])
+def test_rows_far_from_zero_lose_nothing_in_single_precision(level) -> None:
+    torch.manual_seed(0)
+    x, y = torch.randn(2, 500, 4) + level, torch.randn(2, 500, 3) - level
+    y[:, :300] += 2  # the first rows are not the mean of all
+    sums = Sums.empty(2, 4, 3)
+    for part in range(0, 500, 100):
+        sums.add(x[:, part : part + 100], y[:, part : part + 100])
+    x, y = x.double(), y.double()
+    x0, y0 = x - x.mean(1, keepdim=True), y - y.mean(1, keepdim=True)
+    found = sums.centered()
+    torch.testing.assert_close(found.xx, x0.transpose(1, 2) @ x0, rtol=1e-5, atol=1e-2)
+    torch.testing.assert_close(found.xy, x0.transpose(1, 2) @ y0, rtol=1e-5, atol=1e-2)
+    torch.testing.assert_close(found.yy, y0.square().sum(1, keepdim=True), rtol=1e-5, atol=0)
+    torch.testing.assert_close(sums.raw().xx, x.transpose(1, 2) @ x, rtol=1e-9, atol=1e-2)
+    w = torch.randn(2, 4, 3).double()
+    offset = (y - x @ w).mean(1, keepdim=True)
+    expected = (x @ w + offset - y).square().sum() / y0.square().sum()
+    assert sums.error(w, offset) == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_rows_that_are_alike_have_no_spread_at_all() -> None:
+    sums = Sums.empty(1, 7, 2)
+    x, y = torch.randn(1, 1, 7).expand(1, 300, 7), torch.randn(1, 1, 2).expand(1, 300, 2)
+    for part in range(0, 300, 70):
+        sums.add(x[:, part : part + 70], y[:, part : part + 70])
+    sums.add(x[:, :0], y[:, :0])
+    assert sums.count == 300
+    for spread in (sums.xx, sums.xy, sums.yy, sums.centered().xx):
+        assert not spread.any()
+    torch.testing.assert_close(sums.mean_x, x[:, :1].double())
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -125,5 +171,7 @@ def test_sums_of_parts_are_the_sums_of_all_and_nothing_is_lost(name) -> None:
         for one, other in zip(found[0], sums, strict=True):
             assert one.count == other.count
             for field in ("xx", "xy", "yy", "x", "y"):
-                torch.testing.assert_close(getattr(one, field), getattr(other, field))
+                torch.testing.assert_close(getattr(one.raw(), field), getattr(other.raw(), field))
+                about = (sums.centered() for sums in (one, other))
+                torch.testing.assert_close(*(getattr(sums, field) for sums in about))
     assert found[0][0].count == 2 * found[0][1].count

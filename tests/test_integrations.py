@@ -12,7 +12,8 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-from rarefy.pruning.gradual import GradualPruning
+from rarefy.errors import InputError
+from rarefy.pruning.gradual import GradualPruning, GradualUnits
 from rarefy.pruning.sparsity.masks import hold, sparsity
 from rarefy.pruning.sparsity.sparsify import sparsify
 from rarefy.schedules import Constant
@@ -31,6 +32,112 @@ def network() -> nn.Sequential:
 
 def zeros(model: nn.Module) -> list[torch.Tensor]:
     return [p.detach() == 0 for p in model.parameters() if p.ndim > 1]
+
+
+def lightning_of(net: nn.Module):
+    """Lightning, rarefy's callback, and a task that trains a network; for tests of their own."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        lightning = pytest.importorskip("lightning.pytorch")
+        from rarefy.integrations.lightning import AfterStep
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+
+    class Task(lightning.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net, self.validated = net, list[float]()
+
+        def training_step(self, batch, _):
+            return nn.functional.cross_entropy(self.net(batch[0]), batch[1])
+
+        def validation_step(self, batch, _):
+            self.validated.append(sparsity(self.net))
+
+        def configure_optimizers(self):
+            return torch.optim.AdamW(self.parameters(), 0.01, weight_decay=0.1)
+
+    return lightning, AfterStep, Task()
+
+
+def fit(lightning, task, path, *callbacks, data: bool = True, **options) -> None:
+    loader = DataLoader(TensorDataset(X, Y), 4)
+    options = {"limit_val_batches": 2 if data else 0, "enable_checkpointing": False} | options
+    lightning.Trainer(
+        max_epochs=2, accelerator="cpu", logger=False, enable_progress_bar=False,
+        enable_model_summary=False, default_root_dir=path, callbacks=list(callbacks), **options,
+    ).fit(task, loader, loader)  # fmt: skip
+
+
+def gradual_units(net: nn.Module) -> GradualUnits:
+    return GradualUnits(net, X[:2], lambda step: min(0.1 * step, 0.5), every=4)
+
+
+FUNCTIONS = {
+    "weights": lambda net: GradualPruning(lambda step: min(0.1 * step, 0.6)),
+    "units": gradual_units,
+    "hold": lambda net: hold(net, {"0.weight": torch.eye(8, 6), "2.weight": torch.eye(3, 8)}),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", FUNCTIONS)
+@pytest.mark.parametrize("is_first", [True, False])
+@pytest.mark.parametrize("validates", [True, False])
+def test_lightning_leaves_the_zeros_in_averaged_weights(
+    kind, is_first, validates, tmp_path
+) -> None:
+    net = network()
+    lightning, callback, task = lightning_of(net)
+    averaging = pytest.importorskip("lightning.pytorch.callbacks.weight_averaging")
+    function = FUNCTIONS[kind](net)
+    callbacks = [callback(function, "net"), averaging.EMAWeightAveraging(decay=0.9)]
+    options = {} if validates else {"num_sanity_val_steps": 0}
+    fit(lightning, task, tmp_path, *callbacks[:: 1 if is_first else -1], data=validates, **options)
+    masks = function.masks
+    assert masks
+    for path, keep in masks.items():
+        held = net.get_parameter(path).detach()
+        assert not held[~keep].any()
+        assert held[keep].all()  # the average, and nothing else is gone
+    wanted = sum(int((~keep).sum()) for keep in masks.values() if keep.ndim > 1) / 72
+    assert sparsity(net) == pytest.approx(wanted)
+    assert len(task.validated) == (2 * 2 + 2 if validates else 0)
+    if validates:
+        assert task.validated[-1] == pytest.approx(wanted)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_checkpoints_of_averages_that_were_validated_have_the_zeros(tmp_path) -> None:
+    net = network()
+    lightning, callback, task = lightning_of(net)
+    averaging = pytest.importorskip("lightning.pytorch.callbacks.weight_averaging")
+    gradual = GradualPruning(Constant(0.5), every=4)
+    saving = lightning.callbacks.ModelCheckpoint(tmp_path, filename="last")
+    callbacks = [callback(gradual, "net"), averaging.EMAWeightAveraging(decay=0.9), saving]
+    fit(lightning, task, tmp_path, *callbacks, enable_checkpointing=True)
+    state = torch.load(tmp_path / "last.ckpt", weights_only=True)["state_dict"]
+    for path, keep in gradual.masks.items():
+        assert not state[f"net.{path}"][~keep].any()
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("path", "remedy"),
+    [("nett", "Did you mean net"), ("net.weight", "net"), ("q", "There are net, net.0, net.1")],
+)
+def test_a_path_that_lightnings_module_does_not_have_is_told_at_the_start(
+    path, remedy, tmp_path
+) -> None:
+    lightning, callback, task = lightning_of(network())
+    called: list[nn.Module] = []
+    with pytest.raises(InputError, match="has no module of that path") as raised:
+        fit(lightning, task, tmp_path, callback(called.append, network=path))
+    assert raised.value.where == f"AfterStep(network={path!r})"
+    assert remedy in raised.value.remedy
+    assert not task.validated  # not even the check before the training
+    assert not called
+    with pytest.raises(InputError, match=r"a Sequential was given"):
+        callback(called.append, network=task.net)
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -986,6 +986,27 @@ def test_without_anything_to_take_up_a_mean_the_weights_do() -> None:
     assert float((after - level).norm()) < 0.2 * float((before - level).norm())
 
 
+def test_inputs_far_from_zero_are_solved_as_those_about_zero() -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(16, 12), nn.ReLU(), nn.Linear(12, 4)).eval()
+        mix = torch.randn(16, 16)
+        x, unseen = (torch.randn(300, 16) @ mix for _ in range(2))
+    errors = []
+    for level in (0, 3000):
+        far = copy.deepcopy(net)
+        with torch.no_grad():
+            far[0].bias -= level * far[0].weight.double().sum(1).float()
+        sparse = rf.prune(far, x[:2], structure="2:4")
+        healed = repair(far, sparse, [x + level])
+        with torch.no_grad():
+            target = net.double()(unseen.double())
+            given = (unseen + level).double()
+            errors.append(float((healed.double()(given) - target).square().sum()))
+        net.float()
+    assert errors[1] == pytest.approx(errors[0], rel=0.01)
+
+
 class Text(nn.Module):
     def __init__(self) -> None:
         super().__init__()

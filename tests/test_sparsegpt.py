@@ -10,7 +10,15 @@ from hypothesis import strategies as st
 
 from rarefy.pruning.sparsity import sparsegpt
 from rarefy.pruning.sparsity.patterns import NM, Block, Unstructured
-from rarefy.pruning.sparsity.sparsegpt import Selection, moved, ridged, solved, sweep
+from rarefy.pruning.sparsity.sparsegpt import (
+    Selection,
+    moved,
+    regularized,
+    ridge_of,
+    ridged,
+    solved,
+    sweep,
+)
 
 SEEDS = st.integers(0, 10_000)
 COLUMNS, ROWS, OUTPUTS = 6, 40, 3
@@ -119,8 +127,38 @@ def test_blocks_within_the_sweep() -> None:
 
 def test_a_gram_matrix_without_rank_gets_one() -> None:
     x = torch.ones(5, 3, dtype=torch.float64)
-    assert torch.linalg.matrix_rank(ridged((x.T @ x)[None], 0.01)) == 3
-    assert torch.equal(ridged(torch.zeros(1, 3, 3), 0.01)[0], torch.eye(3))
+    gram, nothing = (x.T @ x)[None], torch.zeros(1, 3, 3)
+    assert torch.linalg.matrix_rank(ridged(gram, ridge_of(gram, 0.01))) == 3
+    assert torch.equal(ridged(nothing, ridge_of(nothing, 0.01))[0], torch.eye(3))
+
+
+def test_the_ridge_grows_until_the_matrix_is_positive_definite() -> None:
+    x = torch.randn(1, 3, 40, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    gram = x.transpose(1, 2) @ x
+    shift = 1e-6 * float(gram.diagonal(dim1=1, dim2=2).sum())
+    gram = gram - shift * torch.eye(40)
+    tried: list[float] = []
+
+    def solve(hessian: torch.Tensor) -> torch.Tensor:
+        tried.append(float((hessian - gram)[0].trace()) / 40)
+        return torch.linalg.cholesky(hessian)
+
+    factor = regularized(gram, torch.tensor([1e-30]).double(), solve)
+    assert shift < tried[-1] <= 10 * shift
+    assert len(tried) < 15
+    torch.testing.assert_close(
+        factor @ factor.transpose(1, 2), gram + tried[-1] * torch.eye(40).double()
+    )
+
+
+@pytest.mark.parametrize("entry", [torch.nan, torch.inf])
+def test_what_no_ridge_makes_positive_definite_is_refused(entry) -> None:
+    gram = torch.eye(3, dtype=torch.float64)[None]
+    gram[0, 1, 1] = entry
+    with pytest.raises(torch.linalg.LinAlgError):
+        regularized(gram, ridge_of(gram, 0.01), torch.linalg.cholesky)
+    with pytest.raises(torch.linalg.LinAlgError):
+        regularized(-torch.eye(3)[None], torch.ones(1), torch.linalg.cholesky)
 
 
 def test_a_solve_that_would_take_too_long_is_left_out(monkeypatch) -> None:

@@ -614,9 +614,47 @@ def test_what_cannot_be_factored_falls_back(monkeypatch, convolutions) -> None:
     monkeypatch.setattr(torch.linalg, "cholesky", refused)
     found = rf.prune(convolutions, DATA[0], structure="2:4", criterion="sparsegpt", data=DATA)
     assert set(found.sparsified.fallback) == set(found.sparsified.zeros)
-    assert all("cannot be solved" in reason for reason in found.sparsified.fallback.values())
+    for reason in found.sparsified.fallback.values():
+        assert "cannot be solved" in reason
+        assert "damp=" in reason
+        assert "Error" not in reason
     for path, tensor in plain.state_dict().items():
         assert torch.equal(found.state_dict()[path], tensor), path
+
+
+@pytest.mark.parametrize("structure", ["2:4", "weight"])
+@pytest.mark.parametrize("kind", ["bias", "no bias", "bfloat16"])
+def test_inputs_far_from_zero_are_reconstructed_in_single_precision(structure, kind) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(16, 12, bias=kind != "no bias"), nn.ReLU(), nn.Linear(12, 4))
+    mix, level = torch.randn(16, 16), 300 if kind == "bfloat16" else 3000
+    x, unseen = (torch.randn(300, 16) @ mix + level for _ in range(2))
+    if kind == "bfloat16":
+        net, x, unseen = net.bfloat16(), x.bfloat16(), unseen.bfloat16()
+    with torch.no_grad():
+        net[0].weight -= net[0].weight.mean(1, keepdim=True)  # so that no output is far from zero
+        if net[0].bias is not None:
+            net[0].bias -= net[0](x).mean(0)
+    budget = None if structure == "2:4" else Budget(sparsity=0.5)
+    errors = []
+    for model in (net, copy.deepcopy(net).double()):
+        given, shown = (t.to(model[0].weight.dtype) for t in (x, unseen))
+        found = rf.prune(model, given[:2], budget, structure=structure, data=[given])
+        assert found.sparsified.fallback == {}
+        with torch.no_grad():
+            target, output = (m.double()(shown.double()) for m in (copy.deepcopy(net), found))
+        errors.append(float((output - target).square().sum()))
+    assert errors[0] < (1.1 if kind == "bfloat16" else 1.01) * errors[1]
+
+
+def test_inputs_whose_squares_are_infinite_go_by_magnitude_with_a_remedy() -> None:
+    torch.manual_seed(0)
+    net = nn.Linear(8, 4)
+    data = torch.randn(40, 8) * 1e25
+    found = rf.prune(net, data[:2], structure="2:4", data=[data])
+    assert "infinite in single precision" in found.sparsified.fallback["weight"]
+    again = rf.prune(net.double(), data[:2].double(), structure="2:4", data=[data.double()])
+    assert again.sparsified.fallback == {}
 
 
 def test_a_hessian_without_rank_makes_nothing_worse(convolutions) -> None:

@@ -15,9 +15,11 @@ from rarefy.pruning.repairing.system import (
     Weights,
     conjugate_gradients,
     masked,
+    ridge_for,
     solve,
 )
 from rarefy.pruning.sparsity.gram import Sums
+from rarefy.pruning.sparsity.sparsegpt import ridged
 
 torch.set_num_threads(1)
 
@@ -37,11 +39,18 @@ def weights(groups: int, outputs: int, unknowns: int, mean: Mean = Mean.BIAS, **
     return Weights(torch.zeros(groups, outputs, unknowns).double(), zeros, mean, **more)
 
 
+def regular(sums: Sums) -> Tensor:
+    """The raw Gram matrix with its ridge."""
+    gram = sums.raw().xx
+    return ridged(gram, ridge_for(gram, sums))
+
+
 @pytest.fixture
 def exact(monkeypatch):
     """No regularization, so that NumPy's least squares are the same."""
     monkeypatch.setattr(system, "RIDGE", 0.0)
     monkeypatch.setattr(system, "FLOOR", 1e-14)
+    monkeypatch.setattr(system, "NOISE", 0.0)
 
 
 @pytest.mark.parametrize("mean", list(Mean))
@@ -67,7 +76,7 @@ def test_groups_are_solved_one_by_one(exact) -> None:
     x, y = randn(2, 100, 3), randn(2, 100, 4, seed=1)
     parts = [(x[g : g + 1], y[g : g + 1]) for g in range(2)]
     whole, *single = (
-        system.least_squares(sums, system._regularized(sums.xx, sums.xx), weights(len(a), 4, 3))
+        system.least_squares(sums.raw(), regular(sums), weights(len(a), 4, 3))
         for a, b in ((x, y), *parts)
         for sums in [gram(a, b)]
     )
@@ -87,7 +96,7 @@ def test_sparse_rows_are_numpys_least_squares_over_what_they_keep(direct, exact,
     x, y, gone = sparse_case(4, 12, 3)
     sums = gram(x[None], y[None])
     given = weights(1, 4, 12, Mean.NONE, gone=gone[None])
-    found = system.least_squares(sums, system._regularized(sums.xx, sums.xx), given)[0]
+    found = system.least_squares(sums.raw(), regular(sums), given)[0]
     for row in range(4):
         kept = (~gone[row]).nonzero().flatten()
         expected = np.linalg.lstsq(x[:, kept].numpy(), y[:, row].numpy(), rcond=None)[0]
@@ -101,8 +110,8 @@ def test_the_gradient_vanishes_at_what_stays(seed, direct) -> None:
     """The optimality conditions of the masked problem, by whichever way it is solved."""
     x, y, gone = sparse_case(3, 8, seed)
     start = randn(1, 3, 8, seed=seed + 5).masked_fill(gone[None], 0.0)
-    sums = gram(x[None], y[None])
-    hessian = system._regularized(sums.xx, sums.xx)
+    sums = gram(x[None], y[None]).raw()
+    hessian = regular(sums)
     held = (system.DIRECT, direct)
     system.DIRECT = direct
     try:
@@ -119,8 +128,8 @@ def test_the_gradient_vanishes_at_what_stays(seed, direct) -> None:
 
 def test_stopping_early_is_between_the_start_and_the_optimum(monkeypatch) -> None:
     x, y, gone = sparse_case(4, 12, 7)
-    sums = gram(x[None], y[None])
-    hessian = system._regularized(sums.xx, sums.xx)
+    sums = gram(x[None], y[None]).raw()
+    hessian = regular(sums)
     start = randn(1, 4, 12, seed=9).masked_fill(gone[None], 0.0)
     optimum = system.moved(start, sums.xx, sums.xy, hessian)
 
@@ -209,3 +218,49 @@ def test_few_rows_that_hardly_differ_are_solved_in_single_precision(level, unkno
                   weights(1, 3, unknowns))  # fmt: skip
     assert found.values.isfinite().all()
     assert found.errors[1] <= found.errors[0]
+
+
+@pytest.mark.parametrize("mean", [Mean.BIAS, Mean.NORM])
+@pytest.mark.parametrize("is_sparse", [False, True])
+def test_inputs_far_from_zero_are_solved_in_single_precision_as_in_double(mean, is_sparse) -> None:
+    x = randn(1, 600, 6) @ randn(6, 6, seed=1) + 3000
+    y = x @ randn(1, 6, 2, seed=2) + randn(1, 600, 2, seed=3)
+    gone = (randn(1, 2, 6, seed=4) > 0.5) if is_sparse else None
+    given = weights(1, 2, 6, mean, gone=gone)
+    x, y = x.float(), y.float()  # the same rows for both
+    check = gram(x[:, 500:].double(), y[:, 500:].double())
+    found, expected = (
+        solve(gram(x[:, :500].to(kind), y[:, :500].to(kind)), check, given)
+        for kind in (torch.float32, torch.float64)
+    )
+    torch.testing.assert_close(found.values, expected.values, rtol=1e-3, atol=1e-4)
+    assert found.errors[1] == pytest.approx(expected.errors[1], rel=1e-3)
+
+
+def test_inputs_that_differ_by_rounding_alone_are_not_solved_on() -> None:
+    """What is left of their spread is noise, which no weights are to be made of."""
+    x = (1000 * (1 + torch.finfo(torch.float32).eps * randn(1, 400, 5))).float()
+    y = 1e-3 * randn(1, 400, 2, seed=1).float() + 3
+    present = randn(1, 2, 5, seed=2)
+    given = Weights(present, torch.zeros(1, 1, 2).double(), Mean.BIAS)
+    found = solve(gram(x[:, 80:], y[:, 80:]), gram(x[:, :80].double(), y[:, :80].double()), given)
+    assert found.is_better
+    assert float((found.values - present).abs().max()) < 0.1 * float(present.abs().max())
+
+
+def test_a_matrix_that_cannot_be_factored_gets_a_larger_ridge(monkeypatch) -> None:
+    x = randn(1, 300, 8)
+    y = x @ randn(1, 8, 2, seed=1)
+    plain = torch.linalg.cholesky
+    calls: list[float] = []
+
+    def strict(matrix: Tensor, **options: bool) -> Tensor:
+        calls.append(float(matrix.diagonal(dim1=-2, dim2=-1).min()))
+        if len(calls) < 3:
+            raise torch.linalg.LinAlgError("the input is not positive-definite")
+        return plain(matrix, **options)
+
+    monkeypatch.setattr(torch.linalg, "cholesky", strict)
+    found = solve(gram(x[:, 60:], y[:, 60:]), gram(x[:, :60], y[:, :60]), weights(1, 2, 8))
+    assert sorted(calls) == calls
+    assert found.errors[1] < 0.05

@@ -18,14 +18,18 @@ from torch import Tensor
 from rarefy.pruning.repairing.grids import Grid
 from rarefy.pruning.repairing.rounding import on_grid
 from rarefy.pruning.sparsity.gram import Sums
-from rarefy.pruning.sparsity.sparsegpt import moved, solved
+from rarefy.pruning.sparsity.sparsegpt import moved, regularized, solved
 
 RIDGE = 1e-3
 """Regularization towards the present weights, relative to the mean of the Gram diagonal."""
 
 FLOOR = torch.finfo(torch.float32).eps
-"""The least regularization, relative to the squares of all inputs together: by as much may the
-eigenvalues of sums in single precision be off, once the means are taken off."""
+"""The least regularization, relative to the squares that are summed up, all inputs together: by as
+much may the eigenvalues of sums in single precision be off."""
+
+NOISE = 16 * FLOOR
+"""Share of an input that may be rounding in the layers before it. Its square, relative to the mean
+square of the inputs, is regularization, too: what inputs differ by no more is not solved on."""
 
 STEPS = 100
 """Most steps of conjugate gradients, each at the cost of one product with the Gram matrix."""
@@ -100,12 +104,12 @@ def solve(fit: Sums, check: Sums, weights: Weights) -> Solved:
         check: sums over held-out rows.
         weights: the present ones.
     """
-    sums = fit if weights.mean is Mean.NONE else fit.centered()
+    sums = fit.raw() if weights.mean is Mean.NONE else fit.centered()
     judged, seen = (g.centered() if weights.mean is Mean.NORM else g for g in (check, fit))
-    hessian = _regularized(sums.xx, fit.xx)
     tried = [weights.values]
     with suppress(torch.linalg.LinAlgError):  # type: ignore[attr-defined]
-        tried.append(least_squares(sums, hessian, weights))
+        found = partial(least_squares, sums, weights=weights)
+        tried.append(regularized(sums.xx, ridge_for(sums.xx, fit), found))
     error = partial(Sums.error, about_mean=False)
     old = weights.values.transpose(1, 2)
     before = error(judged, old, weights.bias)
@@ -114,7 +118,7 @@ def solve(fit: Sums, check: Sums, weights: Weights) -> Solved:
     for values in tried:
         w, bias = values.transpose(1, 2), weights.bias
         if weights.mean is Mean.BIAS:
-            bias = (fit.y - fit.x @ w) / max(fit.count, 1)
+            bias = fit.mean_y - fit.mean_x @ w
         after = error(judged, w, bias)
         if after < best.errors[1] and error(seen, w, bias) <= limit:
             best = Solved(values, bias, (before, after))
@@ -132,13 +136,11 @@ def least_squares(sums: Sums, hessian: Tensor, weights: Weights) -> Tensor:
     return on_grid(optimum, hessian, weights.grid, gone, weights.rounding)
 
 
-def _regularized(gram: Tensor, raw: Tensor) -> Tensor:
-    """The Gram matrix with its ridge, the identity where all inputs are zero."""
-    own, seen = (t.diagonal(dim1=1, dim2=2) for t in (gram, raw))
-    ridge = RIDGE * own.mean(1).clamp_min(0) + FLOOR * seen.sum(1)
-    ridge = torch.where(ridge > 0, ridge, torch.ones_like(ridge))
-    eye = torch.eye(gram.shape[1], dtype=gram.dtype, device=gram.device)
-    return gram + ridge[:, None, None] * eye
+def ridge_for(gram: Tensor, fit: Sums) -> Tensor:
+    """The ridge of a Gram matrix that was made of sums, shape (groups,); 1 where all are zero."""
+    own = gram.diagonal(dim1=1, dim2=2).clamp_min(0)
+    ridge = RIDGE * own.mean(1) + FLOOR * own.sum(1) + NOISE**2 * fit.squares.mean(1)
+    return torch.where(ridge > 0, ridge, torch.ones_like(ridge))
 
 
 def masked(optimum: Tensor, hessian: Tensor, gone: Tensor, start: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ a layer say is summed up in matrices whose size does not depend on the number of
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -25,7 +25,7 @@ from rarefy.pruning.running.uses import gathered
 from rarefy.pruning.sparsity.elements import SparseGPT
 from rarefy.pruning.sparsity.gram import Sums, add_rows
 from rarefy.pruning.sparsity.patterns import NM, Block, Pattern, Unstructured
-from rarefy.pruning.sparsity.sparsegpt import Selection, moved, reconstructed, ridged
+from rarefy.pruning.sparsity.sparsegpt import Selection, moved, reconstructed, regularized, ridge_of
 from rarefy.pruning.sparsity.weights import Layer, zero
 from rarefy.types import Inputs
 
@@ -178,18 +178,22 @@ class Calibration:
         mask = picked(self.gone[part.layer.path], part.at)
         bias = self._bias(part)
         old = torch.zeros_like(fit.y) if bias is None else bias.old.view(fit.y.shape)
-        sums = fit if bias is None else fit.centered()
-        hessian = ridged(sums.xx, self.rule.damp)
+        sums = fit.raw() if bias is None else fit.centered()
         count = part.count(mask, self.pattern)
         selection = Selection(self.pattern, count, part.layer.inputs, self.rule.block)
-        try:
+
+        def solved(hessian: Tensor) -> tuple[Tensor, Tensor]:
             optimum = moved(weight, sums.xx, sums.xy, hessian)
-            found, gone = reconstructed(optimum, hessian, selection, mask)
+            return reconstructed(optimum, hessian, selection, mask)
+
+        try:
+            found, gone = regularized(sums.xx, ridge_of(sums.xx, self.rule.damp), solved)
         except RuntimeError as error:
-            self._fall_back(part, f"it cannot be solved: {first_line(error)}")
+            self._fall_back(part, unsolved(sums, error))
             return
+        found = found.to(part.layer.weight.dtype).double()  # the bias makes up for rounding, too
         turned = found.transpose(1, 2)
-        new = old if bias is None else (fit.y - fit.x @ turned) / fit.count
+        new = old if bias is None else fit.mean_y - fit.mean_x @ turned
         before = check.error(weight.masked_fill(mask, 0.0).transpose(1, 2), old)
         after = check.error(turned, new)
         self.errors[part.name] = (before, after)
@@ -255,7 +259,7 @@ class _Part:
         """Columns in the order of the pattern."""
         by = self.order.to(sums.xx.device)
         xx, xy = sums.xx[:, by][:, :, by], sums.xy[:, by]
-        return Sums(sums.count, xx, xy, sums.yy, sums.x[:, :, by], sums.y)
+        return replace(sums, xx=xx, xy=xy, x=sums.x[:, :, by], pivot_x=sums.pivot_x[:, :, by])
 
     def count(self, mask: Tensor, pattern: Pattern) -> int:
         """Units that go, as plain magnitude has it; for N:M, its inputs."""
@@ -301,6 +305,21 @@ class _Bias:
         """Make the sum of old and new what is wanted."""
         moved = self._values + self._sign * (value.flatten() - self.old)
         put(self._tensor, self._index, moved)
+
+
+def unsolved(sums: Sums, error: RuntimeError) -> str:
+    """Why a layer could not be solved, and what helps."""
+    if not all(bool(torch.isfinite(t).all()) for t in (sums.xx, sums.xy)):
+        return (
+            "it cannot be solved, as squares of its inputs are infinite in single precision; "
+            "normalize the data, or prune model.double() on data in double precision"
+        )
+    if isinstance(error, torch.linalg.LinAlgError):  # type: ignore[attr-defined]
+        return (
+            "it cannot be solved, as its inputs depend on each other; give more and other data, or "
+            "criterion=SparseGPT(damp=0.1)"
+        )
+    return f"it cannot be solved here ({first_line(error)}); try another device, or exclude it"
 
 
 def _held_out(sizes: Sequence[int]) -> list[Tensor]:

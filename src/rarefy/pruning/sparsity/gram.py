@@ -51,15 +51,21 @@ def add_rows(
 
 @dataclass
 class Sums:
-    """Sums over rows of ``x`` and ``y``, for each group of channels.
+    """Sums over rows of ``x`` and ``y`` less a pivot of each, for each group of channels.
+
+    The pivots are the means of the first rows that come. Products of rows in single precision keep
+    the digits of their spread so, however far from zero the rows are; what the pivots add is put
+    back in double precision.
 
     Attributes:
         count: rows.
-        xx: (groups, unknowns, unknowns), of ``x^T x``.
-        xy: (groups, unknowns, outputs), of ``x^T y``.
-        yy: (groups, 1, outputs), of ``y^2``.
-        x: (groups, 1, unknowns).
-        y: (groups, 1, outputs).
+        xx: (groups, unknowns, unknowns), of ``(x - pivot_x)^T (x - pivot_x)``.
+        xy: (groups, unknowns, outputs), of ``(x - pivot_x)^T (y - pivot_y)``.
+        yy: (groups, 1, outputs), of ``(y - pivot_y)^2``.
+        x: (groups, 1, unknowns), of ``x - pivot_x``.
+        y: (groups, 1, outputs), of ``y - pivot_y``.
+        pivot_x: (groups, 1, unknowns).
+        pivot_y: (groups, 1, outputs).
     """
 
     count: int
@@ -68,38 +74,77 @@ class Sums:
     yy: Tensor
     x: Tensor
     y: Tensor
+    pivot_x: Tensor
+    pivot_y: Tensor
 
     @classmethod
     def empty(
         cls, groups: int, unknowns: int, outputs: int, device: torch.device | None = None
     ) -> Sums:
         """No rows yet."""
-        shapes = ((unknowns, unknowns), (unknowns, outputs), (1, outputs), (1, unknowns))
-        sums = [
-            torch.zeros(groups, *shape, dtype=torch.float64, device=device)
-            for shape in (*shapes, shapes[2])
-        ]
+        x, y = (1, unknowns), (1, outputs)
+        shapes = ((unknowns, unknowns), (unknowns, outputs), y, x, y, x, y)
+        sums = [torch.zeros(groups, *shape, dtype=torch.float64, device=device) for shape in shapes]
         return cls(0, *sums)
 
     def add(self, x: Tensor, y: Tensor) -> None:
         """Add rows: (groups, rows, unknowns) and (groups, rows, outputs)."""
+        if not x.shape[1]:
+            return
+        if not self.count:
+            self.pivot_x, self.pivot_y = _mean(x).double(), _mean(y).double()
         self.count += x.shape[1]
+        x, y = x - self.pivot_x.to(x.dtype), y - self.pivot_y.to(y.dtype)
         self.xx += x.transpose(1, 2) @ x
         self.xy += x.transpose(1, 2) @ y
         self.yy += y.square().sum(1, keepdim=True)
         self.x += x.sum(1, keepdim=True)
         self.y += y.sum(1, keepdim=True)
 
+    @property
+    def mean_x(self) -> Tensor:
+        """Of ``x``: (groups, 1, unknowns)."""
+        return self.pivot_x + self.x / max(self.count, 1)
+
+    @property
+    def mean_y(self) -> Tensor:
+        """Of ``y``: (groups, 1, outputs)."""
+        return self.pivot_y + self.y / max(self.count, 1)
+
+    @property
+    def squares(self) -> Tensor:
+        """Sums of ``x^2``, pivot and all: (groups, unknowns)."""
+        own = self.xx.diagonal(dim1=1, dim2=2)
+        return own + (self.pivot_x * (2 * self.x + self.count * self.pivot_x))[:, 0]
+
+    def raw(self) -> Sums:
+        """The same about zero: of the rows as they came."""
+        x, y = (self.x + self.count * self.pivot_x, self.y + self.count * self.pivot_y)
+        left, before = self.pivot_x.transpose(1, 2), self.x.transpose(1, 2)
+        return Sums(
+            self.count,
+            self.xx + left @ x + before @ self.pivot_x,
+            self.xy + left @ y + before @ self.pivot_y,
+            self.yy + self.pivot_y * (y + self.y),
+            x,
+            y,
+            torch.zeros_like(x),
+            torch.zeros_like(y),
+        )
+
     def centered(self) -> Sums:
         """The same with the means of ``x`` and ``y`` taken off every row."""
         n = max(self.count, 1)
+        x, y = torch.zeros_like(self.x), torch.zeros_like(self.y)
         return Sums(
             self.count,
             self.xx - self.x.transpose(1, 2) @ self.x / n,
             self.xy - self.x.transpose(1, 2) @ self.y / n,
             (self.yy - self.y.square() / n).clamp_min(0),
-            torch.zeros_like(self.x),
-            torch.zeros_like(self.y),
+            x,
+            y,
+            x,
+            y,
         )
 
     def error(self, w: Tensor, offset: Tensor, *, about_mean: bool = True) -> float:
@@ -110,8 +155,17 @@ class Sums:
             offset: (groups, 1, outputs).
             about_mean: ``||y||^2`` without the mean of ``y``, unless all its rows are alike.
         """
+        offset = offset + self.pivot_x @ w - self.pivot_y
         total = self.yy + ((self.xx @ w) * w - 2 * self.xy * w).sum(1, keepdim=True)
         total = total + offset * (2 * (self.x @ w - self.y) + self.count * offset)
-        scale = (about_mean and float(self.centered().yy.sum())) or float(self.yy.sum())
+        level = self.pivot_y * (2 * self.y + self.count * self.pivot_y)
+        spread = (self.yy - self.y.square() / max(self.count, 1)).clamp_min(0)
+        scale = (about_mean and float(spread.sum())) or float((self.yy + level).sum())
         found = max(float(total.sum()), 0.0) / max(scale, 1e-30)
         return found if found == found else float("inf")
+
+
+def _mean(rows: Tensor) -> Tensor:
+    """Mean of (groups, rows, columns) over rows; exactly what all rows are where they are alike."""
+    first = rows[:, :1]
+    return first + (rows - first).mean(1, keepdim=True)

@@ -7,8 +7,9 @@ row for each output. Frantar and Alistarh 2023, https://arxiv.org/abs/2301.00774
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -17,6 +18,11 @@ from rarefy.pruning.sparsity.patterns import NM, Pattern
 
 MAX_SOLVE = 2e11
 """Multiplications that the exact solve of a layer's surviving weights may take."""
+
+GROWTH = 10.0
+"""Factor by which a ridge grows where a matrix is not positive definite with it."""
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -86,12 +92,42 @@ def cost(step: Tensor, hessian: Tensor) -> Tensor:
     return ((step @ hessian) * step).sum(2)
 
 
-def ridged(gram: Tensor, damp: float) -> Tensor:
-    """A Gram matrix with ``damp`` times its mean diagonal added; the identity where it is zero."""
+def ridge_of(gram: Tensor, damp: float) -> Tensor:
+    """``damp`` times the mean diagonal of a Gram matrix, shape (groups,); 1 where it is zero."""
     scale = damp * gram.diagonal(dim1=1, dim2=2).mean(1)
-    scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+    return torch.where(scale > 0, scale, torch.ones_like(scale))
+
+
+def ridged(gram: Tensor, ridge: Tensor) -> Tensor:
+    """A Gram matrix with a ridge, shape (groups,), added to its diagonal."""
     eye = torch.eye(gram.shape[1], dtype=gram.dtype, device=gram.device)
-    return gram + scale[:, None, None] * eye
+    return gram + ridge[:, None, None] * eye
+
+
+def regularized(gram: Tensor, ridge: Tensor, solve: Callable[[Tensor], T]) -> T:
+    """What is solved with a Gram matrix and its ridge, which grows as long as that fails.
+
+    Rounding leaves matrices whose smallest eigenvalues are far below the largest not positive
+    definite. The ridge grows tenfold then, from the precision of their entries on, until it is as
+    large as they are.
+
+    Args:
+        gram: (groups, columns, columns).
+        ridge: (groups,), the least one.
+        solve: from ``gram`` with the ridge.
+
+    Raises:
+        LinAlgError: it fails with any of them, as it does where the entries are not finite.
+    """
+    trace = gram.diagonal(dim1=1, dim2=2).sum(1)
+    least = torch.finfo(gram.dtype).eps * trace
+    while True:
+        try:
+            return solve(ridged(gram, ridge))
+        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+            if not bool((ridge < trace).any()):
+                raise
+            ridge = torch.maximum(GROWTH * ridge, least)
 
 
 def moved(weight: Tensor, gram: Tensor, cross: Tensor, hessian: Tensor) -> Tensor:
