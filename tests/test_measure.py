@@ -2,6 +2,9 @@
 
 import importlib.util
 import time
+from collections import Counter
+from contextlib import contextmanager
+from functools import partial
 
 import pytest
 import torch
@@ -14,6 +17,7 @@ from rarefy.deployment.measure import (
     latency,
     measure,
     relative,
+    replicated,
     settled,
     speedup,
     timed,
@@ -105,16 +109,47 @@ def test_what_other_programs_take_is_not_counted():
     assert series.undisturbed(2) == series.wall
 
 
-def test_calls_end_when_they_suffice():
+@contextmanager
+def renewed(runners, orders, order):
+    orders.append(tuple(order))
+    yield [runners[n] for n in order]
+
+
+def test_calls_end_when_they_suffice(monkeypatch):
+    monkeypatch.setattr("rarefy.deployment.measure.WARM", 0.0)
     asked = []
 
     def enough(times):
-        asked.append(len(times[0].wall))
+        asked.append(len(times[0].starts))
         return len(asked) == 2
 
-    times = timed([lambda: None], 10_000, 0, float("inf"), enough)
-    assert asked == [50, 75]
-    assert len(times[0].wall) == 75
+    runners = [lambda: time.sleep(1e-3)] * 2
+    times = replicated(runners, partial(renewed, runners, []), 10_000, 0, float("inf"), enough)
+    assert asked == [8, 10]
+    assert len(times[0].wall) == len(times[1].wall) == 70
+
+
+def test_every_replicate_opens_sessions_in_another_order():
+    for count in (1, 2, 3, 5):
+        orders, called = [tuple(range(count))], []
+        runners = [partial(called.append, n) for n in range(count)]
+        times = replicated(runners, partial(renewed, runners, orders), 40, 0, float("inf"))
+        assert Counter(called) == dict.fromkeys(range(count), 40)
+        assert len(orders) == {1: 1, 2: 8, 3: 9, 5: 10}[count]
+        places = Counter((place, n) for order in orders for place, n in enumerate(order))
+        assert len(set(places.values())) == 1
+        assert all(len(series.starts) == len(orders) for series in times)
+        assert called[: 2 * count] == [*range(count)] * 2
+        assert tuple(called[-count:]) == orders[-1]
+
+
+def test_few_calls_are_few_replicates():
+    orders, runners = [(0, 1)], [lambda: None] * 2
+    for rounds in (1, 3):
+        times = replicated(runners, partial(renewed, runners, orders), rounds, 0, float("inf"))
+        assert [len(series.starts) for series in times] == [rounds] * 2
+    times = replicated(runners, partial(renewed, runners, orders), 100, 5, 0.0)
+    assert [len(series.wall) for series in times] == [1, 1]
 
 
 def test_calls_are_interleaved_and_bounded():

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import scipy.stats
 
 from rarefy.deployment.ratios import paired
 from rarefy.types import Ratio
@@ -34,6 +35,47 @@ def test_the_interval_holds_the_share_and_narrows(share: float) -> None:
             assert found.low <= found.value <= found.high
     assert held >= 0.85 * 80
     assert np.mean(widths[800]) < 0.7 * np.mean(widths[200])
+
+
+def replicates(seed: int, share: float, count: int) -> Ratio:
+    """Sessions differ by 1 %, and the one that is opened first is 3 % slower."""
+    generator = np.random.default_rng(seed)
+    before, after, starts = [], [], []
+    for number in range(count):
+        starts.append(len(before))
+        load, first = loads(generator, 40), 1.03 if number % 2 == 0 else 1 / 1.03
+        session = generator.lognormal(0, 0.01)
+        before += noisy(generator, first, load)
+        after += noisy(generator, share * session, load)
+    return paired(before, after, starts, 2)
+
+
+@pytest.mark.parametrize("share", [0.95, 1.0])
+def test_the_interval_knows_that_sessions_differ(share: float) -> None:
+    found = [replicates(seed, share, 8) for seed in range(100)]
+    held = [one.low <= share <= one.high for one in found]
+    assert 90 <= sum(held) <= 99
+    assert np.mean([one.noise for one in found]) < 0.025
+    assert (share == 1) or sum(one.high < 1 for one in found) >= 90
+    wide = np.mean([one.noise for one in found])
+    assert np.mean([replicates(seed, share, 32).noise for seed in range(20)]) < 0.6 * wide
+
+
+def test_an_order_is_no_noise() -> None:
+    starts = [0, 10, 20, 30]
+    before, after = [100] * 40, ([110] * 10 + [90] * 10) * 2
+    found = paired(before, after, starts, 2)
+    assert found.low == pytest.approx(found.high) == pytest.approx(np.sqrt(1.1 * 0.9))
+    assert paired(before, after, starts).low < 0.9
+    assert paired(before[:20], after[:20], starts[:2], 2).low < 0.5  # one of each order
+
+
+def test_the_interval_is_students() -> None:
+    shares = np.array([1.0, 1.02, 0.99, 1.05])
+    found = paired([1000] * 20, np.repeat(1000 * shares, 5).astype(int).tolist(), [0, 5, 10, 15])
+    logs = np.log(shares)
+    expected = scipy.stats.t.interval(0.95, 3, logs.mean(), scipy.stats.sem(logs))
+    assert np.log([found.low, found.high]) == pytest.approx(expected)
 
 
 def test_the_same_calls_give_the_same_interval() -> None:

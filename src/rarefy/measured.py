@@ -90,8 +90,8 @@ def prune(
     are measured once and kept in the user's cache folder (``$RAREFY_CACHE``), and widths are
     multiples of what the runtime computes fast, unless the budget says otherwise. Shares of the
     latency are of calls one right after the other, with one thread of the processor's time that
-    they take, which other programs do not lengthen; calls go on until the share's 95 % interval is
-    narrow or the time is up.
+    they take, which other programs do not lengthen; sessions are opened anew until the share's 95 %
+    interval is narrow or the time is up.
 
     Args:
         model: a trained network.

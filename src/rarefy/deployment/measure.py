@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -17,7 +18,7 @@ from torch import nn
 
 from rarefy.batches import batch_size
 from rarefy.deployment.memory import peak_mb
-from rarefy.deployment.opening import Served, opened
+from rarefy.deployment.opening import Served, prepared
 from rarefy.deployment.ratios import Series, paired
 from rarefy.deployment.runtimes import Session, runtime_named
 from rarefy.errors import CaptureError, InputError
@@ -35,8 +36,14 @@ MAX_SECONDS = 60.0
 NARROW = 0.01
 """Half the width of a ratio's interval below which more calls are not worth their time."""
 
+REPLICATES = 8
+"""Replicates of a comparison, at least, each in sessions that are opened anew."""
+
 LEAST_ROUNDS = 50
-"""Rounds before the first look at the interval of a ratio; further ones after half as many more."""
+"""Rounds of the first :data:`REPLICATES`, where the interval tells when they suffice."""
+
+WARM = 0.01
+"""Seconds of calls before which a new session is not warm, however short its calls are."""
 
 Runner = Callable[[], Any]
 """Calls what is loaded, again and again on the same inputs."""
@@ -89,7 +96,8 @@ def measure(
     Several are called in turn (A B C, A B C, ...), so that all meet the same noise; the first is
     the baseline, and the others carry their latency as a share of its, with the interval of that
     (:func:`~rarefy.deployment.ratios.paired`). With one thread it is a share of the processor's
-    time, which other programs do not lengthen; latencies are by the clock on the wall.
+    time, which other programs do not lengthen; latencies are by the clock on the wall. Sessions
+    are opened anew several times, in turning order (:func:`replicated`).
 
     Args:
         what: the path of an ONNX, ``.pt2`` or ``.pte`` file, a network, or a list of these.
@@ -206,7 +214,7 @@ def relative(
 ) -> tuple[Measurement, Measurement, Ratio]:
     """Measure two side by side, and the second's latency as a share of the first's.
 
-    Rounds end when the share is known well enough (:data:`NARROW`); see
+    Replicates end when the share is known well enough (:data:`NARROW`); see
     :func:`~rarefy.deployment.ratios.paired` for what it is. With one thread it is a share of the
     processor's time, which on a quiet machine is the same, and on a busy one stays what it was.
 
@@ -240,8 +248,13 @@ def relative(
 
 def _narrow(times: Sequence[Series], threads: int) -> bool:
     """Whether the shares of all are known well enough."""
-    first, *others = (series.undisturbed(threads) for series in times)
-    return all(paired(first, series).noise <= NARROW for series in others)
+    return all(_share(times, n, threads).noise <= NARROW for n in range(1, len(times)))
+
+
+def _share(times: Sequence[Series], number: int, threads: int) -> Ratio:
+    """The latency of one of several as a share of the first's."""
+    before, after = (times[n].undisturbed(threads) for n in (0, number))
+    return paired(before, after, times[0].starts, len(times))
 
 
 def side_by_side(
@@ -273,13 +286,17 @@ def side_by_side(
             "Give at least one file or network, and one call",
         )
     with ExitStack() as stack:
-        loaded = [
-            stack.enter_context(opened(what, given, runtime, threads))
+        ready = [
+            stack.enter_context(prepared(what, given, runtime, threads))
             for what, given in zip(whats, inputs, strict=True)
         ]
-        feeds = [session.feed(given) for (session, _), given in zip(loaded, inputs, strict=True)]
-        runners = [partial(s.run, feed) for (s, _), feed in zip(loaded, feeds, strict=True)]
-        times = timed(runners, rounds, warmup, time.monotonic() + max_seconds, enough)
+        loaded = [(stack.enter_context(closing(anew())), path) for anew, path in ready]
+        first = [
+            _runner(session, given) for (session, _), given in zip(loaded, inputs, strict=True)
+        ]
+        anew = partial(_anew, [one for one, _ in ready], inputs)
+        end = time.monotonic() + max_seconds
+        times = replicated(first, anew, rounds, warmup, end, enough)
         found: list[Measurement] = []
         for what, given, (session, path), series in zip(whats, inputs, loaded, times, strict=True):
             made = Measurement(
@@ -291,9 +308,7 @@ def side_by_side(
                 len(series.wall),
                 batch_size(given),
                 busy_ms=latency(series.busy),
-                share=paired(*(s.undisturbed(threads) for s in (times[0], series)))
-                if found
-                else None,
+                share=_share(times, len(found), threads) if found else None,
             )
             found.append(_beside(made, session, path, given, runtime, data, memory))
     return found
@@ -330,12 +345,86 @@ def _size(what: Served, path: Path | None) -> int:
         return save(what, Path(folder) / "network.safetensors").stat().st_size
 
 
+def _runner(session: Session, inputs: Inputs) -> Runner:
+    return partial(session.run, session.feed(inputs))
+
+
+@contextmanager
+def _anew(
+    openers: Sequence[Callable[[], Session]], inputs: Sequence[Inputs], order: Sequence[int]
+) -> Iterator[list[Runner]]:
+    """What runs new sessions, opened in an order; closed afterwards."""
+    with ExitStack() as stack:
+        sessions = [(stack.enter_context(closing(openers[n]())), inputs[n]) for n in order]
+        yield [_runner(session, given) for session, given in sessions]
+
+
+Anew = Callable[[Sequence[int]], AbstractContextManager[Sequence[Runner]]]
+"""The numbers of what is compared, in an order -> what runs new sessions of them."""
+
+
+def replicated(
+    first: Sequence[Runner],
+    anew: Anew,
+    rounds: int,
+    warmup: int,
+    end: float,
+    enough: Callable[[Sequence[Series]], bool] | None = None,
+) -> list[Series]:
+    """Nanoseconds of each call in several replicates, each in sessions of its own.
+
+    Each opens and calls in another order, turn and turn about, so that none is always first. A
+    single runner has no replicates: there is nothing that it is compared with.
+
+    Args:
+        first: what is called in the first replicate.
+        anew: what is called in the others.
+        rounds: calls of each, in all replicates.
+        warmup: calls of each before those of the first replicate, and about as many before those of
+            the others together, more where calls are short (:data:`WARM`).
+        end: the time of ``time.monotonic`` after which the rounds end, one at least.
+        enough: whether the calls so far suffice, asked whenever all orders had their turn. Rounds
+            then take as long as opening the sessions and warming them, or are a replicate's part
+            of :data:`LEAST_ROUNDS`.
+    """
+    count = len(first)
+    planned = count * max(2, -(-REPLICATES // count)) if count > 1 else 1
+    limit = (end - time.monotonic()) / planned
+    times = [Series() for _ in first]
+    for number in itertools.count():
+        order = [(number + n) % count for n in range(count)]
+        start = time.monotonic()
+        with anew(order) if number else nullcontext([first[n] for n in order]) as runners:
+            opened, left = time.monotonic(), rounds - len(times[0].wall)
+            most = -(-left // max(planned - number, 1))
+            found = timed(
+                runners,
+                min(most, -(-LEAST_ROUNDS // planned)) if enough else most,
+                -(-warmup // planned) if number else warmup,
+                min(end, start + limit),
+                warm=WARM if warmup and count > 1 else 0.0,
+                most=min(most, -(-rounds // planned)),
+                lasting=opened - start + WARM,
+            )
+        for n, series in zip(order, found, strict=True):
+            times[n].add(series)
+        turned = number + 1 >= planned and (number + 1) % count == 0
+        if len(times[0].wall) >= rounds or time.monotonic() > end:
+            break
+        if enough and turned and enough(times):
+            break
+    return times
+
+
 def timed(
     runners: Sequence[Runner],
     rounds: int,
     warmup: int,
     end: float,
-    enough: Callable[[Sequence[Series]], bool] | None = None,
+    *,
+    warm: float = 0.0,
+    most: int = 0,
+    lasting: float = 0.0,
 ) -> list[Series]:
     """Nanoseconds of each call, per runner, in turn.
 
@@ -344,27 +433,29 @@ def timed(
         rounds: calls of each.
         warmup: calls of each before them.
         end: the time of ``time.monotonic`` after which the rounds end, one at least.
-        enough: whether the calls so far suffice, asked now and then.
+        warm: seconds that the calls before them take at least.
+        most: calls of each, at most, where the rounds end before they took ``lasting`` seconds.
+        lasting: those seconds.
     """
-    for _ in range(warmup):
+    start = time.monotonic()
+    for number in itertools.count():
+        if number >= warmup and time.monotonic() - start >= warm:
+            break
         for runner in runners:
             runner()
         if time.monotonic() > end:
             break
     times = [Series() for _ in runners]
-    look = LEAST_ROUNDS
-    for done in range(1, rounds + 1):
+    start = time.monotonic()
+    for done in range(1, max(rounds, most) + 1):
         for runner, series in zip(runners, times, strict=True):
-            busy, start = time.process_time_ns(), time.perf_counter_ns()
+            busy, begun = time.process_time_ns(), time.perf_counter_ns()
             runner()
-            series.wall.append(time.perf_counter_ns() - start)
+            series.wall.append(time.perf_counter_ns() - begun)
             series.busy.append(time.process_time_ns() - busy)
-        if time.monotonic() > end:
+        now = time.monotonic()
+        if now > end or (done >= rounds and now - start >= lasting):
             break
-        if enough is not None and done >= look:
-            if enough(times):
-                break
-            look += look // 2
     return times
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -30,7 +31,19 @@ FORMS = {
 def opened(
     what: Served, example_inputs: Inputs, runtime: str, threads: int = 1
 ) -> Iterator[tuple[Session, Path | None]]:
-    """A session, closed afterwards, and the file that it serves, if any.
+    """A session, closed afterwards, and the file that it serves, if any; see :func:`prepared`."""
+    with (
+        prepared(what, example_inputs, runtime, threads) as (anew, path),
+        closing(anew()) as session,
+    ):
+        yield session, path
+
+
+@contextmanager
+def prepared(
+    what: Served, example_inputs: Inputs, runtime: str, threads: int = 1
+) -> Iterator[tuple[Callable[[], Session], Path | None]]:
+    """What opens a session, as often as it is called, and the file that it serves, if any.
 
     A network is exported to a temporary file for the runtimes that serve files. A ``.pt2`` file is
     loaded as a network for those of PyTorch.
@@ -67,11 +80,7 @@ def opened(
             served = path
         else:
             served = what
-        session = row.open(served, threads)
-        try:
-            yield session, path
-        finally:
-            session.close()
+        yield partial(row.open, served, threads), path
 
 
 def check_form(path: Path, runtime: str) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.special import stdtrit
 
 from rarefy.types import Ratio
 
@@ -19,10 +20,18 @@ class Series:
     Attributes:
         wall: by the clock on the wall.
         busy: that the processor spent on this process, which other programs do not lengthen.
+        starts: the first call of each replicate: a session of its own, opened anew.
     """
 
     wall: list[int] = field(default_factory=list)
     busy: list[int] = field(default_factory=list)
+    starts: list[int] = field(default_factory=list)
+
+    def add(self, replicate: Series) -> None:
+        """Append the calls of a further replicate."""
+        self.starts.append(len(self.wall))
+        self.wall += replicate.wall
+        self.busy += replicate.busy
 
     def undisturbed(self, threads: int) -> list[int]:
         """What the calls take where nothing else runs.
@@ -45,39 +54,67 @@ DRAWS = 200
 Times = NDArray[np.float64]
 
 
-def paired(before: Sequence[int], after: Sequence[int]) -> Ratio:
+def paired(
+    before: Sequence[int], after: Sequence[int], starts: Sequence[int] = (0,), orders: int = 1
+) -> Ratio:
     """The latency of a second series as a share of the first's, with a 95 % interval.
 
-    The share is the median, over all rounds, of the ratio of two calls one right after the other,
-    since other programs that slow the machine down for a while slow down both; or the ratio of the
-    10th percentiles where that is larger, since they interrupt long calls more often than short
-    ones: a gain that is there in one of the two alone is noise.
+    The share is the median, over the rounds of a replicate, of the ratio of two calls one right
+    after the other, since other programs that slow the machine down for a while slow down both; or
+    the ratio of the 10th percentiles where that is larger, since they interrupt long calls more
+    often than short ones: a gain that is there in one of the two alone is noise. Of several
+    replicates either is the geometric mean.
 
-    The interval is that of a moving-block bootstrap (Künsch 1989,
-    https://doi.org/10.1214/aos/1176347265), in blocks of :data:`LENGTH` rounds.
+    Two sessions of one file differ by where they are in memory, and which is opened and called
+    first, by more than their rounds do (Mytkowicz et al. 2009,
+    https://doi.org/10.1145/1508244.1508275). So the interval is Student's of the replicates'
+    logarithms (Kalibera and Jones 2013, https://doi.org/10.1145/2464157.2464160), each order a
+    stratum. A single replicate knows nothing of that: its interval is a moving-block bootstrap of
+    its rounds (Künsch 1989, https://doi.org/10.1214/aos/1176347265), in blocks of :data:`LENGTH`.
 
     Args:
         before: nanoseconds of the first's calls.
         after: nanoseconds of the second's, one after each of the first's.
+        starts: the first round of each replicate.
+        orders: orders of opening and calling that the replicates take in turn.
 
     Example:
         >>> paired([10] * 20, [5] * 20)
         Ratio(value=0.5, low=0.5, high=0.5)
     """
     first, second = np.asarray(before, np.float64), np.asarray(after, np.float64)
+    if len(starts) < 2:
+        return _of_rounds(first, second)
+    parts = [np.split(times, starts[1:]) for times in (first, second)]
+    logs = np.log([_shares(*both) for both in zip(*parts, strict=True)])
+    if len(logs) <= orders:
+        orders = 1
+    strata = [logs[order::orders] for order in range(orders)]
+    middle = np.mean([stratum.mean(0) for stratum in strata], 0)
+    squares = sum(((stratum - stratum.mean(0)) ** 2).sum(0) for stratum in strata)
+    freedom = len(logs) - orders
+    weight = sum(1 / len(stratum) for stratum in strata) / orders**2
+    half = stdtrit(freedom, 0.975) * np.sqrt(squares / freedom * weight)
+    low, value, high = (float(np.exp(end).max()) for end in (middle - half, middle, middle + half))
+    return Ratio(value, low, high)
+
+
+def _of_rounds(first: Times, second: Times) -> Ratio:
+    """The share of a single replicate."""
     count = len(first)
     length = max(min(LENGTH, count // 8), 1)
     generator = np.random.default_rng(0)
     starts = generator.integers(0, count - length + 1, (DRAWS, -(-count // length)))
     rounds = (starts[..., None] + np.arange(length)).reshape(DRAWS, -1)[:, :count]
-    low, high = np.percentile(_share(first[rounds], second[rounds]), [2.5, 97.5])
-    value = float(_share(first, second))
+    drawn = _shares(first[rounds], second[rounds]).max(0)
+    low, high = np.percentile(drawn, [2.5, 97.5])
+    value = float(_shares(first, second).max())
     return Ratio(value, min(float(low), value), max(float(high), value))
 
 
-def _share(before: Times, after: Times) -> Times:
-    """The larger of the median ratio of neighbors and the ratio of the 10th percentiles."""
-    neighbors = np.median(after / np.maximum(before, 1), axis=-1)
-    quick = np.percentile(after, 10, axis=-1) / np.maximum(np.percentile(before, 10, axis=-1), 1)
-    larger: Times = np.maximum(neighbors, quick)
-    return larger
+def _shares(before: Times, after: Times) -> Times:
+    """The median ratio of neighbors, and the ratio of the 10th percentiles; shape (2, ...)."""
+    before, after = np.maximum(before, 1), np.maximum(after, 1)
+    neighbors = np.median(after / before, axis=-1)
+    quick = np.percentile(after, 10, axis=-1) / np.percentile(before, 10, axis=-1)
+    return np.stack([neighbors, quick])
