@@ -1039,3 +1039,22 @@ def test_batches_of_text_may_be_of_different_lengths(structure) -> None:
             sum(float((m(**b) - net(**b)).square().sum()) for b in data) for m in (small, healed)
         )
     assert near < far
+
+
+@pytest.mark.parametrize("budget", [rf.Budget(sparsity=0.3, scope="local"), rf.Budget(macs=0.7)])
+def test_a_network_pruned_in_rounds_is_held_against_any_of_those_before(budget) -> None:
+    net, x = settled()
+    once = rf.prune(net, x[:2], budget)
+    twice = rf.prune(once, x[:2], budget)
+    thrice = rf.prune(twice, x[:2], budget)
+    for original, record in ((net, thrice.pruned), (once, thrice.pruned), (twice, thrice.pruned)):
+        kept = record.kept_of(original)
+        before, after = (dict(m.named_parameters()) for m in (original, thrice))
+        for path, whole in before.items():
+            for dim in range(whole.ndim):
+                if (path, dim) in kept:
+                    whole = whole.index_select(dim, torch.from_numpy(kept[path, dim]))
+            assert torch.equal(whole, after[path])
+        healed = repair(original, thrice, [x])
+        assert not healed.repaired.skipped
+        assert distance(original, healed, x) < distance(original, thrice, x)

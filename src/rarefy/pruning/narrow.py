@@ -49,6 +49,7 @@ class Pruned:
         left: the share that remains of what the budget is about; None where that is a number of
             units or of blocks.
         missed: how far the budget was missed, and what leaps over it or holds it, or empty.
+        earlier: the record of what was pruned, where that had been pruned itself.
     """
 
     kind: str
@@ -61,6 +62,26 @@ class Pruned:
     held: Mapping[str, str] = field(default_factory=dict)
     left: float | None = None
     missed: str = ""
+    earlier: Pruned | None = None
+
+    def kept_of(self, original: nn.Module) -> Mapping[tuple[str, int], NDArray[np.int64]]:
+        """(path, dimension) -> entries that stay of what was pruned, or pruned before that.
+
+        Args:
+            original: any of these networks; the first whose widths are those that a record tells
+                of, from the last pruning on. Where none is, what the last one kept.
+        """
+        sizes = {w.layer: w.before for w in widths(original, {})}
+        record, kept = self, self.kept
+        while any(sizes.get(w.layer, w.before) != w.before for w in record.widths):
+            if record.earlier is None:
+                return self.kept
+            record = record.earlier
+            kept = {
+                **record.kept,
+                **{at: record.kept[at][i] if at in record.kept else i for at, i in kept.items()},
+            }
+        return kept
 
 
 def narrow(
@@ -211,7 +232,15 @@ def operate(
         *_untrained(model, small, example_inputs, network, kept),
     )
     small.pruned = Pruned(  # type: ignore[assignment]
-        kind, reason, widths(model, kept), kept, frozen, error, left=plan.left, missed=plan.missed
+        kind,
+        reason,
+        widths(model, kept),
+        kept,
+        frozen,
+        error,
+        left=plan.left,
+        missed=plan.missed,
+        earlier=getattr(model, "pruned", None),
     )
     return small
 

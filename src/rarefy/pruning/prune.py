@@ -301,5 +301,7 @@ def recorded(model: nn.Module, network: Network, short: Shortened, small: nn.Mod
         blocks=tuple(block.name for block in short.blocks),
         held=short.held,
         left=prod(shares) if shares else None,
+        missed=held.missed if held else "",
+        earlier=getattr(model, "pruned", None),
     )
     return small

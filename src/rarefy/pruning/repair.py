@@ -97,8 +97,8 @@ def repair(
 
     Args:
         original: the network before.
-        pruned: what :func:`~rarefy.prune` made of it, units or weights removed, or
-            :func:`~rarefy.quantize`.
+        pruned: what :func:`~rarefy.prune` made of it, at once or in several rounds, units or
+            weights removed, or :func:`~rarefy.quantize`.
         data: batches, labelled or not.
         samples: number of examples to use, fewer where what is held of their activations exceeds
             :data:`~rarefy.pruning.running.examples.MEMORY`.
@@ -258,7 +258,7 @@ def _kept(original: nn.Module, pruned: nn.Module) -> Mapping[tuple[str, int], ND
     """
     record = getattr(pruned, "pruned", None)
     shapes = [{name: t.shape for name, t in m.state_dict().items()} for m in (original, pruned)]
-    return {} if record is None or shapes[0] == shapes[1] else record.kept
+    return {} if record is None or shapes[0] == shapes[1] else record.kept_of(original)
 
 
 def _is_stop(model: GraphModel, inputs: tuple[str, ...]) -> bool:
