@@ -129,7 +129,8 @@ def prune(
             least squares, its BatchNorm statistics moved along
             (:func:`~rarefy.pruning.repair.repair`); they also tell how much each block does
             (:mod:`~rarefy.pruning.scoring.influence`). Or with which weights are chosen.
-        samples: how many of the first examples of ``data`` are used; None for all.
+        samples: how many of the first examples of ``data`` are used, at most: repair, SparseGPT,
+            ``"compensated"`` and the worth of blocks take no more than 512; None for all.
         loss: (logits, targets) -> mean loss of a batch, for criteria that need gradients; cross
             entropy if not given.
         heal: whether the smaller network is repaired where data are given.
