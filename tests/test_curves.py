@@ -47,9 +47,9 @@ def test_of_a_loss_lower_is_better() -> None:
 def test_the_table_has_a_row_for_each_group() -> None:
     assert str(CURVES).splitlines() == [
         "metric 0.9 whole, units chosen by magnitude",
-        "group  units        25%      50%      75%",
-        "0          8        0.8     0.85      0.6",
-        "2          4                0.95         ",
+        "group  units          25%        50%        75%",
+        "0          8          0.8       0.85        0.6",
+        "2          4                    0.95           ",
     ]
 
 

@@ -84,10 +84,8 @@ def select(
 
     allocate = choice.allocation(budget, losses)
     units, even = sum(map(len, network.groups)), budget.scope == "local"
-    own = {g: _share_of(r.size, budget.share) for g, r in free.items()}
-    asked = (
-        sum(own.values()) if even else _share_of(sum(r.size for r in free.values()), budget.share)
-    )
+    own = [r.size for r in (allowed if even else free).values()]
+    asked = sum(_share_of(size, budget.share) for size in (own if even else [sum(own)]))
     limit = 1 - asked / units if account is None else budget.share
     counts = account is None and (losses is None or even)
     found = attempt(allocate(budget.share)) if counts else None
@@ -100,10 +98,8 @@ def select(
     found = found or attempt(allocate(1.0))
     gone = dict(zip(choice.groups, found.counts, strict=True))
     held = _held_back(network, free, gone)
-    going = sum(gone.values())
-    if even:  # one unit of a group is what shares are rounded by
-        going += sum(own[g] - gone.get(g, 0) == 1 for g in own)
-    if account is None and not is_close(going, asked):
+    allowing = choice.taken(allocate(budget.share)) if even and counts else gone
+    if account is None and not is_close(sum(allowing.values()), asked):
         held.insert(0, _short(budget, asked, sum(gone.values())))
     left = None if account is None else found.share
     return replace(found.plan, left=left, missed="; ".join(held))
