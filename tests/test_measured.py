@@ -315,6 +315,8 @@ def test_a_budget_of_bytes_speaks_of_bytes_alone() -> None:
 def test_sparse_networks_are_timed_where_a_runtime_is_named() -> None:
     with pytest.raises(InputError, match="nonsense"):
         rf.prune(wide(), X, Budget(sparsity=0.5), structure="weight", runtime="nonsense")
+    with pytest.raises(InputError, match="none were given"):
+        rf.prune(wide(), None, structure="2:4", runtime="onnxruntime")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # zeros alone are seldom faster
         sparse = rf.prune(wide(), X, structure="2:4", runtime="onnxruntime")

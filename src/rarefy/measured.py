@@ -21,7 +21,7 @@ from rarefy.deployment.opening import Served as Form
 from rarefy.deployment.ratios import FINE
 from rarefy.deployment.runtimes import RUNTIMES, runtime_named
 from rarefy.deployment.timing import layer_costs
-from rarefy.errors import BudgetError, warn
+from rarefy.errors import BudgetError, InputError, warn
 from rarefy.graph.trace import Network
 from rarefy.pruning import prune as pruning
 from rarefy.pruning.narrow import Pruned, noted
@@ -162,8 +162,14 @@ def prune(
     if runtime is not None or (isinstance(budget, Budget) and budget.latency is not None):
         runtime_named(runtime or DEFAULT_RUNTIME)
     if not isinstance(budget, Budget) or not removes(options.get("structure", "channel")):
+        if runtime is not None and example_inputs is None:
+            raise InputError(
+                f"prune(runtime={runtime!r})",
+                "it times the network on the example inputs, and none were given",
+                "Give example_inputs, or leave runtime out",
+            )
         sparse = pruning.prune(model, example_inputs, budget, **options)
-        if runtime is not None and example_inputs is not None:
+        if runtime is not None:
             with _workplace(model, example_inputs, runtime, threads) as place:
                 place.note(sparse)
             _warn_where_slower(sparse)
