@@ -87,8 +87,8 @@ def select(
     own = [r.size for r in (allowed if even else free).values()]
     asked = sum(_share_of(size, budget.share) for size in (own if even else [sum(own)]))
     limit = 1 - asked / units if account is None else budget.share
-    counts = account is None and (losses is None or even)
-    found = attempt(allocate(budget.share)) if counts else None
+    ranking = account is None and (losses is None or even)
+    found = attempt(allocate(budget.share)) if ranking else None
     if found is None or not (even or sum(found.counts) == asked):
         together = () if sizes is None else choice.together(sizes)
         levels = max(units, LEVELS)
@@ -98,7 +98,7 @@ def select(
     found = found or attempt(allocate(1.0))
     gone = dict(zip(choice.groups, found.counts, strict=True))
     held = _held_back(network, free, gone)
-    allowing = choice.taken(allocate(budget.share)) if even and counts else gone
+    allowing = choice.taken(allocate(budget.share)) if even else gone
     if account is None and not is_close(sum(allowing.values()), asked):
         held.insert(0, _short(budget, asked, sum(gone.values())))
     left = None if account is None else found.share

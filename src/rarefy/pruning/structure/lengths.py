@@ -7,7 +7,7 @@ length that stays, the entries of the weight keep their values.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ def remaining_lengths(
     graph: Graph,
     tensor: Callable[[str], Tensor],
     kept: Mapping[tuple[str, int], NDArray[np.int64]],
-) -> Iterator[tuple[str, Tensor]]:
+) -> dict[str, Tensor]:
     """Path and new values, in the old shape, of every length whose vectors lose entries.
 
     Args:
@@ -29,19 +29,19 @@ def remaining_lengths(
         tensor: path -> values before anything goes.
         kept: (path, dimension) -> entries that stay.
     """
-    done = set[str]()
+    found: dict[str, Tensor] = {}
     for node in graph.calls:
         if node.kind != "_weight_norm":
             continue
         v, g = (graph.by_name[name] for name in node.inputs[:2])
         dim = int(node.argument("dim"))
         lost = {d: entries for (path, d), entries in kept.items() if path == v.path and d != dim}
-        if not lost or g.op != "tensor" or g.path in done:
+        if not lost or g.op != "tensor" or g.path in found:
             continue
-        done.add(g.path)
         whole, length = tensor(v.path).detach(), tensor(g.path).detach()
         rest = whole
         for d, entries in lost.items():
             rest = rest.index_select(d, torch.from_numpy(entries).to(rest.device))
         before, after = (torch.norm_except_dim(t, 2, dim) for t in (whole, rest))
-        yield g.path, torch.where(before > 0, length * (after / before), length)
+        found[g.path] = torch.where(before > 0, length * (after / before), length)
+    return found

@@ -50,15 +50,12 @@ def masked(model: nn.Module, network: Network, plan: Plan) -> nn.Module:
     """
     entries, same = kept_entries(network, plan), directions(network.captured.graph)
     zeros = [(*place, kept) for place, kept in entries.items() if place not in same]
-    named: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
-    named |= dict(model.named_buffers(remove_duplicate=False))
-    lengths: dict[str, Tensor] = dict(
-        remaining_lengths(network.captured.graph, named.__getitem__, entries)
-    )
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    named = {**parameters, **dict(model.named_buffers(remove_duplicate=False))}
+    lengths = remaining_lengths(network.captured.graph, named.__getitem__, entries)
     lost = {path for path, _, _ in zeros} | lengths.keys()
-    parameters = list(model.named_parameters(remove_duplicate=False))
-    changed = {id(tensor) for path, tensor in parameters if path in lost}
-    reference = copied(model, {id(t): t for _, t in parameters if id(t) not in changed})
+    changed = {id(tensor) for path, tensor in parameters.items() if path in lost}
+    reference = copied(model, {id(t): t for t in parameters.values() if id(t) not in changed})
     tensors: dict[str, Tensor] = dict(reference.named_parameters(remove_duplicate=False))
     tensors |= dict(reference.named_buffers(remove_duplicate=False))
     with torch.no_grad():

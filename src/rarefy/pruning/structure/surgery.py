@@ -62,7 +62,7 @@ def cut(model: nn.Module, network: Network, plan: Plan, values: Values | None = 
     small = copied(model)
     kept = with_aliases(model, kept_entries(network, plan))
     lengths = remaining_lengths(network.captured.graph, lambda path: _tensor(small, path), kept)
-    for path, length in [*lengths]:
+    for path, length in lengths.items():
         _tensor(small, path).data.copy_(length)
     old = {path: _tensor(small, path) for path in dict.fromkeys(path for path, _ in kept)}
     slice_once = _slicer(kept)
@@ -192,7 +192,7 @@ def rewrite(model: nn.Module, network: Network, plan: Plan) -> GraphModel:
     whole = graph_model(model, network.captured)
     small = _slicer(kept)
     parameters: dict[str, Tensor] = dict(whole.named_parameters(remove_duplicate=False))
-    for path, length in [*remaining_lengths(graph, whole.tensor, kept)]:
+    for path, length in remaining_lengths(graph, whole.tensor, kept).items():
         flag = parameters[path].requires_grad
         parameters[path] = nn.Parameter(length, requires_grad=flag)
     parameters = {p: small(p, t) for p, t in parameters.items()}
