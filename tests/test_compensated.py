@@ -112,7 +112,7 @@ def test_nothing_of_the_users_is_changed() -> None:
 
 def test_a_group_with_which_outputs_are_not_finite_is_left_whole(monkeypatch) -> None:
     model, x = perceptron(), randn(32, 6)
-    monkeypatch.setattr(module, "distance", lambda given, expected: math.nan)
+    monkeypatch.setattr(module, "distance", lambda *outputs: math.nan)
     result = respond(model, trace(model, x[:2]), [x], SMALL)
     assert result.losses == {}
     assert list(result.unmeasured) == [0]

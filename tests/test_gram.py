@@ -10,6 +10,7 @@ from rarefy.graph.capture import capture, graph_model
 from rarefy.pruning import running
 from rarefy.pruning.running.inputs import results, rows
 from rarefy.pruning.running.lockstep import Run
+from rarefy.pruning.running.origins import Origins
 from rarefy.pruning.running.products import positions
 from rarefy.pruning.running.solvable import Layers, picked
 from rarefy.pruning.sparsity.gram import Sums, add_rows
@@ -165,7 +166,8 @@ def test_sums_of_parts_are_the_sums_of_all_and_nothing_is_lost(name) -> None:
         for i in range(0, examples, step):
             part, wanted = (t[i * each : (i + step) * each] for t in (given, y))
             operands, seen = (part, weight), held[i : i + step]
-            add_rows(sums, product, operands, wanted, seen, 1.0, torch.Generator())
+            origins = Origins(len(seen))
+            add_rows(sums, product, operands, wanted, origins, seen, 1.0, torch.Generator())
         found.append(sums)
     for sums in found[1:]:
         for one, other in zip(found[0], sums, strict=True):

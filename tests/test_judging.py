@@ -92,3 +92,35 @@ def test_data_that_cannot_be_used_are_refused_whatever_the_criterion() -> None:
     net, traced = network()
     with pytest.raises(DataError):
         judged(net, traced, data=[torch.full((2, 4), torch.nan)])
+
+
+@pytest.mark.parametrize(
+    "targets",
+    [
+        torch.linspace(-3, 3, 12).view(6, 2),
+        torch.linspace(0, 3, 12).view(6, 2),
+        torch.linspace(0, 1, 6),
+    ],
+    ids=["signed", "positive", "of another shape"],
+)
+def test_targets_of_real_numbers_tell_that_outputs_are_no_logits(targets) -> None:
+    """Of real outputs a shift of all counts for nothing under softmax, and here it does."""
+    net, _ = network()
+    with torch.no_grad():  # a unit whose weights to both outputs are alike, and the largest
+        net[2].weight[:, 3] = 5.0
+        net[0].weight[3], net[0].bias[3] = 1.0, 2.0
+    found = trace(net, DATA[0][0])
+    x = DATA[0][0]
+    as_logits = judged(net, found, data=[x])
+    as_numbers = judged(net, found, data=[(x, targets)])
+    assert as_logits.scores[0].argmax() != 3
+    assert as_logits.scores[0][3] < 1e-9 < as_numbers.scores[0][3]
+    assert as_numbers.scores[0].argmax() == 3
+
+
+@pytest.mark.parametrize("targets", [torch.eye(2)[DATA[0][1]], DATA[0][1], ["a"] * 6])
+def test_labels_of_other_kinds_tell_nothing_of_the_outputs(targets) -> None:
+    net, found = network()
+    x = DATA[0][0]
+    one, two = (judged(net, found, data=data) for data in ([x], [(x, targets)]))
+    assert np.array_equal(one.scores[0], two.scores[0])

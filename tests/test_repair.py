@@ -533,7 +533,7 @@ def test_a_repair_that_does_not_help_as_a_whole_is_taken_back(monkeypatch) -> No
     net, x = layered()
     small = rf.prune(net, x[:2], HALF)
     distances = iter([2.0, 1.0])  # with the repair, without it; whatever is kept, 2
-    monkeypatch.setattr(module, "_distance", lambda *outputs: next(distances, 2.0))
+    monkeypatch.setattr(module, "distance", lambda *outputs: next(distances, 2.0))
     healed = repair(net, small, [x])
     state = small.state_dict()
     assert all(torch.equal(v, state[k]) for k, v in healed.state_dict().items())
@@ -712,14 +712,14 @@ def test_few_passes_find_what_is_taken_back(monkeypatch) -> None:
     layers = [part for _ in range(20) for part in (nn.Linear(8, 8), nn.Tanh())]
     net, x = nn.Sequential(*layers).eval(), torch.randn(64, 8)
     small = rf.prune(net, x[:2], HALF)
-    real, count = module._distance, 0
+    real, count = module.distance, 0
 
-    def farther(found: object, expected: object) -> float:
+    def farther(*outputs: object) -> float:
         nonlocal count
         count += 1
-        return real(found, expected) + (count != 2)  # the second is without the repair
+        return real(*outputs) + (count != 2)  # the second is without the repair
 
-    monkeypatch.setattr(module, "_distance", farther)
+    monkeypatch.setattr(module, "distance", farther)
     healed = repair(net, small, [x])
     assert len(healed.repaired.skipped) > 10
     assert count < 12

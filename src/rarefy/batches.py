@@ -113,6 +113,12 @@ def padding_of(inputs: Inputs) -> Tensor | None:
     return mask if isinstance(mask, Tensor) else None
 
 
+def fitting(mask: Tensor | None, answers: Tensor) -> Tensor | None:
+    """A mask (B, L) where it says which positions of answers (B, L, C) count; else None."""
+    fits = mask is not None and answers.ndim == 3 and mask.shape == answers.shape[:2]
+    return mask if fits else None
+
+
 def lengthened(inputs: Inputs, length: int) -> Inputs:
     """Sequences with an ``attention_mask`` (B, L), padded with zeros to a length; others as are.
 

@@ -48,7 +48,7 @@ from rarefy.pruning.repairing.pairs import StrangersError
 from rarefy.pruning.repairing.rounding import ROUNDINGS
 from rarefy.pruning.repairing.undoing import Changes, first_that_hold
 from rarefy.pruning.repairing.walk import Walk
-from rarefy.pruning.running.examples import Misses, affordable, collect, parts
+from rarefy.pruning.running.examples import affordable, collect, distance, parts
 from rarefy.pruning.running.lockstep import Run
 from rarefy.pruning.running.uses import gathered
 from rarefy.types import Data, Inputs, check_network, is_count, python
@@ -212,18 +212,20 @@ def _healed(
     )
     held_out = torch.split(_held_out(size), [batch_size(part) for part in divided])
     runs = [(one, two) for one, two, _ in walk.run(divided, held_out)]
+    tokens = [one.origins.tokens for one, _ in runs]
     errors, skipped = walk.errors, walk.skipped
     expected = [one.rest({}, {}) for one, _ in runs]
-    after = _distance([two.rest({}, {}) for _, two in runs], expected)
+    after = distance([two.rest({}, {}) for _, two in runs], expected, tokens)
     for run in (run for pair in runs for run in pair):
         run.values.clear()
-    before = _distance([_outputs(plain, part) for part in divided], expected)
+    before = distance([_outputs(plain, part) for part in divided], expected, tokens)
     if not after <= before:
         changes = Changes(second, plain, [entries for _, entries in walk.changed])
 
         def holds(count: int) -> bool:
             changes.keep(count)
-            return _distance([_outputs(second, part) for part in divided], expected) <= before
+            found = [_outputs(second, part) for part in divided]
+            return distance(found, expected, tokens) <= before
 
         kept = first_that_hold(len(walk.changed), holds)
         changes.keep(kept)
@@ -279,14 +281,6 @@ def _graphs(pruned: nn.Module, healed: nn.Module, shown: Inputs) -> tuple[GraphM
 def _outputs(model: GraphModel, part: Inputs) -> Sequence[Tensor]:
     """What a network gives on some of the examples."""
     return Run(model, part).rest({}, {})
-
-
-def _distance(found: Sequence[Sequence[Tensor]], expected: Sequence[Sequence[Tensor]]) -> float:
-    """How far outputs are from the original's, each over all parts of the examples."""
-    misses = Misses()
-    for own, right in zip(found, expected, strict=True):
-        misses.add(own, right)
-    return misses.relative
 
 
 def _held_out(examples: int) -> Tensor:

@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from rarefy.batches import batch_size, call, logits, mask_of, moved, padding_of
+from rarefy.batches import batch_size, call, fitting, logits, mask_of, moved, padding_of
 from rarefy.distillation.losses import CrossEntropy, Loss
 from rarefy.distillation.taps import Taps, taps
 from rarefy.errors import InputError
@@ -143,9 +143,10 @@ class Objective(nn.Module):
         """The network's logits, and ``mask=`` of them: its own, else that of the inputs."""
         outputs = call(self.network, inputs)
         student = logits(outputs)
-        own, given = (_mask(found, student) for found in (mask_of(outputs), padding_of(inputs)))
-        self.positions = bool(given) and not own
-        return student, own or given
+        own, given = (fitting(m, student) for m in (mask_of(outputs), padding_of(inputs)))
+        self.positions = given is not None and own is None
+        mask = given if own is None else own
+        return student, {} if mask is None else {"mask": mask}
 
     def answered(self, inputs: Inputs) -> int:
         """What the loss against a teacher is a mean over: positions that count, or examples.
@@ -242,9 +243,3 @@ def takes_mask(loss: LossFunction) -> bool:
     except (TypeError, ValueError):  # of some builtin functions nothing is known
         return False
     return any(p.name == "mask" or p.kind is p.VAR_KEYWORD for p in known.parameters.values())
-
-
-def _mask(padding: Tensor | None, answers: Tensor) -> dict[str, Tensor]:
-    """``{"mask": ...}`` where padding says which positions of the answers count."""
-    fits = padding is not None and answers.ndim == 3 and padding.shape == answers.shape[:2]
-    return {"mask": padding} if fits and padding is not None else {}

@@ -19,12 +19,20 @@ class Moments:
         self._means: list[Tensor] = []
         self._variances: list[Tensor] = []
 
-    def add(self, x: Tensor) -> None:
-        """Show one part; every part has the same channels."""
-        others = [d for d in range(x.ndim) if d != self._dim % x.ndim]
-        wide = x if x.dtype is torch.float64 else x.float()
-        variance, mean = torch.var_mean(wide, others, correction=0)
-        self._counts.append(x.numel() // max(x.shape[self._dim], 1))
+    def add(self, x: Tensor, counted: Tensor | None = None) -> None:
+        """Show one part; every part has the same channels.
+
+        Args:
+            x: the values.
+            counted: which of the rows, flattened over all other dimensions, count; all by default.
+        """
+        wide = (x if x.dtype is torch.float64 else x.float()).movedim(self._dim, -1).flatten(0, -2)
+        if counted is not None:
+            wide = wide[counted.to(wide.device)]
+        variance, mean = wide.double().new_zeros(2, wide.shape[1])
+        if len(wide):
+            variance, mean = torch.var_mean(wide, 0, correction=0)
+        self._counts.append(len(wide))
         self._means.append(mean.double())
         self._variances.append(variance.double())
 

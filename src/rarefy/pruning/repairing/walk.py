@@ -28,7 +28,7 @@ from rarefy.pruning.repairing.moments import Moments
 from rarefy.pruning.repairing.pairs import Group, Pair, layer_pairs
 from rarefy.pruning.repairing.system import Mean, Weights, solve
 from rarefy.pruning.running.inputs import places
-from rarefy.pruning.running.lockstep import Run, layer_name
+from rarefy.pruning.running.lockstep import Run, batch_dims, layer_name
 from rarefy.pruning.running.products import (
     CONVOLUTIONS,
     DECONVOLUTIONS,
@@ -102,8 +102,9 @@ class Walk:
         for group in groups:
             if group[0].right.kind == "batch_norm":
                 self._norms |= self._statistics([pair.right for pair in group])
+        dims = batch_dims(self.second, parts[0])
         runs = [
-            (Run(self.first, part), Run(self.second, part), held)
+            (Run(self.first, part), Run(self.second, part, dims), held)
             for part, held in zip(parts, held_out, strict=True)
         ]
         self._layers = Layers(self.first.graph), Layers(self.second.graph)
@@ -197,11 +198,13 @@ class Walk:
         like = True
         for one, two, _ in _before(pairs, runs):
             for pair in pairs:
-                x, y = one.values[pair.left.args[0].name], two.values[pair.right.args[0].name]
+                name = pair.right.args[0].name
+                x, y = one.values[pair.left.args[0].name], two.values[name]
                 check_finite(layer_name(pair.right), x, y)
                 like = like and (x.shape[0], *x.shape[2:]) == (y.shape[0], *y.shape[2:])
-                old.add(x)
-                new.add(y)
+                tokens = two.origins.tokens_beside(name, y.shape, 1) if like else None
+                old.add(x, tokens)
+                new.add(y, tokens)
         sources = self._norms[pairs[0].right.name]
         mean, variance = map(self.second.tensor, sources)
         every = torch.arange(len(self.first.tensor(sources[0])))
@@ -318,11 +321,11 @@ class _Layer:
                 lacking = owed(graphs, layers, (one.values, two.values), survivors, dim)
                 if lacking is not None:
                     target += lacking
-                means.add(target)
+                means.add(target, two.origins.tokens_beside(right.node.name, target.shape, dim))
                 every = target.numel() // len(survivors) * examples / len(held) * len(self.calls)
                 share = min(1.0, max(ROWS * sums[0].xx.shape[1], 2048) / max(every, 1))
                 operands = (x, two.values[right.weight])
-                add_rows(sums, right, operands, target, held, share, generator)
+                add_rows(sums, right, operands, target, two.origins, held, share, generator)
             one.forget()
         return changed
 

@@ -24,6 +24,7 @@ from rarefy.batches import (
 from rarefy.errors import DataError
 from rarefy.graph.model import GraphModel, last_use
 from rarefy.graph.program import Graph, Spec
+from rarefy.pruning.running.origins import counted
 from rarefy.types import Data, Inputs
 
 MEMORY = 1 << 30
@@ -156,16 +157,21 @@ def live(graph: Graph, at: Collection[str] | None = None) -> tuple[int, int]:
     return peak, batch
 
 
-def distance(found: Iterable[Sequence[Tensor]], expected: Iterable[Sequence[Tensor]]) -> float:
+def distance(
+    found: Iterable[Sequence[Tensor]],
+    expected: Iterable[Sequence[Tensor]],
+    tokens: Iterable[Tensor | None],
+) -> float:
     """Squared error of all outputs, each relative to its own squares, summed over all parts.
 
     Args:
         found: the outputs for each part of the examples.
         expected: what they should be; entries that are not finite do not count.
+        tokens: for each part (B, L), which positions of outputs (B, L, ...) count; None for all.
     """
     misses = Misses()
-    for given, wanted in zip(found, expected, strict=True):
-        misses.add(given, wanted)
+    for given, wanted, own in zip(found, expected, tokens, strict=True):
+        misses.add(given, wanted, own)
     return misses.relative
 
 
@@ -175,11 +181,13 @@ class Misses:
     def __init__(self) -> None:
         self._errors = self._squares = torch.zeros((), dtype=torch.float64)
 
-    def add(self, found: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
+    def add(
+        self, found: Sequence[Tensor], expected: Sequence[Tensor], tokens: Tensor | None = None
+    ) -> None:
         """One part; entries of the expected outputs that are not finite do not count."""
-        counted = [torch.isfinite(b) for b in expected]
+        kept = [torch.isfinite(b) & counted(b, tokens) for b in expected]
         ends = [
-            (a[k].double(), b[k].double()) for a, b, k in zip(found, expected, counted, strict=True)
+            (a[k].double(), b[k].double()) for a, b, k in zip(found, expected, kept, strict=True)
         ]
         self._errors = self._errors + _numbers((a - b).square().sum() for a, b in ends)
         self._squares = self._squares + _numbers(b.square().sum() for _, b in ends)

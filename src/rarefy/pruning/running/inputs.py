@@ -14,27 +14,47 @@ from torch import Tensor
 from rarefy.graph.declarations import resolve
 from rarefy.graph.equations import Letters
 from rarefy.graph.program import Node, substitute
+from rarefy.pruning.running.origins import Origins
 from rarefy.pruning.running.products import DECONVOLUTIONS, Product, arranged, roles
 
 CHUNK = 1 << 25
 """Bytes of input rows that are held at once."""
 
 
-def squares(product: Product, values: Mapping[str, Any]) -> Tensor:
+def squares(product: Product, values: Mapping[str, Any], origins: Origins | None = None) -> Tensor:
     """For each entry of the operand, the sum of the squares of all inputs that it is multiplied by.
 
     The gradient of the sum of all outputs by a weight is the sum of its inputs: this is that
     gradient for squared inputs, whatever the operator.
+
+    Args:
+        product: the call.
+        values: what it reads, by name.
+        origins: of the rows; padding does not count.
     """
     with torch.enable_grad():
         shown = {name: _precise(values[name]) for name in product.node.inputs}
         weight = torch.ones_like(shown[product.weight]).requires_grad_()
-        shown |= {product.x: shown[product.x].square(), product.weight: weight}
+        x, dims = shown[product.x].square(), free_dims(product)
+        if product.letters is not None:
+            x = _of_tokens(x, product.x, dims, origins)
+        shown |= {product.x: x, product.weight: weight}
         args = substitute(product.node.args, lambda ref: shown[ref.name])
         options = substitute(product.node.options, lambda ref: shown[ref.name])
         outputs = resolve(product.node.op)(*args, **options)
+        if product.letters is None:
+            outputs = _of_tokens(outputs, product.node.name, dims, origins)
         (found,) = torch.autograd.grad(outputs.sum(), weight)
     return found
+
+
+def _of_tokens(value: Tensor, name: str, dims: Sequence[int], origins: Origins | None) -> Tensor:
+    """A value with zeros at padding, which some of its dimensions tell."""
+    tokens = None if origins is None else origins.tokens_at(name, value.shape, dims)
+    if tokens is None:
+        return value
+    sizes = [size if d in dims else 1 for d, size in enumerate(value.shape)]
+    return value * tokens.to(value.device).view(sizes)
 
 
 def _precise(value: Any) -> Any:
@@ -51,7 +71,7 @@ class Rows:
     Attributes:
         inputs: shape (groups, rows, unknowns).
         index: their numbers among all rows.
-        every: of how many rows, which follow each other, they are.
+        every: of how many rows that count, of a part of the examples, they are drawn.
     """
 
     inputs: Tensor
@@ -65,6 +85,7 @@ def rows(
     weight: Tensor,
     most: Callable[[int], int] | None = None,
     generator: torch.Generator | None = None,
+    origins: Origins | None = None,
 ) -> Iterator[Rows]:
     """The inputs of all outputs, a part at a time.
 
@@ -75,36 +96,69 @@ def rows(
         most: of the number of rows in a part, how many are enough; these are drawn at random
             before they are put together, which is most of the work for a convolution.
         generator: of the draw.
+        origins: of the rows; padding does not count.
     """
     start = 0
 
-    def drawn(every: int) -> Tensor:
+    def drawn(counted: Tensor) -> Tensor:
+        every = len(counted)
         enough = every if most is None else most(every)
         if enough >= every:
-            return torch.arange(every)
-        return torch.randperm(every, generator=generator)[:enough]
+            return counted
+        return counted[torch.randperm(every, generator=generator)[:enough]]
 
     if product.letters is not None:
         shared, _, unknowns = roles(product.letters)
         own = product.letters[0]
         found = arranged(_precise(x), own, shared, _free(product.letters), unknowns)
-        every, index = found.shape[1], drawn(found.shape[1])
-        some = found if len(index) == every else found[:, index.to(x.device)]
-        yield Rows(some, index, every)
+        counted = _counted(origins, product, x.shape)
+        index = drawn(counted)
+        some = found if len(index) == found.shape[1] else found[:, index.to(x.device)]
+        yield Rows(some, index, len(counted))
         return
-    if x.ndim < weight.ndim:
-        x = x[None]
+    x = batched(product, x)
     unknowns_size = prod(weight.shape[2:]) * x.shape[1] * x.element_size()
     places = prod(x.shape[2:]) * (4 if product.node.kind in DECONVOLUTIONS else 1)
     for part in torch.split(x, max(1, CHUNK // max(unknowns_size * places, 1))):
         found = patches(product.node, _precise(part), weight)
         lead = found.shape[: weight.ndim - 1]
-        every, index = lead.numel(), drawn(lead.numel())
+        every = lead.numel()
+        counted = _counted(origins, product, (len(x), 0, *lead[1:]))
+        counted = counted[(counted >= start) & (counted < start + every)] - start
+        index = drawn(counted)
         if len(index) < every:
             found = found[torch.unravel_index(index.to(x.device), lead)]
         inputs = found.reshape(len(index), product.groups, -1).transpose(0, 1)
-        yield Rows(inputs, index + start, every)
+        yield Rows(inputs, index + start, len(counted))
         start += every
+
+
+def _counted(origins: Origins | None, product: Product, shape: Sequence[int]) -> Tensor:
+    """Numbers of the rows that are no padding.
+
+    Args:
+        origins: of the rows; None where all count.
+        product: the call.
+        shape: of what tells its rows apart.
+    """
+    name, dims = row_source(product), free_dims(product)
+    tokens = None if origins is None else origins.tokens_at(name, shape, dims)
+    if tokens is None:
+        return torch.arange(prod(shape[d] for d in dims))
+    return tokens.nonzero().flatten()
+
+
+def row_source(product: Product) -> str:
+    """The value whose dimensions tell the rows of a call apart: of a convolution, its result."""
+    return product.node.name if product.letters is None else product.x
+
+
+def free_dims(product: Product) -> list[int]:
+    """The dimensions of :func:`row_source` that rows are told apart by."""
+    if product.letters is None:
+        return [0, *range(2, 2 + product.rank)]
+    free = _free(product.letters)
+    return [d for d, letter in enumerate(product.letters[0]) if letter in free]
 
 
 def results(product: Product, y: Tensor) -> Tensor:
@@ -112,17 +166,20 @@ def results(product: Product, y: Tensor) -> Tensor:
     if product.letters is not None:
         shared, outputs, _ = roles(product.letters)
         return arranged(_precise(y), product.letters[2], shared, _free(product.letters), outputs)
-    flat: Tensor = _precise(y).movedim(1, -1)
-    return flat.reshape(-1, product.groups, y.shape[1] // product.groups).transpose(0, 1)
+    flat = batched(product, _precise(y)).movedim(1, -1)
+    return flat.reshape(-1, product.groups, flat.shape[-1] // product.groups).transpose(0, 1)
 
 
 def places(product: Product, x: Tensor) -> tuple[int, ...]:
     """Sizes of the activations along all dimensions that rows are told apart by."""
-    if product.letters is None:
-        return (x.shape[0], *x.shape[2:])
-    free = _free(product.letters)
-    sizes = zip(product.letters[0], x.shape, strict=True)
-    return tuple(size for letter, size in sizes if letter in free)
+    shape = batched(product, x).shape
+    return tuple(shape[d] for d in free_dims(product))
+
+
+def batched(product: Product, value: Tensor) -> Tensor:
+    """What a convolution reads or gives, with a dimension of examples where it has none."""
+    alone = product.letters is None and value.ndim == product.rank + 1
+    return value[None] if alone else value
 
 
 def _free(letters: tuple[Letters, Letters, Letters]) -> Letters:

@@ -9,17 +9,30 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from rarefy.batches import arguments, map_tensors
+from rarefy.batches import arguments, batch_size, between, doubled, map_tensors
 from rarefy.graph.declarations import resolve, writes
 from rarefy.graph.model import GraphModel, last_use
 from rarefy.graph.program import Node, substitute
+from rarefy.pruning.running.origins import Origins
 from rarefy.types import Inputs
 
 
 class Run:
-    """One network on its way through a graph, operator by operator."""
+    """One network on its way through a graph, operator by operator.
 
-    def __init__(self, model: GraphModel, inputs: Inputs) -> None:
+    Args:
+        model: the network.
+        inputs: a batch.
+        dims: name of a value -> its dimension of the examples, where known.
+
+    Attributes:
+        values: what is computed and will be read, by name.
+        origins: what the rows of values come from.
+    """
+
+    def __init__(
+        self, model: GraphModel, inputs: Inputs, dims: Mapping[str, int] | None = None
+    ) -> None:
         args, given = arguments(inputs)
         named = {name: given[name] for name in model._keywords if name in given} | given
         self._model = model
@@ -30,6 +43,7 @@ class Run:
         self._last_use = last_use(model.graph)
         self._dead: tuple[str, ...] = ()
         self.values: dict[str, Any] = {}
+        self.origins = Origins.of(inputs, dims)
 
     def through(self, node: Node) -> None:
         """Run all nodes up to this one, and it."""
@@ -133,17 +147,38 @@ def layer_name(node: Node) -> str:
     return node.scope or node.name
 
 
-def unseen(lead: tuple[int, ...], held_out: Tensor) -> Tensor:
-    """For each row of a tensor with these leading dimensions, whether its example is held out.
+def batch_dims(model: GraphModel, inputs: Inputs) -> dict[str, int] | None:
+    """Name of a value -> the dimension that grows with the number of examples, where one does.
 
-    The examples are along the first dimension of a multiple of their number: they come first in
-    it where others (windows, frames) were merged into it. Without one, the first dimension is
-    divided as if they were.
+    Found by running on one example and on two.
+
+    Args:
+        model: the network.
+        inputs: a batch.
+
+    Returns:
+        None where the network does not take both.
     """
-    if not lead:
-        return held_out[:1]
-    examples = len(held_out)
-    dim = next((d for d, size in enumerate(lead) if size % examples == 0), 0)
-    owner = torch.arange(lead[dim]) * examples // lead[dim]
-    column = held_out[owner].reshape(-1, *[1] * (len(lead) - dim - 1))
-    return column.expand(lead).reshape(-1)
+    size = batch_size(inputs)
+    one = between(inputs, 0, 1, size)
+    two = doubled(inputs) if size == 1 else between(inputs, 0, 2, size)
+    with torch.no_grad():
+        try:
+            few, more = _sizes(model, one), _sizes(model, two)
+        except Exception:  # noqa: BLE001 - a network of one batch size raises anything
+            return None
+    both = ((name, zip(few[name], shape, strict=True)) for name, shape in more.items())
+    grown = ((name, [d for d, (n, m) in enumerate(sizes) if n != m]) for name, sizes in both)
+    return {name: dims[0] for name, dims in grown if dims}
+
+
+def _sizes(model: GraphModel, inputs: Inputs) -> dict[str, tuple[int, ...]]:
+    """The shape of every value that is a tensor."""
+    run, found = Run(model, map_tensors(torch.clone, inputs)), dict[str, tuple[int, ...]]()
+    for node in model.graph.nodes:
+        if node.op != "output":
+            run.through(node)
+            value = run.values[node.name]
+            if isinstance(value, Tensor):
+                found[node.name] = tuple(value.shape)
+    return found

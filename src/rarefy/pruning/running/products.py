@@ -175,6 +175,11 @@ class Product:
         return {*shared, *unknowns} <= set(self.letters[0])
 
     @property
+    def rank(self) -> int:
+        """Dimensions of a convolution's kernel; 0 for others."""
+        return 0 if self.letters is not None else int(self.node.kind[-2])
+
+    @property
     def groups(self) -> int:
         """Groups of channels of a convolution; 1 for others."""
         return 1 if self.letters is not None else int(self.node.argument("groups"))

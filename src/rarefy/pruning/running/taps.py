@@ -23,6 +23,8 @@ from rarefy.graph.flow import every
 from rarefy.graph.model import GraphModel
 from rarefy.graph.program import Graph, Node, Spec
 from rarefy.graph.trace import Network, trace
+from rarefy.pruning.running.lockstep import batch_dims
+from rarefy.pruning.running.origins import Origins
 from rarefy.pruning.running.products import CONVOLUTIONS, DECONVOLUTIONS
 from rarefy.types import Inputs
 
@@ -39,6 +41,9 @@ class Watched(GraphModel):
         trainable: whether its parameters are differentiated, all of them.
 
     Attributes:
+        dims: name of a value -> its dimension of the examples; None where it is not known.
+        origins: what the rows of values come from, on the batch that is run; whoever runs it sets
+            it.
         instead: functions that take the place of calls' own, by the call.
     """
 
@@ -58,6 +63,8 @@ class Watched(GraphModel):
             graph, parameters, {p: b.detach().clone() for p, b in buffers.items() if p in paths}
         )
         self.network = network
+        self.dims: Mapping[str, int] | None = None
+        self.origins = Origins(1)
         self.watchers: dict[str, list[Watcher]] = {}
         self.instead: dict[str, Callable[..., Any]] = {}
 
@@ -154,6 +161,7 @@ class Runner:
 
     def _made(self, network: Network, inputs: Inputs) -> Watched:
         made = Watched(self._model, network, trainable=self._trainable)
+        made.dims = batch_dims(made, inputs)
         if self._attach is not None:
             found = list(ends(network))
             if network is not self._network:
@@ -302,33 +310,14 @@ def _renumbered(
 
 def _with_batch(model: Watched, found: Sequence[End], inputs: Inputs) -> list[End]:
     """The ends, each with the dimension that grows with the number of examples."""
-    graph = model.network.captured.graph
-    shapes: dict[str, tuple[int, ...]] = {}
-    examples = batch_size(inputs)
-
-    def note(name: str) -> Watcher:
-        def watcher(values: Mapping[str, Any]) -> Mapping[str, Any]:
-            shapes[name] = tuple(values[name].shape)
-            return {}
-
-        return watcher
-
-    for end in found:
-        model.watch(end.node, note(end.operand))
-    try:
-        with torch.no_grad():
-            call(model, map_tensors(torch.clone, take(inputs, 1)))
-    except Exception:  # noqa: BLE001 - a network of one batch size raises anything
-        shapes.clear()
-    model.watchers.clear()
+    graph, examples = model.network.captured.graph, batch_size(inputs)
 
     def batch(end: End) -> int | None:
+        if model.dims is not None:
+            return model.dims.get(end.operand)
         captured = graph.by_name[end.operand].shape
-        one = shapes.get(end.operand)
-        if one is None or one == captured:
-            lead = [d for d, n in enumerate(captured) if d != end.dim and n % examples == 0]
-            return lead[0] if one is None and lead else None
-        return next(d for d, (n, m) in enumerate(zip(captured, one, strict=True)) if n != m)
+        lead = [d for d, n in enumerate(captured) if d != end.dim and n % examples == 0]
+        return lead[0] if lead else None
 
     return [replace(end, batch=batch(end)) for end in found]
 

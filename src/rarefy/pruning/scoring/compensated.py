@@ -226,6 +226,7 @@ def _errors(
     ]
     runs = [Run(running, part) for part in parts]
     expected = [run.rest({}, {}) for run in runs]
+    tokens = [run.origins.tokens for run in runs]
     _check_outputs(expected)
     errors: dict[int, dict[int, float]] = {number: {} for number in _numbers(network)}
     for number in sorted(_numbers(network), key=lambda n: begin[n]):
@@ -235,7 +236,7 @@ def _errors(
             gone = orders[number][:size]
             changed, shifts = _without(network, running, number, found.get(number, ()), gone)
             given = (run.rest(changed, shifts) for run in runs)
-            errors[number][size] = distance(given, expected)
+            errors[number][size] = distance(given, expected, tokens)
     return errors
 
 

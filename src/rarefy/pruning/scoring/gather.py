@@ -43,6 +43,7 @@ def gather(
     data: Data | None = None,
     loss: LossFunction | None = None,
     *,
+    drawn: bool = False,
     seed: int = 0,
 ) -> Evidence:
     """Find out on data what a criterion needs to know.
@@ -57,6 +58,8 @@ def gather(
             be given.
         data: batches; all of them are used.
         loss: (logits, targets) -> mean loss of a batch; cross entropy if not given.
+        drawn: whether labels are drawn though some are given; see
+            :class:`~rarefy.pruning.scoring.passes.Job`.
         seed: of labels that are drawn.
 
     Raises:
@@ -84,7 +87,7 @@ def gather(
         )
     for need in sorted(needs - {LABELS}):
         generator = torch.Generator().manual_seed(seed)
-        job = Job(model, network, data, loss, LABELS in needs, generator)
+        job = Job(model, network, data, loss, LABELS in needs, drawn, generator)
         with seeded(seed):
             evidence = replace(evidence, **GATHERERS[need](job))
     return evidence
@@ -170,17 +173,21 @@ def _activations(job: Job) -> dict[str, Any]:
     units = job.network.coupling.units
     total, count = (torch.zeros(units, dtype=torch.float64) for _ in range(2))
 
-    def read(end: End, values: Mapping[str, Any]) -> dict[str, Tensor]:
+    def read(running: Watched, end: End, values: Mapping[str, Any]) -> dict[str, Tensor]:
         x = values[end.operand].detach().abs()
+        tokens = running.origins.tokens_beside(end.operand, x.shape, end.dim)
+        each = x.numel() / x.shape[end.dim]
+        if tokens is not None:
+            x = x.movedim(end.dim, -1).flatten(0, -2)[tokens.to(x.device)]
+            end, each = replace(end, dim=1, batch=0), len(x)
         entries = end.summed(x, 1)[0].cpu()
         total.index_add_(0, end.units, entries)
-        each = x.numel() / x.shape[end.dim]
         count.index_add_(0, end.units, torch.full_like(entries, each))
         return {}
 
     def attach(running: Watched, found: Sequence[End]) -> None:
         for end in found:
-            running.watch(end.node, partial(read, end))
+            running.watch(end.node, partial(read, running, end))
 
     samples = _inputs_seen(job, attach)
     if not bool(torch.isfinite(total).all()):
@@ -195,8 +202,10 @@ def _norms(job: Job) -> dict[str, Any]:
     sums = Sums(job.model)
     covered: set[str] = set()
 
-    def read(product: Product, index: Tensor, values: Mapping[str, Any]) -> dict[str, Tensor]:
-        found = squares(product, values)
+    def read(
+        running: Watched, product: Product, index: Tensor, values: Mapping[str, Any]
+    ) -> dict[str, Tensor]:
+        found = squares(product, values, running.origins)
         flat = sums.totals[sums.paths[product.path]].view(-1)
         flat.index_add_(0, index.to(flat.device), found.reshape(-1).to(flat))
         return {}
@@ -204,7 +213,8 @@ def _norms(job: Job) -> dict[str, Any]:
     def attach(running: Watched, _: Sequence[End]) -> None:
         for product in products(running.graph, _weights(running)):
             covered.update(_aliases(sums, product.path))
-            running.watch(product.node.name, partial(read, product, product.index.flatten()))
+            own = partial(read, running, product, product.index.flatten())
+            running.watch(product.node.name, own)
 
     sums.samples = _inputs_seen(job, attach)
     means = sums.means()
@@ -217,14 +227,18 @@ def _grams(job: Job) -> dict[str, Any]:
     sums = Sums(job.model)
     held: dict[str, list[Gram]] = {}
 
-    def read(product: Product, gram: Gram, values: Mapping[str, Any]) -> dict[str, Tensor]:
+    def read(
+        running: Watched, product: Product, gram: Gram, values: Mapping[str, Any]
+    ) -> dict[str, Tensor]:
         groups, _, unknowns = gram.index.shape
         given = (values[product.x], values[product.weight])
-        for part in rows(product, *given, partial(_enough, unknowns), job.generator):
+        enough = partial(_enough, unknowns)
+        for part in rows(product, *given, enough, job.generator, running.origins):
             own, count = part.inputs.shape[:2]
             wide = part.inputs.reshape(own, count, -1, unknowns).movedim(2, 1)
             wide = wide.reshape(groups, -1, unknowns)
-            gram.matrix.add_((wide.transpose(1, 2) @ wide).cpu(), alpha=part.every / count)
+            scale = part.every / max(count, 1)
+            gram.matrix.add_((wide.transpose(1, 2) @ wide).cpu(), alpha=scale)
         return {}
 
     def attach(running: Watched, _: Sequence[End]) -> None:
@@ -238,7 +252,7 @@ def _grams(job: Job) -> dict[str, Any]:
                 size = (index.shape[0], index.shape[2], index.shape[2])
                 gram = Gram(torch.zeros(size, dtype=torch.float64), index)
                 grams.append(gram)
-            running.watch(product.node.name, partial(read, product, gram))
+            running.watch(product.node.name, partial(read, running, product, gram))
 
     samples = _inputs_seen(job, attach)
     for path, grams in held.items():

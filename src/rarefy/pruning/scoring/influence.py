@@ -29,6 +29,7 @@ from rarefy.batches import (
     evaluating,
     length_of,
     lengthened,
+    padding_of,
     take,
 )
 from rarefy.errors import DataError
@@ -38,8 +39,9 @@ from rarefy.graph.model import GraphModel
 from rarefy.graph.program import Node
 from rarefy.graph.trace import Network
 from rarefy.pruning.running.examples import leading
+from rarefy.pruning.running.origins import counted
 from rarefy.pruning.running.taps import Runner
-from rarefy.types import Data
+from rarefy.types import Data, Inputs
 
 WHERE = "prune(data)"
 
@@ -132,10 +134,10 @@ def influences(model: nn.Module, network: Network, data: Data) -> NDArray[np.flo
         watched = runs[id(found)]
         with evaluating(watched):
             try:
-                call(watched, part)
+                watched.show(part)
             except Exception:  # noqa: BLE001 - a graph of one batch size takes a batch as it comes
                 with answering(WHERE):
-                    call(watched, inputs)
+                    watched.show(inputs)
         seen += batch_size(part)
     turned = np.array([[run.turned[add] for add in run.adds] for run in runs.values()]).sum(0)
     rows = np.array([[run.rows[add] for add in run.adds] for run in runs.values()]).sum(0)
@@ -159,20 +161,26 @@ class _Watched(GraphModel):
         self._branches = {block.add: block.branch for block in blocks}
         self.turned = dict.fromkeys(self._branches, 0.0)
         self.rows = dict.fromkeys(self._branches, 0)
+        self._tokens: Tensor | None = None
+
+    def show(self, inputs: Inputs) -> None:
+        """Run on some examples, whose padding does not count."""
+        self._tokens = padding_of(inputs)
+        call(self, inputs)
 
     def step(self, node: Node, function: Callable[..., Any], values: Mapping[str, Any]) -> Any:
         """Run one call; where it adds a branch, compare its result with the trunk."""
         if node.name not in self._branches:
             return super().step(node, function, values)
         operands = (arg.name for arg in node.args[:2])
-        trunk = _rows(values[next(n for n in operands if n != self._branches[node.name])])
+        trunk = self._rows(values[next(n for n in operands if n != self._branches[node.name])])
         found: Tensor = super().step(node, function, values)
-        turned = 1 - torch.cosine_similarity(trunk, _rows(found), dim=1, eps=1e-30)
+        turned = 1 - torch.cosine_similarity(trunk, self._rows(found), dim=1, eps=1e-30)
         self.turned[node.name] += float(turned.clamp_min(0).sum())
         self.rows[node.name] += len(turned)
         return found
 
-
-def _rows(tensor: Tensor) -> Tensor:
-    """Examples as rows, in a copy, since the sum may be written in place."""
-    return tensor.detach().to(torch.float64, copy=True).reshape(max(len(tensor), 1), -1)
+    def _rows(self, tensor: Tensor) -> Tensor:
+        """Examples as rows, zeros at padding; in a copy, since the sum may be written in place."""
+        own = tensor.detach().to(torch.float64, copy=True) * counted(tensor, self._tokens)
+        return own.reshape(max(len(tensor), 1), -1)

@@ -6,14 +6,15 @@ from typing import TypeAlias
 
 from torch import nn
 
-from rarefy.batches import Leading, evaluating
+from rarefy.batches import evaluating
 from rarefy.errors import DataError, InputError, warn
 from rarefy.graph.trace import Network
 from rarefy.pruning.scoring import criteria
 from rarefy.pruning.scoring.compensated import Compensated, Response, respond
 from rarefy.pruning.scoring.criteria import Criterion, needs, scored
+from rarefy.pruning.scoring.evidence import Evidence
 from rarefy.pruning.scoring.gather import gather
-from rarefy.pruning.scoring.passes import WHERE, LossFunction
+from rarefy.pruning.scoring.passes import LossFunction
 from rarefy.types import Data
 
 COMPENSATED = "compensated"
@@ -73,8 +74,7 @@ def judged(
         return _by_default(model, network, data, loss)
     chosen = named(criterion)
     if not isinstance(chosen, Compensated):
-        evidence = gather(model, network, needs(chosen), data, loss)
-        return Response(tuple(scored(group, evidence, chosen) for group in network.groups))
+        return _response(network, gather(model, network, needs(chosen), data, loss), chosen)
     if data is None:
         raise InputError(
             "prune(criterion='compensated')",
@@ -85,6 +85,11 @@ def judged(
         return respond(model, network, data, chosen)
 
 
+def _response(network: Network, evidence: Evidence, criterion: Criterion) -> Response:
+    """The importance of all units by a criterion."""
+    return Response(tuple(scored(group, evidence, criterion) for group in network.groups))
+
+
 def _by_default(
     model: nn.Module, network: Network, data: Data | None, loss: LossFunction | None
 ) -> Response:
@@ -93,8 +98,10 @@ def _by_default(
         return judged(model, network, "magnitude")
     if loss is not None:
         return judged(model, network, "fisher", data, loss)
+    fisher = criteria.named("fisher")
     try:
-        return judged(model, network, "fisher", Leading(data, None, WHERE, labelled=False))
+        evidence = gather(model, network, needs(fisher), data, drawn=True)
+        return _response(network, evidence, fisher)
     except DataError:
         raise
     except InputError as error:

@@ -16,14 +16,18 @@ from rarefy.batches import (
     batches,
     between,
     call,
+    fitting,
     logits,
     map_tensors,
+    mask_of,
+    padding_of,
     tensors,
 )
 from rarefy.distillation.losses import CrossEntropy
 from rarefy.distillation.losses.layouts import IGNORE
 from rarefy.errors import DataError, InputError, RarefyError, first_line
 from rarefy.graph.trace import Network
+from rarefy.pruning.running.origins import Origins, counted
 from rarefy.pruning.running.taps import Runner, Watched
 from rarefy.types import Data, Inputs
 
@@ -36,20 +40,37 @@ LossFunction: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Job:
-    """One pass over the data."""
+    """One pass over the data.
+
+    Where the inputs have an ``attention_mask`` (B, L), padding counts for nothing in cross entropy
+    and where labels or noise are drawn, as in :func:`rarefy.distill`.
+
+    Attributes:
+        model: the network.
+        network: its trace.
+        data: batches.
+        loss: (logits, targets) -> mean loss of a batch; cross entropy if not given.
+        labelled: whether labels must be given.
+        drawn: whether labels are drawn though some are given, whose type alone counts: those of
+            real numbers tell that the outputs are no logits.
+        generator: of what is drawn.
+    """
 
     model: nn.Module
     network: Network
     data: Data
     loss: LossFunction | None
     labelled: bool
+    drawn: bool
     generator: torch.Generator
 
     def passes(self, runner: Runner) -> Iterator[tuple[Watched, Inputs, Any, int]]:
         """For each batch, the network that runs on it, inputs, labels and number of examples."""
         for inputs, targets in batches(self.data, WHERE):
             copies = map_tensors(torch.clone, (inputs, targets))  # networks and losses overwrite
-            yield runner.of(inputs), *copies, batch_size(inputs)
+            running = runner.of(inputs)
+            running.origins = Origins.of(inputs, running.dims)
+            yield running, *copies, batch_size(inputs)
 
     def outputs(self, running: Watched, inputs: Inputs) -> Any:
         """What the network returns."""
@@ -66,14 +87,21 @@ class Job:
 
     def losses(self, running: Watched, inputs: Inputs, targets: Tensor | None) -> Tensor:
         """The mean loss of a batch."""
-        return self.judged(self.outputs(running, inputs), targets)
+        padding = padding_of(inputs)
+        return self.judged(self.outputs(running, inputs), targets, padding)
 
-    def judged(self, answers: Any, targets: Tensor | None) -> Tensor:
-        """The mean loss of what the network returned for a batch."""
-        if targets is None:
-            found = self._surprise(answers)
+    def judged(self, answers: Any, targets: Tensor | None, padding: Tensor | None) -> Tensor:
+        """The mean loss of what the network returned for a batch.
+
+        Args:
+            answers: what it returned.
+            targets: labels.
+            padding: the mask of the inputs, 0 at padding.
+        """
+        if targets is None or self.drawn:
+            found = self._surprise(answers, targets, padding)
         else:
-            found = self._loss(logits(answers), targets)
+            found = self._loss(answers, targets, padding)
         if not isinstance(found, Tensor) or found.ndim:
             raise InputError(
                 "prune(loss=...)", "it did not return a scalar tensor", "Return the mean loss"
@@ -82,23 +110,26 @@ class Job:
             raise DataError(WHERE, "the loss of a batch is NaN or infinite", "Check the data")
         return found
 
-    def summed(self, answers: Any, targets: Any, samples: int) -> Tensor:
+    def summed(self, answers: Any, targets: Any, padding: Tensor | None, samples: int) -> Tensor:
         """The sum of the losses of samples, each a batch of its own along the first dimension."""
         if self.loss is None and _is_one_class_each(answers, targets):
-            return self.judged(answers[:, 0], targets) * samples
+            return self.judged(answers[:, 0], targets, None) * samples
         losses = [
-            self.judged(map_tensors(itemgetter(n), answers), between(targets, n, n + 1, samples))
+            self.judged(
+                map_tensors(itemgetter(n), answers), *between((targets, padding), n, n + 1, samples)
+            )
             for n in range(samples)
         ]
         for loss in losses:
             check_differentiable(loss)
         return torch.stack(losses).sum()
 
-    def _loss(self, answers: Tensor, targets: Tensor) -> Tensor:
+    def _loss(self, answers: Any, targets: Tensor, padding: Tensor | None) -> Tensor:
+        found = logits(answers)
         if self.loss is None:
-            return CrossEntropy()(answers, targets)
+            return CrossEntropy()(found, targets, mask=_mask(answers, found, padding))
         try:
-            return self.loss(answers, targets)
+            return self.loss(found, targets)
         except Exception as error:
             raise InputError(
                 "prune(loss=...)",
@@ -106,7 +137,7 @@ class Job:
                 "Give a function (logits, targets) -> mean loss of a batch",
             ) from error
 
-    def _surprise(self, answers: Any) -> Tensor:
+    def _surprise(self, answers: Any, targets: Any, padding: Tensor | None) -> Tensor:
         """The loss against targets drawn from what the network predicts.
 
         Its squared gradients are the Fisher information, on average: of the labels where the
@@ -119,15 +150,16 @@ class Job:
                 "Yield (inputs, targets); criterion='fisher' takes unlabelled data, without loss=",
             )
         scores = _class_scores(answers)
-        if scores is None:
-            return self._noise(answers)
+        if scores is None or _are_real(targets, scores):
+            return self._noise(answers, padding)
         last = scores.detach().float().softmax(-1)
         if bool(last.isnan().any()):
             raise DataError(WHERE, "the network's outputs are NaN or infinite", "Check the data")
         drawn = torch.multinomial(last.flatten(0, -2).cpu(), 1, generator=self.generator)
-        return CrossEntropy()(scores, drawn.view(last.shape[:-1]).to(scores.device))
+        labels = drawn.view(last.shape[:-1]).to(scores.device)
+        return CrossEntropy()(scores, labels, mask=_mask(answers, scores, padding))
 
-    def _noise(self, answers: Any) -> Tensor:
+    def _noise(self, answers: Any, padding: Tensor | None) -> Tensor:
         """For ``t = y + e * rms(y)`` with normal ``e`` the squared error's gradient is that of
         ``e * y / rms(y)``; all outputs of a network count alike, whatever their size."""
         found = [t for t in tensors(answers) if t.is_floating_point() and t.numel()]
@@ -138,7 +170,14 @@ class Job:
         total = torch.zeros((), dtype=torch.float64)
         for tensor in found:
             noise = torch.randn(tensor.shape, generator=self.generator).to(tensor)
-            scale = tensor.detach().square().sum().sqrt().clamp_min(_SMALLEST)
+            noise = noise * counted(tensor, padding)
+            scale = (
+                (tensor.detach() * counted(tensor, padding))
+                .square()
+                .sum()
+                .sqrt()
+                .clamp_min(_SMALLEST)
+            )
             examples = len(tensor) if tensor.ndim else 1
             total = total + ((noise * tensor).sum() / (scale * examples**0.5)).double().cpu()
         return total
@@ -152,6 +191,21 @@ def _is_one_class_each(answers: Any, targets: Any) -> bool:
     return single and not targets.is_floating_point() and bool((targets != IGNORE).all())
 
 
+def _mask(answers: Any, scores: Tensor, padding: Tensor | None) -> Tensor | None:
+    """Which positions of logits count: as the network itself says, or the inputs; None for all."""
+    own = fitting(mask_of(answers), scores)
+    return fitting(padding, scores) if own is None else own
+
+
+def _are_real(targets: Any, scores: Tensor) -> bool:
+    """Whether targets are real numbers, and no probabilities of the classes of these logits."""
+    if not isinstance(targets, Tensor) or not targets.is_floating_point():
+        return False
+    if targets.shape != scores.shape or bool((targets < 0).any()):
+        return True
+    return bool(((targets.sum(-1) - 1).abs() > _LOOSE).any())
+
+
 def _class_scores(answers: Any) -> Tensor | None:
     """The logits ``(B, C)`` or ``(B, L, C)`` among a network's outputs, None where it has none."""
     try:
@@ -161,6 +215,9 @@ def _class_scores(answers: Any) -> Tensor | None:
     classes = found.ndim in (2, 3) and found.shape[-1] > 1 and found.is_floating_point()
     return found if classes else None
 
+
+_LOOSE = 0.01
+"""How far from 1 probabilities may sum."""
 
 _SMALLEST = 1e-12
 """Norm below which outputs are not divided by it."""

@@ -16,7 +16,7 @@ from rarefy.graph.model import GraphModel
 from rarefy.graph.program import Graph
 from rarefy.graph.trace import Network
 from rarefy.pruning.running.inputs import rows
-from rarefy.pruning.running.lockstep import Run
+from rarefy.pruning.running.lockstep import Run, batch_dims
 from rarefy.pruning.running.products import Product, matrix, outputs_dim, products, roles
 from rarefy.pruning.scoring.surgeon import Columns, Reader
 from rarefy.types import Inputs
@@ -84,8 +84,9 @@ def places(network: Network, model: GraphModel, parts: Sequence[Inputs]) -> list
     found = _held(found)
     total = sum(map(batch_size, parts))
     sums: dict[Any, _Sums] = {}
+    dims = batch_dims(model, parts[0])
     for part in parts:
-        run, keys = Run(model, part), dict[tuple[Any, ...], str]()
+        run, keys = Run(model, part, dims), dict[tuple[Any, ...], str]()
         for site in found:
             run.before(model.graph.by_name[site.product.node.name])
             key = site.key(run)
@@ -218,10 +219,12 @@ class _Sums:
             x = x[: ceil(share * len(x))]
         generator = torch.Generator().manual_seed(self._count)
         most = ceil(wanted * min(1.0, len(x) / (share * examples))) if x.ndim else wanted
-        for part in rows(product, x, weight, lambda every: most, generator):
+        for part in rows(product, x, weight, lambda every: most, generator, run.origins):
             self._take(part.inputs.cpu())
 
     def _take(self, part: Tensor) -> None:
+        if not part.shape[1]:
+            return
         if self._centered and not self._count:
             self._about = part.mean(1, keepdim=True)
         part = part - self._about if self._centered else part
@@ -232,8 +235,9 @@ class _Sums:
     def moments(self) -> tuple[Tensor, Tensor]:
         """Mean products (groups, unknowns, unknowns) and means (groups, unknowns)."""
         if self._found is None:
-            mean = self._sum / self._count
-            gram = self._total.div_(self._count)
+            count = max(self._count, 1)
+            mean = self._sum / count
+            gram = self._total.div_(count)
             if self._centered:
                 gram = gram - (mean[:, :, None] * mean[:, None, :]).to(gram.dtype)
                 mean = mean + self._about[:, 0].double()

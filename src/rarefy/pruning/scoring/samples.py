@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.func import functional_call, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from rarefy.batches import arguments, batch_size, between, is_of, map_tensors, tensors
+from rarefy.batches import arguments, batch_size, between, is_of, map_tensors, padding_of, tensors
 from rarefy.errors import DataError
 from rarefy.graph.program import Node
 from rarefy.pruning.running.taps import Watched
@@ -71,8 +71,10 @@ class Together:
         running.instead |= dict.fromkeys(self._means, _mean)
         try:
             with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), _at_once():
-                labels = between(targets, some.start, some.stop, size)
-                total = self._job.summed(vmap(answer)(own, given), labels, len(some))
+                labels, padding = between(
+                    (targets, padding_of(inputs)), some.start, some.stop, size
+                )
+                total = self._job.summed(vmap(answer)(own, given), labels, padding, len(some))
             gradients = torch.autograd.grad(total, list(own.values()), allow_unused=True)
         finally:
             running.instead.clear()

@@ -18,7 +18,7 @@ from rarefy.errors import DataError, first_line
 from rarefy.graph.model import GraphModel
 from rarefy.graph.program import Ref
 from rarefy.pruning.running.examples import live
-from rarefy.pruning.running.lockstep import Run
+from rarefy.pruning.running.lockstep import Run, batch_dims
 from rarefy.pruning.running.products import Product, positions
 from rarefy.pruning.running.solvable import Layers, next_norm, part_of, picked, put
 from rarefy.pruning.running.uses import gathered
@@ -93,7 +93,8 @@ class Calibration:
             chunks = self._affordable(given, names)
             self.samples = sum(map(batch_size, chunks))
             held = _held_out([batch_size(chunk) for chunk in chunks])
-            runs = [(Run(self.first, chunk), Run(self.second, chunk)) for chunk in chunks]
+            dims = batch_dims(self.second, chunks[0])
+            runs = [(Run(self.first, c), Run(self.second, c, dims)) for c in chunks]
             for part in found:
                 self._solve(part, runs, held)
 
@@ -151,7 +152,8 @@ class Calibration:
                 every = every * self.samples // max(len(seen), 1)
                 share = min(1.0, max(ROWS * len(part.order), 4096) / max(every, 1))
                 operands = (x, two.values[product.weight])
-                add_rows((fit, check), product, operands, y, seen, share, generator)
+                sums = (fit, check)
+                add_rows(sums, product, operands, y, two.origins, seen, share, generator)
         self._reconstruct(part, part.ordered(fit), part.ordered(check))
         for _, two in runs:
             for way in (way for call in part.calls for way in call.ways):

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import ceil, prod
+from math import ceil
 
 import torch
 from torch import Tensor
 
-from rarefy.pruning.running.inputs import places, results, rows
-from rarefy.pruning.running.lockstep import unseen
+from rarefy.pruning.running.inputs import batched, free_dims, results, row_source, rows
+from rarefy.pruning.running.origins import Origins
 from rarefy.pruning.running.products import Product
 
 
@@ -18,6 +18,7 @@ def add_rows(
     product: Product,
     operands: tuple[Tensor, Tensor],
     wanted: Tensor,
+    origins: Origins,
     held_out: Tensor,
     share: float,
     generator: torch.Generator,
@@ -32,17 +33,16 @@ def add_rows(
         product: a call of the layer.
         operands: its inputs and its weight.
         wanted: what its outputs should be.
+        origins: of the rows; padding is left out.
         held_out: for each example, whether it is held out.
         share: of the rows that are used, drawn at random.
         generator: of the draw.
     """
     fit, check = sums
-    if product.letters is None:
-        out = unseen(wanted.shape[:1], held_out).repeat_interleave(prod(wanted.shape[2:]))
-    else:
-        out = unseen(places(product, operands[0]), held_out)
+    shape = batched(product, wanted if product.letters is None else operands[0]).shape
+    out = held_out[origins.examples_at(row_source(product), shape, free_dims(product))]
     every = results(product, wanted)
-    for part in rows(product, *operands, lambda count: ceil(share * count), generator):
+    for part in rows(product, *operands, lambda count: ceil(share * count), generator, origins):
         left, right = part.inputs, every[:, part.index.to(every.device)]
         aside = out[part.index].to(left.device)
         fit.add(left[:, ~aside], right[:, ~aside])

@@ -1,0 +1,176 @@
+"""Which example and position rows are of, against rows that carry their own numbers."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from padded_texts import LENGTH, Reader, both_paddings, texts
+from rarefy.graph.capture import capture, graph_model
+from rarefy.graph.trace import trace
+from rarefy.pruning.prune import prune
+from rarefy.pruning.repair import repair
+from rarefy.pruning.running.lockstep import batch_dims
+from rarefy.pruning.running.origins import Origins, counted
+from rarefy.pruning.scoring.influence import influences
+from rarefy.pruning.scoring.judging import judged
+from rarefy.types import Budget
+
+LAYOUTS = {  # how (examples, length, heads) become a value, and which of its dimensions tell rows
+    "examples first": (lambda t: t[:, :, 0], (0, 1)),
+    "sequences first": (lambda t: t[:, :, 0].T, (0, 1)),
+    "merged": (lambda t: t[:, :, 0].flatten(), (0,)),
+    "heads between": (lambda t: t.transpose(1, 2), (0, 1, 2)),
+    "heads last": (lambda t: t, (0, 1, 2)),
+    "heads merged with examples": (lambda t: t.transpose(1, 2).flatten(0, 1), (0, 1)),
+    "channels between": (lambda t: t.transpose(1, 2), (0, 2)),
+}
+BATCH = {"sequences first": 1}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@given(data=st.data())
+def test_rows_are_of_the_example_and_the_token_that_they_come_from(layout, data) -> None:
+    examples, length = data.draw(st.integers(1, 5)), data.draw(st.integers(2, 6))
+    heads = data.draw(st.integers(7, 9))  # unlike a length
+    mask = torch.tensor(
+        data.draw(st.lists(st.booleans(), min_size=examples * length, max_size=examples * length))
+    ).view(examples, length)
+    form, dims = LAYOUTS[layout]
+    own = torch.arange(examples)[:, None, None].expand(examples, length, heads)
+    value, tokens = form(own), form(mask[:, :, None].expand(examples, length, heads))
+    if layout == "channels between":
+        value, tokens = value[:, 0], tokens[:, 0]
+        shape = (examples, heads, length)
+    else:
+        shape = value.shape
+    inputs = {"input_ids": torch.zeros(examples, length), "attention_mask": mask.long()}
+    origins = Origins.of(inputs, {"x": BATCH.get(layout, 0)})
+    assert torch.equal(origins.examples_at("x", shape, dims), value.flatten())
+    found = origins.tokens_at("x", shape, dims)
+    assert found is None if mask.all() else torch.equal(found, tokens.flatten())
+
+
+def test_rows_of_what_has_no_dimension_of_the_sequence_all_count() -> None:
+    origins = Origins(4, torch.zeros(4, 5, dtype=torch.bool), {"x": 0})
+    assert origins.tokens_at("x", (4, 7), (0, 1)) is None
+    assert origins.tokens_at("x", (4, 7), (0,)) is None
+    assert origins.tokens_at("x", (6,), (0,)) is None
+    assert origins.tokens_at("x", (), ()) is None
+    assert origins.examples_at("x", (), ()).tolist() == [0]
+
+
+def test_where_the_dimension_is_not_known_it_is_the_first_of_a_multiple() -> None:
+    assert Origins(4).examples_at("x", (3, 8), (0, 1)).tolist() == [0, 0, 1, 1, 2, 2, 3, 3] * 3
+
+
+def test_outputs_that_are_no_sequences_count_whole() -> None:
+    tokens = torch.tensor([[1, 0], [1, 1]])
+    assert counted(torch.ones(2, 2), tokens) is True
+    assert counted(torch.ones(2, 3, 2), tokens) is True
+    assert counted(torch.ones(2, 2, 3), None) is True
+    kept = torch.ones(2, 2, 3, dtype=torch.bool) & counted(torch.ones(2, 2, 3), tokens)
+    assert kept.sum(-1).tolist() == [[3, 0], [3, 3]]
+
+
+class SequenceFirst(nn.Module):
+    """Two linear layers on (L, B, C), with a table that is the same for all examples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 6), nn.Linear(6, 2)
+        self.register_buffer("table", torch.randn(6, 1, 6))
+
+    def forward(self, x):
+        return self.b((self.a(x.transpose(0, 1)) + self.table.sin()).relu()).transpose(0, 1)
+
+
+@pytest.mark.parametrize("size", [1, 3, 6])
+def test_the_dimension_of_the_examples_is_the_one_that_grows(size) -> None:
+    net = SequenceFirst()
+    x = torch.randn(size, 6, 4)
+    model = graph_model(net, capture(net, torch.randn(3, 6, 4)))
+    dims = batch_dims(model, x)
+    kinds = {node.kind: dims.get(node.name) for node in model.graph.calls}
+    assert kinds["linear"] == kinds["relu"] == 1
+    assert kinds["sin"] is None
+    output = model.graph.output.inputs[0]
+    assert dims[output] == 0
+
+
+def test_of_a_network_of_one_batch_size_it_is_not_known() -> None:
+    class Fixed(nn.Module):
+        def forward(self, x):
+            return x.reshape(3, 2, 2).sum(0)
+
+    net = Fixed()
+    assert batch_dims(graph_model(net, capture(net, torch.randn(3, 4))), torch.randn(3, 4)) is None
+
+
+@pytest.mark.parametrize("pooled", [False, True])
+@pytest.mark.parametrize("first", ["examples", "sequences", "merged"])
+@pytest.mark.parametrize(
+    "criterion",
+    [None, "fisher", "compensated", "obs", "reconstruction", "activation", "wanda"],
+)
+def test_units_count_as_much_whatever_stands_at_padding(criterion, first, pooled) -> None:
+    net = Reader(first, pooled=pooled).eval()
+    zeros, words = both_paddings()
+    network = trace(net, zeros[0])
+    one, two = (judged(net, network, criterion, data) for data in (zeros, words))
+    for own, other in zip(one.scores, two.scores, strict=True):
+        np.testing.assert_allclose(own, other, rtol=1e-4, atol=1e-7 * np.abs(own).max())
+    for number, curve in (one.losses or {}).items():
+        assert float(curve(0.5)) == pytest.approx(float(two.losses[number](0.5)), rel=1e-3)
+
+
+@pytest.mark.parametrize("first", ["examples", "sequences", "merged"])
+@pytest.mark.parametrize("criterion", ["wanda", "obs", "sparsegpt", "obd", "taylor2"])
+def test_weights_go_and_are_solved_whatever_stands_at_padding(criterion, first) -> None:
+    net = Reader(first).eval()
+    given = [[(x, x["input_ids"] % 4) for x in data] for data in both_paddings()]
+    if criterion in ("wanda", "obs", "sparsegpt"):
+        given = [[x for x, _ in data] for data in given]
+    else:  # labels, those of padding too, which do not count
+        zeros, words = given
+        given = [zeros, [(x, y) for (x, _), (_, y) in zip(words, zeros, strict=True)]]
+    budget, example = Budget(sparsity=0.5), texts(0)
+    one, two = (
+        prune(net, example, budget, structure="weight", criterion=criterion, data=data)
+        for data in given
+    )
+    for own, other in zip(one.parameters(), two.parameters(), strict=True):
+        torch.testing.assert_close(own, other, rtol=1e-4, atol=1e-6)
+
+
+def test_repair_is_the_same_whatever_stands_at_padding_and_however_rows_are_laid_out() -> None:
+    found = []
+    for first in ("examples", "sequences", "merged"):
+        net = Reader(first).eval()
+        small = prune(net, texts(0), Budget(macs=0.6))
+        found += [repair(net, small, data) for data in both_paddings()]
+    for other in found[1:]:
+        assert other.repaired.errors.keys() == found[0].repaired.errors.keys()
+        for layer, errors in found[0].repaired.errors.items():
+            assert other.repaired.errors[layer] == pytest.approx(errors, rel=1e-3)
+        for p, q in zip(found[0].parameters(), other.parameters(), strict=True):
+            torch.testing.assert_close(p, q, rtol=1e-3, atol=1e-3)
+    assert all(after < before for before, after in found[0].repaired.errors.values())
+
+
+def test_blocks_count_as_much_whatever_stands_at_padding() -> None:
+    net = Reader().eval()
+    found = [influences(net, trace(net, texts(0)), data) for data in both_paddings()]
+    assert len(found[0]) == 2
+    np.testing.assert_allclose(found[0], found[1], rtol=1e-5)
+
+
+def test_texts_that_are_all_padding_are_no_rows() -> None:
+    net = Reader(pooled=False).eval()
+    empty = texts(0) | {"attention_mask": torch.zeros(16, LENGTH, dtype=torch.int64)}
+    small = prune(net, texts(0), Budget(macs=0.6))
+    healed = repair(net, small, [empty])
+    assert not healed.repaired.errors
+    assert "too few examples" in healed.repaired.skipped["down"]
