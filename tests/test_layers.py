@@ -52,7 +52,7 @@ LOSSES = (
 ).split()
 PRUNING = (
     "plan checks running scoring structure selection sparsity sums repairing repair journal "
-    "sensitivity narrow shorten prune gradual"
+    "sensitivity narrow shorten request prune gradual"
 ).split()
 TRAINING = (
     "options networks record average stored teachers terms objective job shares evaluate identity "

@@ -16,6 +16,7 @@ from rarefy import measured
 from rarefy.errors import BudgetError, InputError
 from rarefy.measured import CLOSE, Served, reach
 from rarefy.pruning import prune as pruning
+from rarefy.pruning import request as request_file
 from rarefy.storage.format import save
 from rarefy.types import Budget, Latency, Measurement, Ratio
 from residual_networks import Residual, inputs
@@ -216,8 +217,8 @@ def test_measured_budgets_need_the_measuring_prune() -> None:
 
 
 def test_the_options_are_those_of_the_pruning() -> None:
-    own = {n for n, p in signature(pruning.prune).parameters.items() if p.kind is p.KEYWORD_ONLY}
-    assert set(pruning.PruneOptions.__annotations__) == own - {"costs"}
+    own = {n for n, p in signature(pruning.request).parameters.items() if p.kind is p.KEYWORD_ONLY}
+    assert set(pruning.PruneOptions.__annotations__) == own
 
 
 def test_noise_around_a_budget_leads_nowhere() -> None:
@@ -244,7 +245,8 @@ def test_what_was_measured_is_told_with_its_noise() -> None:
 @pytest.mark.parametrize("structure", ["depth", ("channel", "depth")])
 def test_blocks_go_for_a_budget_of_latency(structure: object) -> None:
     net = Residual(("Basic", "Basic", "Basic"))
-    small = rf.prune(net, inputs(), Budget(latency=0.5, round_to=2), structure=structure)
+    budget = Budget(latency=0.5, round_to=1 if structure == "depth" else 2)
+    small = rf.prune(net, inputs(), budget, structure=structure)
     assert small.pruned.blocks
     assert small.served.share <= 0.5 + CLOSE
     assert small.served.share in [ratio.value for ratio in small.served.tried]
@@ -321,3 +323,36 @@ def test_sparse_networks_are_timed_where_a_runtime_is_named() -> None:
         warnings.simplefilter("ignore", RuntimeWarning)  # zeros alone are seldom faster
         sparse = rf.prune(wide(), X, structure="2:4", runtime="onnxruntime")
     assert sparse.served.after.latency_ms.median > 0
+
+
+@pytest.mark.parametrize(
+    ("kind", "structure"), [("bytes", "channel"), ("latency", "channel"), ("latency", "both")]
+)
+def test_units_are_scored_once_and_the_network_is_repaired_once(
+    kind, structure, monkeypatch
+) -> None:
+    """However many networks are made and measured on the way to a budget."""
+    clock, scored, healed, saved = Clock(monkeypatch, base=40_000), [], [], []
+    net = wide() if structure == "channel" else Residual(("Basic", "Basic", "Basic")).eval()
+    x = X if structure == "channel" else inputs()
+    judged, repair, real = request_file.judged, request_file.repair, measured.save
+
+    def noting(held: list, function: object) -> object:
+        def noted(*args: object, **options: object) -> object:
+            held.append(args[0])
+            return function(*args, **options)
+
+        return noted
+
+    monkeypatch.setattr(request_file, "judged", noting(scored, judged))
+    monkeypatch.setattr(request_file, "repair", noting(healed, repair))
+    monkeypatch.setattr(measured, "save", noting(saved, real))
+    several = {"both": ("channel", "depth")}.get(structure, structure)
+    share = 0.7 if structure == "channel" else 0.97
+    small = rf.prune(net, x, Budget(**{kind: share}), structure=several, data=[x, x])
+    assert len(saved) > 2 or len(clock.shares) > 1
+    assert [one is net for one in scored].count(True) == 1
+    assert healed == [net]
+    assert small.repaired.samples > 0
+    if kind == "latency":
+        assert small.served.share in clock.shares

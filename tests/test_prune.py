@@ -110,7 +110,7 @@ def test_the_first_examples_of_the_data_are_used() -> None:
 
 
 def test_data_that_can_be_read_once_are_refused_before_any_work(monkeypatch) -> None:
-    monkeypatch.setattr("rarefy.pruning.prune.trace", None)
+    monkeypatch.setattr("rarefy.pruning.request.trace", None)
     with pytest.raises(DataError, match="only once"):
         rf.prune(Net(), X, HALF, data=iter([X]))
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -12,9 +11,10 @@ from torch import nn
 import rarefy.search
 from rarefy.errors import BudgetError
 from rarefy.pruning.prune import prune
+from rarefy.pruning.request import Request
 from rarefy.search import SHARES, reachable_budget
 from rarefy.storage.format import save
-from rarefy.types import Budget, Inputs, Latency, Measurement, Target
+from rarefy.types import Budget, Latency, Measurement, Target
 from tiny_networks import perceptron
 
 INPUTS = torch.zeros(2, 8)
@@ -24,9 +24,7 @@ INPUTS = torch.zeros(2, 8)
 def simulated(monkeypatch: pytest.MonkeyPatch) -> None:
     """Latency and size in proportion to the share; shares below 0.3 are impossible."""
 
-    def small(
-        model: nn.Module, example_inputs: Inputs, budget: Budget, **options: Any
-    ) -> nn.Module:
+    def small(asked: Request, budget: Budget) -> nn.Module:
         assert budget.macs is not None
         if budget.macs < 0.3:
             raise BudgetError("prune", "out of reach", "Keep more")
@@ -42,7 +40,7 @@ def simulated(monkeypatch: pytest.MonkeyPatch) -> None:
         times = [Latency(float(p.name), float(p.name), float(p.name)) for p in paths]
         return [Measurement(str(p), "", 1, 1, t, 1, 1) for p, t in zip(paths, times, strict=True)]
 
-    monkeypatch.setattr(rarefy.search, "prune", small)
+    monkeypatch.setattr(Request, "to", small)
     monkeypatch.setattr(rarefy.search._Trial, "_write", written)
     monkeypatch.setattr(rarefy.search, "compare", measured)
 
@@ -71,10 +69,10 @@ def test_the_largest_share_that_reaches_the_target(
 
 
 def test_where_no_share_is_possible_pruning_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: object, **options: Any) -> nn.Module:
+    def refuse(*_: object) -> nn.Module:
         raise BudgetError("prune", "out of reach", "Keep more")
 
-    monkeypatch.setattr(rarefy.search, "prune", refuse)
+    monkeypatch.setattr(Request, "to", refuse)
     share, note = reachable_budget(perceptron(), INPUTS, Target(size=2), [INPUTS], None)
     assert share == SHARES[0]
     assert "none reaches" in note

@@ -274,9 +274,10 @@ def test_patterns_and_limits_of_layers_outlive_blocks(model) -> None:
 
 
 def test_what_concerns_units_alone_is_refused(model) -> None:
-    limited = rf.Budget(macs=0.6, layers={"stem": 0.5})
-    with pytest.raises(BudgetError, match="limits of layers concern units"):
-        rf.prune(model, X, limited, structure="depth")
+    given = {"layers": {"stem": 0.5}, "max_drop": 0.5, "min_keep": 4, "round_to": 8}
+    for name, value in (*given.items(), ("scope", "local")):
+        with pytest.raises(BudgetError, match=f"{name}.*concerns units.*Leave {name} out"):
+            rf.prune(model, X, rf.Budget(macs=0.6, **{name: value}), structure="depth")
     measured = rf.sensitivity  # any value: it is refused before it is looked at
     with pytest.raises(InputError, match="Leave sensitivity out"):
         rf.prune(model, X, rf.Budget(blocks=1), structure="depth", sensitivity=measured)

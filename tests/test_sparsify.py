@@ -270,6 +270,60 @@ def test_a_rewritten_graph_can_be_made_sparse(mixed) -> None:
     assert len(sparse.sparsified.zeros) == 6
 
 
+class Flat(nn.Module):
+    """Its forward states a width, so that a graph takes its place where units go."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 16), nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(F.relu(self.a(x)).view(-1, 16))
+
+
+@pytest.mark.parametrize("structure", ["weight", "2:4"])
+@pytest.mark.parametrize("graph", [False, True])
+def test_zeros_of_what_units_are_left_are_counted_and_stay_through_repair(graph, structure) -> None:
+    net = Flat() if graph else nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
+    x = torch.randn(64, 8)
+    budget = None if structure == "2:4" else Budget(sparsity=0.5)
+    sparse = rf.prune(net.eval(), x, budget, structure=structure, data=[x])
+    small = rf.prune(sparse, x, Budget(macs=0.5), data=[x])
+    assert small.pruned.kind == ("graph" if graph else "module")
+    assert any(after < before for before, after in small.repaired.errors.values())
+    counted = {n: (int((p == 0).sum()), p.numel()) for n, p in small.named_parameters()}
+    assert small.sparsified.zeros == {name: counted[name] for name in sparse.sparsified.zeros}
+    last = "b.weight" if graph else "2.weight"
+    units = small.pruned.kept[last, 1]
+    assert torch.equal(small.get_parameter(last) == 0, sparse.get_parameter(last)[:, units] == 0)
+    assert (small.sparsified.structure, small.sparsified.errors) == ("weight", {})
+
+
+def test_a_record_stays_where_no_weight_of_it_went() -> None:
+    net = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 4))
+    x = torch.randn(8, 8)
+    sparse = rf.prune(net.eval(), x, structure="2:4", exclude=["2", "4"])
+    small = rf.prune(sparse, x, Budget(sparsity=0.5), exclude=["0"])
+    assert small.pruned.widths
+    assert small.sparsified == sparse.sparsified
+
+
+def test_what_was_measured_on_a_network_is_not_told_of_what_becomes_of_it() -> None:
+    x = torch.randn(32, 8)
+    net = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4)).eval()
+    small = rf.prune(net, x, Budget(macs=0.7), data=[x])
+    small.served = "0.3 ms"
+    for after in (
+        rf.prune(small, x, Budget(sparsity=0.5)),
+        rf.prune(small, x, Budget(sparsity=0.5), structure="weight"),
+        rf.quantize(small, [x], rf.Half()),
+    ):
+        assert not hasattr(after, "repaired")
+        assert not hasattr(after, "served")
+    assert small.repaired.errors
+    assert small.served == "0.3 ms"
+
+
 # --- calibration data ----------------------------------------------------------------------------
 
 

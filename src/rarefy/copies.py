@@ -40,6 +40,25 @@ def copied(model: Model, instead: Mapping[int, Any] | None = None) -> Model:
         return copy.deepcopy(model, computed(model) | dict(instead or {}))
 
 
+MEASURED = ("repaired", "served")
+"""Attributes that tell what was measured on a network: of its layers, and in a runtime."""
+
+
+def successor(model: Model) -> Model:
+    """A copy that is about to be changed: without what was measured on the network as it is.
+
+    Example:
+        >>> layer = nn.Linear(2, 2)
+        >>> layer.served = "0.3 ms"
+        >>> hasattr(successor(layer), "served")
+        False
+    """
+    found = copied(model)
+    for name in MEASURED:
+        found.__dict__.pop(name, None)
+    return found
+
+
 def ordinary(model: Model) -> Model:
     """The network; a copy where it was made in inference mode, whose tensors gradients refuse."""
     held = [*model.parameters(), *model.buffers()]

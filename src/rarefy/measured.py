@@ -4,12 +4,11 @@ latency are reached by pruning, measuring what would be shipped, and correcting.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Unpack
+from typing import Any, Self, Unpack
 
 from torch import nn
 
@@ -23,9 +22,9 @@ from rarefy.deployment.runtimes import RUNTIMES, runtime_named
 from rarefy.deployment.timing import layer_costs
 from rarefy.errors import BudgetError, InputError, warn
 from rarefy.graph.trace import Network
-from rarefy.pruning import prune as pruning
 from rarefy.pruning.narrow import Pruned, noted
-from rarefy.pruning.prune import PruneOptions, removes
+from rarefy.pruning.prune import PruneOptions, request
+from rarefy.pruning.request import Request, removes
 from rarefy.pruning.selection.costs import Costs
 from rarefy.storage.format import save
 from rarefy.types import Budget, Inputs, Measurement, Ratio
@@ -161,31 +160,28 @@ def prune(
     """
     if runtime is not None or (isinstance(budget, Budget) and budget.latency is not None):
         runtime_named(runtime or DEFAULT_RUNTIME)
-    if not isinstance(budget, Budget) or not removes(options.get("structure", "channel")):
-        if runtime is not None and example_inputs is None:
-            raise InputError(
-                f"prune(runtime={runtime!r})",
-                "it times the network on the example inputs, and none were given",
-                "Give example_inputs, or leave runtime out",
-            )
-        sparse = pruning.prune(model, example_inputs, budget, **options)
-        if runtime is not None:
-            with _workplace(model, example_inputs, runtime, threads) as place:
-                place.note(sparse)
-            _warn_where_slower(sparse)
-        return sparse
-    budget = _with_widths(budget, runtime or DEFAULT_RUNTIME)
-    if budget.kind not in ("bytes", "latency"):
-        small = pruning.prune(model, example_inputs, budget, **options)
-    else:
-        with _workplace(model, example_inputs, runtime or DEFAULT_RUNTIME, threads) as place:
-            make = _maker(model, example_inputs, budget, place, options)
-            small = reach(budget, make, options.get("structure", "channel"))
-    if runtime is not None and budget.latency is None:
-        with _workplace(model, example_inputs, runtime, threads) as place:
+    if runtime is not None and example_inputs is None:
+        raise InputError(
+            f"prune(runtime={runtime!r})",
+            "it times the network on the example inputs, and none were given",
+            "Give example_inputs, or leave runtime out",
+        )
+    if isinstance(budget, Budget) and "channel" in removes(options.get("structure", "channel")):
+        budget = _with_widths(budget, runtime or DEFAULT_RUNTIME)
+    asked = request(model, example_inputs, budget, **options)
+    kind = budget.kind if isinstance(budget, Budget) else None
+    with _Workplace(asked.model, example_inputs, runtime or DEFAULT_RUNTIME, threads) as place:
+        if isinstance(budget, Budget) and asked.removed and kind in ("bytes", "latency"):
+            made = reach(budget, _maker(asked, budget, place), asked.structure)
+        else:
+            made = asked.to(budget)
+        small = asked.finished(made)
+        if runtime is not None and kind != "latency":
             place.note(small)
-    _warn_where_far(small, budget)
-    _warn_where_slower(small)
+    if isinstance(budget, Budget) and asked.removed:
+        _warn_where_far(small, budget)
+    if runtime is not None or kind == "latency":
+        _warn_where_slower(small)
     return small
 
 
@@ -198,8 +194,9 @@ def _warn_where_far(small: nn.Module, budget: Budget) -> None:
 
 
 def _warn_where_slower(small: nn.Module) -> None:
-    served = getattr(small, "served", None)
-    if isinstance(served, Served) and not served.faster:
+    served = small.served
+    assert isinstance(served, Served)
+    if not served.faster:
         before, after = served.before.latency_ms.median, served.after.latency_ms.median
         warn(
             f"the smaller network is not faster in {served.after.runtime}: {after:.3g} ms a call, "
@@ -311,7 +308,7 @@ def _missed(
     reason = f"by its {counted} alone, {refusal.what}" if refusal is not None else ""
     slower = budget.kind == "latency" and smallest is not None and smallest.high >= 1
     blocks = ""
-    if budget.kind == "latency" and pruning.removes(structure) == {"channel"}:
+    if budget.kind == "latency" and removes(structure) == {"channel"}:
         blocks = '; with structure=("channel", "depth") whole blocks may go, too'
     share = "a larger share"
     if smallest is not None and smallest.value < 1 and not slower:
@@ -323,20 +320,14 @@ def _missed(
     )
 
 
-def _maker(
-    model: nn.Module,
-    example_inputs: Inputs,
-    budget: Budget,
-    place: _Workplace,
-    options: PruneOptions,
-) -> Make:
+def _maker(asked: Request, budget: Budget, place: _Workplace) -> Make:
     """How networks are made and measured under a budget of bytes or latency."""
     if budget.bytes is not None:
-        whole = place.saved(model)
+        whole = place.saved(asked.model)
 
         def by_bytes(share: float) -> tuple[nn.Module, Ratio]:
             counted = replace(budget, bytes=None, params=share)
-            small = pruning.prune(model, example_inputs, counted, **options)
+            small = asked.to(counted)
             inner: Any = small.pruned
             small.pruned = replace(inner, missed="")  # it was not asked for parameters
             found = Ratio.exact(place.saved(small) / whole)
@@ -345,8 +336,7 @@ def _maker(
         return by_bytes
 
     def by_latency(share: float) -> tuple[nn.Module, Ratio]:
-        asked = replace(budget, latency=share)
-        small = pruning.prune(model, example_inputs, asked, costs=place.costs, **options)
+        small = asked.to(replace(budget, latency=share), place.costs)
         found = place.note(small)
         return noted(small, budget, found.value), found
 
@@ -354,17 +344,35 @@ def _maker(
 
 
 class _Workplace:
-    """A folder with the original in the form that the runtime serves, and what was measured."""
+    """A folder with the original in the form that the runtime serves, and what was measured.
+
+    The folder is made when it is needed.
+    """
 
     def __init__(
-        self, folder: Path, model: nn.Module, example_inputs: Inputs, runtime: str, threads: int
+        self, model: nn.Module, example_inputs: Inputs, runtime: str, threads: int
     ) -> None:
-        self.folder, self.model, self.inputs = folder, model, example_inputs
+        self._folder: TemporaryDirectory[str] | None = None
+        self.model, self.inputs = model, example_inputs
         self.runtime, self.threads = runtime, threads
         self._before: Form | None = None
         self._costs: Costs | None = None
         self._whole: Measurement | None = None
         self._known: dict[tuple[object, ...], Served] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._folder is not None:
+            self._folder.cleanup()
+
+    @property
+    def folder(self) -> Path:
+        """Where files are written."""
+        if self._folder is None:
+            self._folder = TemporaryDirectory(prefix="rarefy-")
+        return Path(self._folder.name)
 
     def saved(self, model: nn.Module) -> int:
         """Bytes of the network's file."""
@@ -435,11 +443,3 @@ class _Workplace:
         if RUNTIMES[self.runtime].serves == "module":
             return model
         return export(model, self.folder / f"{name}{RUNTIMES[self.runtime].form}", self.inputs)
-
-
-@contextmanager
-def _workplace(
-    model: nn.Module, example_inputs: Inputs, runtime: str, threads: int
-) -> Iterator[_Workplace]:
-    with TemporaryDirectory(prefix="rarefy-") as folder:
-        yield _Workplace(Path(folder), model, example_inputs, runtime, threads)

@@ -13,7 +13,7 @@ from rarefy.deployment.export import export
 from rarefy.deployment.measure import compare, speedup
 from rarefy.errors import BudgetError
 from rarefy.gains import quantize
-from rarefy.pruning.prune import prune
+from rarefy.pruning.prune import request
 from rarefy.schemes import Half, Int8, WeightOnly
 from rarefy.storage.format import save
 from rarefy.types import Budget, Data, Inputs, Target
@@ -86,17 +86,17 @@ class _Trial:
         folder: Path,
     ) -> None:
         self.model, self.example_inputs, self.target = model, example_inputs, target
-        self.data, self.scheme, self.folder = data, scheme, folder
+        self.scheme, self.folder = scheme, folder
         self.few = Leading(data, CALIBRATION, "compress(train)", labelled=False)
         self.tried: dict[float, str] = {}
         self.possible = len(SHARES)  # shares from this position on cannot be reached
         self.before = self._write(model, "before")
+        self.asked = request(model, example_inputs, Budget(macs=SHARES[0]), data=data)
 
     def reaches(self, position: int) -> bool:
         share = SHARES[position]
         try:
-            budget = Budget(macs=share)
-            small = prune(self.model, self.example_inputs, budget, data=self.data, heal=False)
+            small = self.asked.to(Budget(macs=share))
         except BudgetError:
             self.tried[share] = "not possible"
             self.possible = min(self.possible, position)

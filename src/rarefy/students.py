@@ -27,7 +27,8 @@ from rarefy.graph.stacks import Stack, find_stacks, spread
 from rarefy.graph.trace import trace
 from rarefy.paths import excluded, matches, paths, within
 from rarefy.pruning.checks import check_copies, check_finite
-from rarefy.pruning.prune import prune, recorded
+from rarefy.pruning.prune import request
+from rarefy.pruning.request import recorded
 from rarefy.pruning.scoring.compensated import Compensated
 from rarefy.pruning.scoring.criteria import Criterion
 from rarefy.pruning.scoring.passes import LossFunction
@@ -222,7 +223,7 @@ def student(
             cut = bypass(teacher, example_inputs, network, blocks, keep_class=keep_class)
             short = Shortened(cut[0], blocks, *cut[1:])
     budget = _budget(width, params, macs, round_to)
-    given: dict[str, Any] = {"criterion": criterion, "data": data, "loss": loss, "heal": False}
+    given: dict[str, Any] = {"criterion": criterion, "data": data, "loss": loss}
     given |= {"exclude": exclude, "keep_class": keep_class}
     small = _narrowed(teacher, short.model, example_inputs, budget, given)
     small = recorded(teacher, network, short, small)
@@ -302,12 +303,13 @@ def _narrowed(
     kept = [name for name in options["exclude"] if matches(name, known)]
     given_on = {**options, "exclude": kept}
     asked_of = replace(budget, **asked)
+    job = request(short, example_inputs, asked_of, **given_on)
     try:
         if budget.sparsity is None:  # costs go with the square of the width
             floor = 1 - LEAST * math.sqrt(asked_of.share)
             with suppress(BudgetError):
-                return prune(short, example_inputs, replace(asked_of, max_drop=floor), **given_on)
-        return prune(short, example_inputs, asked_of, **given_on)
+                return job.to(replace(asked_of, max_drop=floor))
+        return job.to(asked_of)
     except BudgetError as error:
         given = {"sparsity": "width"}.get(budget.kind, budget.kind)
         share = 1 - budget.share if given == "width" else budget.share

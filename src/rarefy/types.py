@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from math import isfinite
 from typing import Any, Literal, TypeAlias
 
@@ -261,6 +261,14 @@ class Budget:
     def share(self) -> float:
         """The share that is given, or the number of blocks."""
         return float(getattr(self, self.kind))
+
+    @property
+    def of_units(self) -> Mapping[str, object]:
+        """What is given that concerns units alone, by its name."""
+        defaults = {f.name: f.default for f in fields(self)}
+        names = ("min_keep", "max_drop", "round_to", "layers")
+        held = {name: getattr(self, name) for name in names}
+        return {name: value for name, value in held.items() if value != defaults[name]}
 
     @property
     def limits(self) -> tuple[tuple[str, Limit], ...]:

@@ -24,6 +24,7 @@ from rarefy.pruning.scoring.compensated import Response
 from rarefy.pruning.selection.costs import Costs
 from rarefy.pruning.selection.landing import is_close
 from rarefy.pruning.selection.select import select
+from rarefy.pruning.sparsity.sparsify import Sparsified
 from rarefy.pruning.structure.expressions import Equation
 from rarefy.pruning.structure.proof import Build, ClassError, Comparison, Masking, breaking, prove
 from rarefy.pruning.structure.provenance import equations
@@ -231,6 +232,7 @@ def operate(
         *_left_whole(model, network, plan),
         *_untrained(model, small, example_inputs, network, kept),
     )
+    carry(model, small)
     small.pruned = Pruned(  # type: ignore[assignment]
         kind,
         reason,
@@ -243,6 +245,13 @@ def operate(
         earlier=getattr(model, "pruned", None),
     )
     return small
+
+
+def carry(model: nn.Module, small: nn.Module) -> None:
+    """Hand on which weights of a network are zero, to what is left of it."""
+    record = getattr(model, "sparsified", None)
+    if isinstance(record, Sparsified):
+        small.sparsified = record.of(small)  # type: ignore[assignment]
 
 
 def noted(small: nn.Module, budget: Budget, left: float | None) -> nn.Module:

@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
 from rarefy.batches import device_of, moved
-from rarefy.copies import copied
+from rarefy.copies import successor
 from rarefy.errors import InputError
 from rarefy.graph.capture import check_runs
 from rarefy.graph.model import GraphModel
@@ -45,7 +45,7 @@ def fold_modules(model: nn.Module, example_inputs: Inputs) -> tuple[nn.Module, M
     """
     if isinstance(model, GraphModel):
         return fold_batch_norms(model).eval(), {}
-    result = copied(model).eval()
+    result = successor(model).eval()
     made = _with_biases(result, pairs(plain_graph(model, example_inputs).graph))
     net = plain_graph(result, example_inputs)
     found = pairs(net.graph)

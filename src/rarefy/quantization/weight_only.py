@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from rarefy.batches import batch_size, take
-from rarefy.copies import copied
+from rarefy.copies import successor
 from rarefy.errors import InputError, warn
 from rarefy.graph.capture import capture, graph_model
 from rarefy.graph.model import GraphModel
@@ -91,7 +91,7 @@ def weight_only(model: nn.Module, calibration: Data | None, scheme: WeightOnly) 
     kept: Mapping[str, str] = {}
     if scheme.fold and shown is not None:
         model, kept = fold_modules(model, shown)
-    result = copied(model).eval()
+    result = successor(model).eval()
     first = None if shown is None else plain_graph(model, shown)
     weights, left = find(
         result, None if first is None else first.graph, scheme.skip, "WeightOnly(skip=...)"
@@ -211,7 +211,7 @@ def half(model: nn.Module, scheme: Half) -> nn.Module:
     """
     _check(model)
     dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}[scheme.dtype]
-    result = copied(model).eval()
+    result = successor(model).eval()
     noise: dict[str, float] = {}
     left: dict[str, str] = {}
     with torch.no_grad():

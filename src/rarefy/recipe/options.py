@@ -20,7 +20,7 @@ from pydantic import (
 )
 
 from rarefy.errors import InputError
-from rarefy.pruning.prune import check_fit, removes
+from rarefy.pruning.request import check_fit, removes
 from rarefy.pruning.scoring.judging import named, on_data
 from rarefy.pruning.sparsity import elements, patterns
 from rarefy.schemes import Half, Int8, WeightOnly

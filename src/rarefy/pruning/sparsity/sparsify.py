@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from torch import Tensor, nn
 
 from rarefy.batches import answering, batch_size, take
-from rarefy.copies import copied
+from rarefy.copies import successor
 from rarefy.errors import BudgetError, InputError
 from rarefy.graph.capture import capture, check_runs, graph_model
 from rarefy.graph.trace import trace
@@ -61,6 +61,25 @@ class Sparsified:
     def emptied(self) -> tuple[str, ...]:
         """Paths of weights of which nothing is left: what follows sees a constant."""
         return tuple(path for path, (gone, size) in self.zeros.items() if gone == size > 0)
+
+    def of(self, small: nn.Module) -> Sparsified:
+        """The record of what is left of the network after units went: zeros are counted anew.
+
+        Where weights are fewer, patterns of several need not fit together any more, and what was
+        measured was of other layers.
+        """
+        own = dict(small.named_parameters(remove_duplicate=False))
+        zeros = {
+            path: (int((own[path] == 0).sum()), own[path].numel())
+            for path in self.zeros
+            if path in own
+        }
+        if {path: size for path, (_, size) in zeros.items()} == {
+            path: size for path, (_, size) in self.zeros.items()
+        }:
+            return self
+        dense = {path: why for path, why in self.dense.items() if path in own}
+        return Sparsified("weight", zeros, dense)
 
 
 def sparsify(
@@ -117,7 +136,7 @@ def sparsify(
     pattern, rule = named(structure), elements.named(criterion)
     share = _share(pattern, budget)
     _check_evidence(rule, criterion, data, loss)
-    sparse = copied(model)
+    sparse = successor(model)
     layers = prunable(sparse, exclude)
     choice = _Choice(pattern, share, budget is None or budget.scope == "global")
     dense: dict[str, str] = {}
@@ -194,13 +213,12 @@ def _share(pattern: Pattern, budget: Budget | None) -> float:
             "zeros save neither MACs nor parameters",
             "Give Budget(sparsity=0.9), the share of weights to set to zero",
         )
-    for name in ("min_keep", "max_drop", "round_to", "layers"):
-        if getattr(budget, name) != Budget.__dataclass_fields__[name].default:
-            raise BudgetError(
-                f"Budget({name}={getattr(budget, name)!r})",
-                "it concerns units, and single weights are to be removed",
-                f"Leave {name} out",
-            )
+    for name, value in budget.of_units.items():
+        raise BudgetError(
+            f"Budget({name}={value!r})",
+            "it concerns units, and single weights are to be removed",
+            f"Leave {name} out",
+        )
     return resolved_share(pattern, budget.sparsity, where)
 
 

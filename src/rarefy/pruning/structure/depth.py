@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
 
-from rarefy.copies import copied
+from rarefy.copies import copied, successor
 from rarefy.errors import RarefyError, first_line
 from rarefy.graph.blocks import Block
 from rarefy.graph.capture import Capture, capture, check_runs, graph_model, plain_attention
@@ -155,7 +155,7 @@ def _refused(
 
 def stubbed(model: nn.Module, found: Places) -> nn.Module:
     """A copy of the user's module with stubs in these places."""
-    small = copied(model)
+    small = successor(model)
     for path, (gives, count) in found.items():
         put(small, path, Stub(small.get_submodule(path), gives, count))
     return small

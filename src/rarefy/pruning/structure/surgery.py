@@ -20,7 +20,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from rarefy.batches import evaluating
-from rarefy.copies import copied
+from rarefy.copies import successor
 from rarefy.graph.capture import graph_model
 from rarefy.graph.editor import Editor
 from rarefy.graph.model import GraphModel
@@ -59,7 +59,7 @@ def cut(model: nn.Module, network: Network, plan: Plan, values: Values | None = 
         values: numbers that attributes of its modules need, from
             :mod:`rarefy.pruning.structure.sizes`.
     """
-    small = copied(model)
+    small = successor(model)
     kept = with_aliases(model, kept_entries(network, plan))
     lengths = remaining_lengths(network.captured.graph, lambda path: _tensor(small, path), kept)
     for path, length in lengths.items():
