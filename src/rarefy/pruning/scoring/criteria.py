@@ -132,10 +132,13 @@ class Element:
     Attributes:
         score: the formula.
         needs: evidence that it needs gathered on data.
+        energy: power of the scores that is an error of the layer's outputs; None where scores of
+            all layers are alike. Such errors are ranked together as shares of what is left.
     """
 
     score: Callable[[str, Evidence], Tensor]
     needs: frozenset[str] = frozenset()
+    energy: float | None = None
 
     def __call__(self, path: str, evidence: Evidence) -> Tensor:
         """Scores of all weights of a parameter, float64, on the CPU.
@@ -170,8 +173,8 @@ ELEMENT: Mapping[str, Element] = {
         _needs("gradients squares labels"),
     ),
     "obd": Element(lambda p, e: obd(e.tensors[p], e.squares[p]), _needs("squares")),
-    "wanda": Element(lambda p, e: wanda(e.tensors[p], e.norms[p]), _needs("norms")),
-    "obs": Element(lambda p, e: obs(e.tensors[p], e.grams[p]), _needs("grams")),
+    "wanda": Element(lambda p, e: wanda(e.tensors[p], e.norms[p]), _needs("norms"), energy=2),
+    "obs": Element(lambda p, e: obs(e.tensors[p], e.grams[p]), _needs("grams"), energy=1),
 }
 """Shorthand -> criterion for single weights; all scores are at least 0."""
 

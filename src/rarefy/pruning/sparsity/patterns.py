@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rarefy.errors import BudgetError, InputError
+from rarefy.pruning.scoring.aggregation import share_of_the_rest
 from rarefy.types import check_counts
 
 
@@ -245,7 +246,12 @@ def exact(share: float, size: int) -> int:
 
 
 def counts(
-    pattern: Unstructured | Block, scores: Sequence[Tensor], share: float, *, together: bool
+    pattern: Unstructured | Block,
+    scores: Sequence[Tensor],
+    share: float,
+    *,
+    together: bool,
+    energy: float | None = None,
 ) -> list[int]:
     """How many units of each matrix go.
 
@@ -255,13 +261,26 @@ def counts(
         share: of the units, 0 to 1.
         together: rank all matrices together, so that ``floor(share * n)`` of all their units go;
             otherwise so many of each.
+        energy: power of the scores that is an error of a layer's outputs; it then counts, as in
+            LAMP, as a share of the errors of all units of its matrix that are no smaller, since
+            outputs of several layers are of other sizes. None where scores of all are alike.
     """
     sizes = [pattern.size(*s.shape) for s in scores]
     if not together:
         return [exact(share, size) for size in sizes]
-    every = torch.cat([pattern.units(s).cpu() for s in scores])
+    units = [pattern.units(s).cpu() for s in scores]
+    if energy is not None:
+        units = [_relative(own, energy) for own in units]
+    every = torch.cat(units)
     gone = _smallest(every, exact(share, len(every)))
     return [int(part.sum()) for part in torch.split(gone, sizes)]
+
+
+def _relative(scores: Tensor, energy: float) -> Tensor:
+    """The errors as shares of what is no smaller; infinite scores stay so."""
+    finite = scores.isfinite()
+    shares = share_of_the_rest(scores[finite].double() ** energy)
+    return scores.double().masked_scatter(finite, shares)
 
 
 def _smallest(scores: Tensor, count: int) -> Tensor:

@@ -192,7 +192,8 @@ class _Choice:
             if not own:
                 continue
             scores = [elements.scored(judge, layer.path, evidence) for layer in own]
-            gone = choose(own, scores, self.pattern, self.share, together=self.together)
+            how = (self.pattern, self.share)
+            gone = choose(own, scores, *how, together=self.together, energy=judge.energy)
             found |= {layer.path: mask for layer, mask in zip(own, gone, strict=True)}
         paths = [layer.path for layer in layers]
         unknown = [path for path, is_known in zip(paths, known, strict=True) if not is_known]

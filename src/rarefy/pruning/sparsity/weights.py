@@ -114,6 +114,7 @@ def choose(
     share: float,
     *,
     together: bool,
+    energy: float | None = None,
 ) -> list[Tensor]:
     """For every weight of every layer, whether it goes.
 
@@ -125,6 +126,8 @@ def choose(
         pattern: what goes together.
         share: of the units that go.
         together: rank the units of all layers together.
+        energy: how scores of several layers compare, see
+            :func:`~rarefy.pruning.sparsity.patterns.counts`.
 
     Raises:
         BudgetError: nothing would be left of such a vector.
@@ -136,7 +139,7 @@ def choose(
     if isinstance(pattern, NM):
         numbers = [layer.inputs for layer in layers]
     else:
-        numbers = counts(pattern, matrices, share, together=together)
+        numbers = counts(pattern, matrices, share, together=together, energy=energy)
     gone = [pattern.gone(m, n) for m, n in zip(matrices, numbers, strict=True)]
     for layer, matrix, mask in zip(layers, matrices, gone, strict=True):
         if layer.normed is not None and bool(matrix[mask].isinf().any()):
