@@ -12,9 +12,11 @@ from torch.nn.utils.parametrizations import weight_norm
 import rarefy as rf
 from rarefy.errors import DataError, InputError
 from rarefy.graph.trace import trace
+from rarefy.pruning.plan import Plan
 from rarefy.pruning.scoring import compensated as module
 from rarefy.pruning.scoring.compensated import Compensated, respond
 from rarefy.pruning.scoring.surgeon import RIDGE
+from rarefy.pruning.structure.reference import masked
 
 pytestmark = pytest.mark.filterwarnings("ignore:.* was asked for and .* remain:RuntimeWarning")
 """Units and blocks of tiny networks leap over budgets, which is not what is tested here."""
@@ -269,3 +271,21 @@ def test_casts_and_weights_that_come_first_are_measured(is_cast) -> None:
     small = rf.prune(net, x[:3], rf.Budget(macs=0.6), criterion="compensated", data=[x], heal=False)
     assert small.weight.shape[1] == small.b.out_features
     assert sum(p.numel() for p in small.parameters()) < sum(p.numel() for p in net.parameters())
+
+
+def test_lengths_of_weight_norms_shrink_with_their_vectors() -> None:
+    """What is measured of a layer that no solve adapts is what masking gives."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        layers = weight_norm(nn.Linear(6, 8)), nn.ReLU(), weight_norm(nn.Linear(8, 4))
+    model, x = nn.Sequential(*layers).eval(), randn(40, 6)
+    network = trace(model, x[:2])
+    result = respond(model, network, [x], Compensated(ratios=(0.25, 0.5, 0.75)))
+    order = np.argsort(result.scores[0])
+    for count in (2, 4, 6):
+        gone = np.zeros(network.coupling.units, bool)
+        gone[network.groups[0].units[order[:count]]] = True
+        with torch.no_grad():
+            expected, found = model(x), masked(model, network, Plan.of(network, gone))(x)
+        error = float((found - expected).square().sum() / expected.square().sum())
+        assert float(result.losses[0](np.array([count / 8]))[0]) == pytest.approx(error, rel=1e-4)

@@ -51,8 +51,8 @@ LOSSES = (
     "relations contrastive dense transformers"
 ).split()
 PRUNING = (
-    "plan checks running scoring structure selection sparsity sums repairing repair journal "
-    "sensitivity narrow shorten request prune gradual"
+    "plan checks lengths running scoring structure selection sparsity sums repairing repair "
+    "journal sensitivity narrow shorten request prune gradual"
 ).split()
 TRAINING = (
     "options networks record average stored teachers terms objective job shares evaluate identity "

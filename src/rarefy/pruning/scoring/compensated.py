@@ -24,11 +24,12 @@ from torch import Tensor, nn
 from rarefy.batches import answering, batch_size, between, seeded
 from rarefy.errors import DataError, InputError
 from rarefy.graph.count import count
-from rarefy.graph.groups import Group
+from rarefy.graph.groups import Group, Member
 from rarefy.graph.model import GraphModel
 from rarefy.graph.program import Graph
 from rarefy.graph.trace import Network
 from rarefy.graph.zeros import directions
+from rarefy.pruning.lengths import remaining_lengths
 from rarefy.pruning.plan import Scores
 from rarefy.pruning.running.examples import affordable, collect, distance
 from rarefy.pruning.running.lockstep import Run
@@ -276,7 +277,11 @@ def _without(
         weight = _own(running, weights, place.path)
         own = adapted(place.reader, place.reader.columns[number], gone)
         weight.view(-1)[place.positions] = own.to(weight.dtype).to(weight.device)
-    for member in network.groups[number].members:
+    members = network.groups[number].members
+    kept_of = {(m.path, m.dim): _rest(running, m, gone) for m in members if m.path in paths}
+    for path, length in remaining_lengths(running.graph, running.tensor, kept_of).items():
+        _own(running, weights, path).copy_(length)
+    for member in members:
         if member.path not in paths or (member.path, member.dim) in kept:
             continue  # another name of a tensor that the graph reads under its first
         held = _own(running, weights, member.path)
@@ -288,6 +293,12 @@ def _without(
             _shift(running, place, weights[place.path], shifts)
     names = [(n.name, n.path) for n in running.graph.nodes if n.op == "tensor"]
     return {name: weights[path] for name, path in names if path in weights}, shifts
+
+
+def _rest(running: GraphModel, member: Member, gone: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Which entries of a tensor stay along a dimension that holds a group's units."""
+    size = running.tensor(member.path).shape[member.dim]
+    return np.setdiff1d(np.arange(size), member.indices[gone])
 
 
 def _own(running: GraphModel, weights: dict[str, Tensor], path: str) -> Tensor:

@@ -35,8 +35,8 @@ from rarefy.graph.ops import edit
 from rarefy.graph.program import Node, Ref, substitute
 from rarefy.graph.trace import Network
 from rarefy.graph.zeros import directions
+from rarefy.pruning.lengths import remaining_lengths
 from rarefy.pruning.plan import Plan
-from rarefy.pruning.structure.lengths import remaining_lengths
 from rarefy.pruning.structure.surgery import kept_entries
 
 

@@ -27,9 +27,9 @@ from rarefy.graph.model import GraphModel
 from rarefy.graph.ops import edit
 from rarefy.graph.stubs import stubs, without_zeros
 from rarefy.graph.trace import Network, storages
+from rarefy.pruning.lengths import remaining_lengths
 from rarefy.pruning.plan import Plan
 from rarefy.pruning.structure import attributes
-from rarefy.pruning.structure.lengths import remaining_lengths
 from rarefy.pruning.structure.sizes import Values
 
 Kept = Mapping[tuple[str, int], NDArray[np.int64]]
