@@ -167,7 +167,7 @@ def test_sums_of_parts_are_the_sums_of_all_and_nothing_is_lost(name) -> None:
             part, wanted = (t[i * each : (i + step) * each] for t in (given, y))
             operands, seen = (part, weight), held[i : i + step]
             origins = Origins(len(seen))
-            add_rows(sums, product, operands, wanted, origins, seen, 1.0, torch.Generator())
+            add_rows(sums, product, operands, wanted, origins, seen, 0, torch.Generator())
         found.append(sums)
     for sums in found[1:]:
         for one, other in zip(found[0], sums, strict=True):

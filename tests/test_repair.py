@@ -15,6 +15,7 @@ from rarefy.pruning import repair as module
 from rarefy.pruning.repair import repair
 from rarefy.pruning.repairing import walk
 from rarefy.pruning.running import examples
+from rarefy.pruning.sparsity import gram
 from shared_weights import Heads, Siamese
 
 torch.set_num_threads(1)
@@ -815,7 +816,8 @@ def test_quantized_networks_come_nearer_and_stay_on_their_grids() -> None:
     net, x = settled()
     q = quantized(net, x[:64])
     healed = repair(net, q, [x[:64]])
-    assert distance(net, healed, x[64:]) < 0.9 * distance(net, q, x[64:])
+    unseen = torch.randn(500, 3, 8, 8).cumsum(2) / 2
+    assert distance(net, healed, unseen) < 0.5 * distance(net, q, unseen)
     assert healed.repaired.errors.keys() == {"a", "d", "b", "o"}  # BatchNorms are folded
     assert changed_on_grids(healed, q)
 
@@ -945,7 +947,7 @@ def test_examples_in_parts_are_examples_at_once(kind, monkeypatch) -> None:
     net, x = settled()
     small = copy.deepcopy(compressed(kind))
     net, small, x = net.double(), small.double(), x.double()
-    monkeypatch.setattr(walk, "ROWS", 1 << 20)
+    monkeypatch.setattr(gram, "ROWS", 1 << 20)
     found = []
     for part in (1, 20_000, 1 << 25):
         monkeypatch.setattr(examples, "PART", part)

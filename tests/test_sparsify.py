@@ -15,7 +15,8 @@ from torch.nn.utils import parametrizations
 
 import rarefy as rf
 from rarefy.errors import BudgetError, DataError, InputError
-from rarefy.pruning.sparsity import calibrated
+from rarefy.pruning.running import examples
+from rarefy.pruning.sparsity import calibrated, gram
 from rarefy.pruning.sparsity.elements import SparseGPT
 from rarefy.pruning.sparsity.masks import sparsity
 from rarefy.pruning.sparsity.patterns import NM, Block
@@ -410,7 +411,7 @@ def test_dimensions_first_weights_are_reconstructed() -> None:
 
 
 def test_biases_and_running_means_take_up_the_mean(convolutions, monkeypatch) -> None:
-    monkeypatch.setattr(calibrated, "ROWS", 10**6)  # all rows, not a draw of them
+    monkeypatch.setattr(gram, "ROWS", 10**6)  # all rows, not a draw of them
     found = rf.prune(convolutions, DATA[0], structure="1:4", exclude=["grouped", "depthwise"],
                      criterion="sparsegpt", data=DATA)  # fmt: skip
     assert set(found.sparsified.errors) == {"point.weight", "head.weight"}
@@ -724,7 +725,7 @@ def test_a_hessian_without_rank_makes_nothing_worse(convolutions) -> None:
 
 
 def test_memory_bounds_the_samples(monkeypatch, convolutions) -> None:
-    monkeypatch.setattr(calibrated, "MEMORY", 40 * 2 * 2 * 8 * 8 * 8 * 4)
+    monkeypatch.setattr(examples, "MEMORY", 40 * 2 * 2 * 8 * 8 * 8 * 4)
     rule = SparseGPT(samples=1000)
     found = rf.prune(convolutions, DATA[0], structure="2:4", criterion=rule, data=DATA)
     assert 2 <= found.sparsified.samples < 128

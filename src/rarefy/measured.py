@@ -26,11 +26,9 @@ from rarefy.pruning.narrow import Pruned, noted
 from rarefy.pruning.prune import PruneOptions, request
 from rarefy.pruning.request import Request, removes
 from rarefy.pruning.selection.costs import Costs
+from rarefy.pruning.selection.landing import CLOSE
 from rarefy.storage.format import save
 from rarefy.types import Budget, Inputs, Measurement, Ratio
-
-CLOSE = 0.02
-"""How far below its budget a measured share may end, as a share of that."""
 
 ROUNDS = 6
 """How many networks are made and measured for a budget, at most; and how many shares that their

@@ -26,11 +26,18 @@ from rarefy.pruning.scoring.compensated import Response
 from rarefy.pruning.scoring.influence import importances
 from rarefy.pruning.selection import accounts
 from rarefy.pruning.selection.accounts import Account
-from rarefy.pruning.selection.allocation import Allocation, Choices, Lane, knapsack, ranked
+from rarefy.pruning.selection.allocation import (
+    LEVELS,
+    Allocation,
+    Choices,
+    Lane,
+    knapsack,
+    ranked,
+)
 from rarefy.pruning.selection.costs import Costs
 from rarefy.pruning.selection.landing import Landed, closer, least_removal
 from rarefy.pruning.selection.limits import Range, ranges
-from rarefy.pruning.selection.select import LEVELS, Choice
+from rarefy.pruning.selection.select import Choice
 from rarefy.pruning.structure.depth import BlockError, bypass
 from rarefy.types import Budget, Data, Inputs
 

@@ -42,9 +42,6 @@ from rarefy.pruning.sparsity.gram import Sums, add_rows
 from rarefy.pruning.sums import owed
 from rarefy.types import Inputs
 
-ROWS = 64
-"""Rows of a layer per unknown of one output that are used at most, drawn at random."""
-
 Statistics: TypeAlias = tuple[str, str]
 """Paths of the running mean and the running variance of a BatchNorm."""
 
@@ -323,9 +320,8 @@ class _Layer:
                     target += lacking
                 means.add(target, two.origins.tokens_beside(right.node.name, target.shape, dim))
                 every = target.numel() // len(survivors) * examples / len(held) * len(self.calls)
-                share = min(1.0, max(ROWS * sums[0].xx.shape[1], 2048) / max(every, 1))
                 operands = (x, two.values[right.weight])
-                add_rows(sums, right, operands, target, two.origins, held, share, generator)
+                add_rows(sums, right, operands, target, two.origins, held, every, generator)
             one.forget()
         return changed
 

@@ -75,7 +75,7 @@ def ranked(lanes: Sequence[Lane]) -> Allocation:
 
 
 LEVELS = 1000
-"""Steps that the cost is divided into, at least."""
+"""Steps that a cost, or an amount of removal, is divided into, at least."""
 
 LEVELS_PER_LANE = 20
 """Steps for every lane, so that rounding them down costs at most a twentieth in all."""

@@ -10,7 +10,7 @@ from rarefy.pruning.plan import Plan
 from rarefy.pruning.selection.allocation import Allocation, Lane
 
 CLOSE = 0.02
-"""How far below its budget a plan may end where a nearer one can be had, as a share of that."""
+"""How far below its budget a network may end where a nearer one can be had, as a share of that."""
 
 PORTION = 0.25
 """Share of what is still free that is given back to one track at once."""

@@ -18,7 +18,15 @@ from rarefy.pruning.plan import Plan, Scores
 from rarefy.pruning.scoring.curves import Losses
 from rarefy.pruning.selection import accounts
 from rarefy.pruning.selection.accounts import Account
-from rarefy.pruning.selection.allocation import Allocation, Choices, Lane, even, knapsack, ranked
+from rarefy.pruning.selection.allocation import (
+    LEVELS,
+    Allocation,
+    Choices,
+    Lane,
+    even,
+    knapsack,
+    ranked,
+)
 from rarefy.pruning.selection.costs import Costs
 from rarefy.pruning.selection.landing import Landed, Track, is_close, landed
 from rarefy.pruning.selection.limits import Range, ranges
@@ -103,10 +111,6 @@ def select(
         held.insert(0, _short(budget, asked, sum(gone.values())))
     left = None if account is None else found.share
     return replace(found.plan, left=left, missed="; ".join(held))
-
-
-LEVELS = 1000
-"""Amounts of removal that are told apart, at least."""
 
 
 def _share_of(units: int, share: float) -> int:

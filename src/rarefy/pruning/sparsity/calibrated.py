@@ -17,7 +17,7 @@ from rarefy.batches import answering, batch_size, evaluating, take
 from rarefy.errors import DataError, first_line
 from rarefy.graph.model import GraphModel
 from rarefy.graph.program import Ref
-from rarefy.pruning.running.examples import live
+from rarefy.pruning.running.examples import affordable
 from rarefy.pruning.running.lockstep import Run, batch_dims
 from rarefy.pruning.running.products import Product, positions
 from rarefy.pruning.running.solvable import Layers, next_norm, part_of, picked, put
@@ -28,12 +28,6 @@ from rarefy.pruning.sparsity.patterns import NM, Block, Pattern, Unstructured
 from rarefy.pruning.sparsity.sparsegpt import Selection, moved, reconstructed, regularized, ridge_of
 from rarefy.pruning.sparsity.weights import Layer, zero
 from rarefy.types import Inputs
-
-MEMORY = 1 << 30
-"""Bytes of values between layers that may be held at once; fewer samples are used beyond it."""
-
-ROWS = 64
-"""Rows of a layer per unknown that are used at most, drawn at random."""
 
 HELD_OUT = 5
 """One example of so many is kept from all solves, to check them on."""
@@ -127,8 +121,7 @@ class Calibration:
 
     def _affordable(self, given: Sequence[Inputs], names: frozenset[str]) -> list[Inputs]:
         """The first of the batches, with as many examples as are wanted and may be held."""
-        peak, batch = live(self.graph, names)
-        wanted = max(2, min(self.rule.samples, MEMORY // max(2 * (peak // batch), 1)))
+        wanted = max(2, affordable(self.second, self.rule.samples, names))
         found: list[Inputs] = []
         for inputs in given:
             found.append(take(inputs, wanted))
@@ -150,10 +143,9 @@ class Calibration:
                     )
                 every = y.numel() // part.at[:, :, 0].numel() * len(part.calls)
                 every = every * self.samples // max(len(seen), 1)
-                share = min(1.0, max(ROWS * len(part.order), 4096) / max(every, 1))
                 operands = (x, two.values[product.weight])
                 sums = (fit, check)
-                add_rows(sums, product, operands, y, two.origins, seen, share, generator)
+                add_rows(sums, product, operands, y, two.origins, seen, every, generator)
         self._reconstruct(part, part.ordered(fit), part.ordered(check))
         for _, two in runs:
             for way in (way for call in part.calls for way in call.ways):

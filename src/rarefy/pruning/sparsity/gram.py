@@ -12,6 +12,12 @@ from rarefy.pruning.running.inputs import batched, free_dims, results, row_sourc
 from rarefy.pruning.running.origins import Origins
 from rarefy.pruning.running.products import Product
 
+ROWS = 64
+"""Rows of a layer per unknown of one output that are used at most, drawn at random."""
+
+LEAST = 4096
+"""Rows that are used where there are as many, at least."""
+
 
 def add_rows(
     sums: tuple[Sums, Sums],
@@ -20,7 +26,7 @@ def add_rows(
     wanted: Tensor,
     origins: Origins,
     held_out: Tensor,
-    share: float,
+    every: float,
     generator: torch.Generator,
 ) -> None:
     """Add a layer's rows to the sums to solve on, or to those of held-out examples.
@@ -35,15 +41,16 @@ def add_rows(
         wanted: what its outputs should be.
         origins: of the rows; padding is left out.
         held_out: for each example, whether it is held out.
-        share: of the rows that are used, drawn at random.
+        every: how many rows the layer has in all, of which :data:`ROWS` per unknown are drawn.
         generator: of the draw.
     """
     fit, check = sums
+    share = min(1.0, max(ROWS * fit.xx.shape[1], LEAST) / max(every, 1))
     shape = batched(product, wanted if product.letters is None else operands[0]).shape
     out = held_out[origins.examples_at(row_source(product), shape, free_dims(product))]
-    every = results(product, wanted)
+    outputs = results(product, wanted)
     for part in rows(product, *operands, lambda count: ceil(share * count), generator, origins):
-        left, right = part.inputs, every[:, part.index.to(every.device)]
+        left, right = part.inputs, outputs[:, part.index.to(outputs.device)]
         aside = out[part.index].to(left.device)
         fit.add(left[:, ~aside], right[:, ~aside])
         check.add(left[:, aside].double(), right[:, aside].double())
