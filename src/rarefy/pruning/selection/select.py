@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 from torch import nn
@@ -55,10 +55,9 @@ def select(
 
     Units are ranked by score: within each group (``scope="local"``), or over the whole network by
     score per saved cost (``scope="global"``), where others go on for those that limits keep. Where
-    the cost is latency, which falls in steps, or
-    where the loss was measured, a knapsack problem is solved instead. What still fits is given
-    back in the end. Every group keeps what its limits say, and every tensor keeps an entry along
-    every dimension.
+    the cost is latency, which falls in steps, or where the loss was measured, a knapsack problem is
+    solved instead. What still fits is given back in the end. Every group keeps what its limits say,
+    and every tensor keeps an entry along every dimension.
 
     Args:
         network: the trace.
@@ -85,32 +84,84 @@ def select(
         raise _nothing(network)
     account = accounts.account(network, model, budget, costs)
     choice = Choice(network, scores, allowed, account, keep_class)
-
-    def attempt(counts: Sequence[int]) -> Landed:
-        plan = choice.plan(counts, closed, sizes)
-        return Landed(plan, choice.counts(plan), choice.share(plan))
-
-    allocate = choice.allocation(budget, losses)
-    units, even = sum(map(len, network.groups)), budget.scope == "local"
-    own = [r.size for r in (allowed if even else free).values()]
-    asked = sum(_share_of(size, budget.share) for size in (own if even else [sum(own)]))
-    limit = 1 - asked / units if account is None else budget.share
-    ranking = account is None and (losses is None or even)
-    found = attempt(allocate(budget.share)) if ranking else None
-    if found is None or not (even or sum(found.counts) == asked):
-        together = () if sizes is None else choice.together(sizes)
-        levels = max(units, LEVELS)
-        found = landed(allocate, choice.lanes, attempt, limit, levels, even=even, together=together)
-    if found is None and account is not None:
-        raise _out_of_reach(budget, attempt(allocate(1.0)).share)
-    found = found or attempt(allocate(1.0))
+    even = budget.scope == "local"
+    search = _Search(choice, choice.allocation(budget, losses), closed, sizes, even)
+    if account is None:
+        found, missed = _of_units(search, budget, free, ranking=losses is None or even)
+    else:
+        found, missed = _of_cost(search, budget), []
     gone = dict(zip(choice.groups, found.counts, strict=True))
-    held = _held_back(network, free, gone)
-    allowing = choice.taken(allocate(budget.share)) if even else gone
-    if account is None and not is_close(sum(allowing.values()), asked):
-        held.insert(0, _short(budget, asked, sum(gone.values())))
+    missed += _held_back(network, free, gone)
     left = None if account is None else found.share
-    return replace(found.plan, left=left, missed="; ".join(held))
+    return replace(found.plan, left=left, missed="; ".join(missed))
+
+
+@dataclass(frozen=True)
+class _Search:
+    """Plans for numbers of units that go.
+
+    Attributes:
+        choice: what may go.
+        allocate: a share -> how many units of each group that takes.
+        closed: groups that stay whole.
+        sizes: what the forward states of its sizes.
+        even: whether all groups lose the same share.
+    """
+
+    choice: Choice
+    allocate: Allocation
+    closed: Mapping[int, str]
+    sizes: Sizes | None
+    even: bool
+
+    def tried(self, counts: Sequence[int]) -> Landed:
+        """What comes of so many units of each group."""
+        plan = self.choice.plan(counts, self.closed, self.sizes)
+        return Landed(plan, self.choice.counts(plan), self.choice.share(plan))
+
+    def most(self) -> Landed:
+        """As much as may go."""
+        return self.tried(self.allocate(1.0))
+
+    def down_to(self, share: float) -> Landed | None:
+        """The least removal that leaves no more than a share; None where none does."""
+        choice = self.choice
+        together = () if self.sizes is None else choice.together(self.sizes)
+        levels = max(sum(map(len, choice.network.groups)), LEVELS)
+        how = (self.allocate, choice.lanes, self.tried, share, levels)
+        return landed(*how, even=self.even, together=together)
+
+
+def _of_cost(search: _Search, budget: Budget) -> Landed:
+    """The least removal within a budget of a cost."""
+    found = search.down_to(budget.share)
+    if found is None:
+        raise _out_of_reach(budget, search.most().share)
+    return found
+
+
+def _of_units(
+    search: _Search, budget: Budget, free: Mapping[int, Range], *, ranking: bool
+) -> tuple[Landed, list[str]]:
+    """The removal of a share of the units, and what of it cannot be had.
+
+    Args:
+        search: plans.
+        budget: the share that goes.
+        free: how many units of each group may go, of those too that stay whole.
+        ranking: whether units go by their scores; others go on for those that limits keep.
+    """
+    choice, even = search.choice, search.even
+    own = [r.size for r in (choice.allowed if even else free).values()]
+    asked = sum(_share_of(size, budget.share) for size in (own if even else [sum(own)]))
+    counts = search.allocate(budget.share)
+    found = search.tried(counts) if ranking else None
+    if found is None or not (even or sum(found.counts) == asked):
+        units = sum(map(len, choice.network.groups))
+        found = search.down_to(1 - asked / units) or search.most()
+    gone = sum(found.counts)
+    allowing = sum(choice.taken(counts).values()) if even else gone
+    return found, [] if is_close(allowing, asked) else [_short(budget, asked, gone)]
 
 
 def _share_of(units: int, share: float) -> int:
