@@ -51,7 +51,7 @@ LOSSES = (
     "relations contrastive dense transformers"
 ).split()
 PRUNING = (
-    "plan checks lengths running scoring structure selection sparsity sums repairing repair "
+    "plan checks lengths running scoring structure selection sparsity repairing repair "
     "journal sensitivity narrow shorten request prune gradual"
 ).split()
 TRAINING = (

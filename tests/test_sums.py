@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 from rarefy.graph.capture import capture, graph_model
+from rarefy.pruning.repairing.sums import owed, summed
 from rarefy.pruning.running.lockstep import Run
-from rarefy.pruning.sums import owed, summed
 
 
 def randn(*shape: int, seed: int = 0) -> torch.Tensor:

@@ -26,6 +26,7 @@ from rarefy.grid import Grid as WeightGrid
 from rarefy.pruning.repairing.grids import Grid, of_quantizer, of_rounded
 from rarefy.pruning.repairing.moments import Moments
 from rarefy.pruning.repairing.pairs import Group, Pair, layer_pairs
+from rarefy.pruning.repairing.sums import owed
 from rarefy.pruning.repairing.system import Mean, Weights, solve
 from rarefy.pruning.running.inputs import places
 from rarefy.pruning.running.lockstep import Run, batch_dims, layer_name
@@ -39,7 +40,6 @@ from rarefy.pruning.running.products import (
 )
 from rarefy.pruning.running.solvable import Layers, next_norm, picked, put, survivors
 from rarefy.pruning.sparsity.gram import Sums, add_rows
-from rarefy.pruning.sums import owed
 from rarefy.types import Inputs
 
 Statistics: TypeAlias = tuple[str, str]
