@@ -85,7 +85,7 @@ class _Trial:
         scheme: Int8 | WeightOnly | Half | None,
         folder: Path,
     ) -> None:
-        self.model, self.example_inputs, self.target = model, example_inputs, target
+        self.example_inputs, self.target = example_inputs, target
         self.scheme, self.folder = scheme, folder
         self.few = Leading(data, CALIBRATION, "compress(train)", labelled=False)
         self.tried: dict[float, str] = {}
