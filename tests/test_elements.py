@@ -195,3 +195,20 @@ BAD = [
 def test_options_out_of_range_are_refused(make) -> None:
     with pytest.raises(InputError):
         make()
+
+
+def test_weights_that_are_multiplied_with_zeros_alone_go_first() -> None:
+    class Idle(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.a(x) + self.b(torch.zeros_like(x) * x)
+
+    net, x = Idle().eval(), torch.randn(40, 8)
+    for criterion in ("obs", "wanda"):
+        sparse = rf.prune(
+            net, x, Budget(sparsity=0.4), structure="weight", criterion=criterion, data=[x]
+        )
+        torch.testing.assert_close(sparse(x), net(x))

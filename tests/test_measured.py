@@ -13,7 +13,7 @@ from torch import nn
 
 import rarefy as rf
 from rarefy import measured
-from rarefy.errors import BudgetError, InputError
+from rarefy.errors import BudgetError, InputError, OutputError
 from rarefy.measured import CLOSE, Served, reach
 from rarefy.pruning import prune as pruning
 from rarefy.pruning import request as request_file
@@ -328,9 +328,7 @@ def test_sparse_networks_are_timed_where_a_runtime_is_named() -> None:
 @pytest.mark.parametrize(
     ("kind", "structure"), [("bytes", "channel"), ("latency", "channel"), ("latency", "both")]
 )
-def test_units_are_scored_once_and_the_network_is_repaired_once(
-    kind, structure, monkeypatch
-) -> None:
+def test_units_are_scored_once_and_latency_needs_no_repair(kind, structure, monkeypatch) -> None:
     """However many networks are made and measured on the way to a budget."""
     clock, scored, healed, saved = Clock(monkeypatch, base=40_000), [], [], []
     net = wide() if structure == "channel" else Residual(("Basic", "Basic", "Basic")).eval()
@@ -352,7 +350,41 @@ def test_units_are_scored_once_and_the_network_is_repaired_once(
     small = rf.prune(net, x, Budget(**{kind: share}), structure=several, data=[x, x])
     assert len(saved) > 2 or len(clock.shares) > 1
     assert [one is net for one in scored].count(True) == 1
-    assert healed == [net]
+    rounds = len(saved) - 1 if kind == "bytes" else 1  # files depend on the values
+    assert healed == [net] * rounds
     assert small.repaired.samples > 0
     if kind == "latency":
         assert small.served.share in clock.shares
+
+
+def test_a_budget_of_bytes_is_that_of_the_repaired_file(tmp_path: Path) -> None:
+    """Weights that half of their bits tell make small files; those that repair solves do not."""
+    net, x = wide().bfloat16().float(), torch.randn(64, 8)
+    small = rf.prune(net, x, Budget(bytes=0.6), data=[x])
+    assert small.repaired.errors
+    before, after = (save(m, tmp_path / "m").stat().st_size for m in (net, small))
+    assert after / before <= 0.6
+    assert small.pruned.left == pytest.approx(after / before)
+
+
+def test_what_a_budget_of_latency_misses_is_told_of_it_alone(monkeypatch) -> None:
+    Clock(monkeypatch, base=120_000)
+    small = rf.prune(wide(), X, Budget(latency=0.95))
+    assert "latency=0.95 was asked for" in small.pruned.missed or not small.pruned.missed
+    assert small.pruned.left == small.served.share
+    assert small.pruned.missed.count("was asked for") <= 1
+
+
+def test_options_that_are_none_are_refused_by_name() -> None:
+    with pytest.raises(TypeError, match=r"prune\(\) got an unexpected keyword argument 'bogus'"):
+        rf.prune(wide(), X, Budget(macs=0.5), bogus=1)
+
+
+def test_no_folder_is_needed_where_nothing_is_measured(monkeypatch) -> None:
+    def full(**_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(measured, "TemporaryDirectory", full)
+    assert rf.prune(wide(), X, Budget(macs=0.5)).pruned
+    with pytest.raises(OutputError, match=r"No space left on device.*TMPDIR"):
+        rf.prune(wide(), X, Budget(bytes=0.5))

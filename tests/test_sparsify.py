@@ -300,6 +300,37 @@ def test_zeros_of_what_units_are_left_are_counted_and_stay_through_repair(graph,
     assert (small.sparsified.structure, small.sparsified.errors) == ("weight", {})
 
 
+def test_zeros_of_a_network_in_a_wrapper_stay_through_pruning_and_repair() -> None:
+    net = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4)).eval()
+    x = torch.randn(64, 8)
+    sparse = rf.prune(net, x, Budget(sparsity=0.5), structure="weight")
+    plain, wrapped = (
+        rf.prune(model, x, Budget(sparsity=0.5), data=[x])
+        for model in (sparse, nn.DataParallel(sparse))
+    )
+    for p, q in zip(plain.parameters(), wrapped.parameters(), strict=True):
+        torch.testing.assert_close(p, q)
+    assert list(wrapped.sparsified.zeros.values()) == list(plain.sparsified.zeros.values())
+    assert wrapped.module.sparsified.zeros == plain.sparsified.zeros
+
+
+@pytest.mark.parametrize("scheme", [rf.Int8(), rf.WeightOnly(bits=8, fold=True)])
+@pytest.mark.parametrize("graph", [False, True])
+def test_quantized_networks_tell_what_went(graph, scheme) -> None:
+    """So that they are repaired against the network before it was pruned."""
+    net = Flat() if graph else nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
+    x = torch.randn(64, 8)
+    sparse = rf.prune(net.eval(), x, Budget(sparsity=0.3), structure="weight")
+    small = rf.prune(sparse, x, Budget(sparsity=0.5))
+    quantized = rf.quantize(small, [x], scheme)
+    assert quantized.pruned.widths == small.pruned.widths
+    assert quantized.sparsified == small.sparsified
+    healed = rf.repair(net, quantized, [x])
+    last = "b" if graph else "2"
+    before, after = healed.repaired.errors[last]
+    assert after < before
+
+
 def test_a_record_stays_where_no_weight_of_it_went() -> None:
     net = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 4))
     x = torch.randn(8, 8)

@@ -13,6 +13,7 @@ from torch.nn.parameter import is_lazy
 
 from rarefy.batches import tensors
 from rarefy.errors import InputError
+from rarefy.paths import unwrapped
 from rarefy.types import check_network
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -40,8 +41,9 @@ def copied(model: Model, instead: Mapping[int, Any] | None = None) -> Model:
         return copy.deepcopy(model, computed(model) | dict(instead or {}))
 
 
-MEASURED = ("repaired", "served")
-"""Attributes that tell what was measured on a network: of its layers, and in a runtime."""
+MEASURED = ("repaired", "served", "derived")
+"""Attributes that tell of a network what is not true of one that is made of it: what was measured
+of its layers and in a runtime, and how it was derived."""
 
 
 def successor(model: Model) -> Model:
@@ -54,9 +56,17 @@ def successor(model: Model) -> Model:
         False
     """
     found = copied(model)
-    for name in MEASURED:
-        found.__dict__.pop(name, None)
+    for holder in (found, unwrapped(found)):
+        for name in MEASURED:
+            holder.__dict__.pop(name, None)
     return found
+
+
+def hand_on(model: nn.Module, result: nn.Module) -> None:
+    """Give a network of the same units and zeros the records of what went."""
+    for name in ("pruned", "sparsified"):
+        if hasattr(model, name):
+            setattr(result, name, getattr(model, name))
 
 
 def ordinary(model: Model) -> Model:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Self, Unpack
+from typing import Self, Unpack
 
 from torch import nn
 
@@ -20,7 +20,7 @@ from rarefy.deployment.opening import Served as Form
 from rarefy.deployment.ratios import FINE
 from rarefy.deployment.runtimes import RUNTIMES, runtime_named
 from rarefy.deployment.timing import layer_costs
-from rarefy.errors import BudgetError, InputError, warn
+from rarefy.errors import BudgetError, InputError, OutputError, first_line, warn
 from rarefy.graph.trace import Network
 from rarefy.pruning.narrow import Pruned, noted
 from rarefy.pruning.prune import PruneOptions, request
@@ -166,14 +166,17 @@ def prune(
         )
     if isinstance(budget, Budget) and "channel" in removes(options.get("structure", "channel")):
         budget = _with_widths(budget, runtime or DEFAULT_RUNTIME)
+    for name in options.keys() - PruneOptions.__annotations__.keys():
+        raise TypeError(f"prune() got an unexpected keyword argument {name!r}")
     asked = request(model, example_inputs, budget, **options)
     kind = budget.kind if isinstance(budget, Budget) else None
     with _Workplace(asked.model, example_inputs, runtime or DEFAULT_RUNTIME, threads) as place:
         if isinstance(budget, Budget) and asked.removed and kind in ("bytes", "latency"):
-            made = reach(budget, _maker(asked, budget, place), asked.structure)
+            small = reach(budget, _maker(asked, budget, place), asked.structure)
+            if kind == "latency":  # files are measured with the values that repair gives
+                small = asked.finished(small)
         else:
-            made = asked.to(budget)
-        small = asked.finished(made)
+            small = asked.done(budget)
         if runtime is not None and kind != "latency":
             place.note(small)
     if isinstance(budget, Budget) and asked.removed:
@@ -308,13 +311,14 @@ def _missed(
     blocks = ""
     if budget.kind == "latency" and removes(structure) == {"channel"}:
         blocks = '; with structure=("channel", "depth") whole blocks may go, too'
+    limits = "min_keep, max_drop, round_to, layers and " if "channel" in removes(structure) else ""
     share = "a larger share"
     if smallest is not None and smallest.value < 1 and not slower:
         share = f"{budget.kind}={math.ceil(smallest.value * 1000) / 1000:g} or more"
     return BudgetError(
         where,
         "; ".join(filter(None, (least, "no smaller network is faster" if slower else "", reason))),
-        f"Ask for {share}, or relax min_keep, max_drop, round_to, layers and exclude{blocks}",
+        f"Ask for {share}, or relax {limits}exclude{blocks}",
     )
 
 
@@ -325,9 +329,7 @@ def _maker(asked: Request, budget: Budget, place: _Workplace) -> Make:
 
         def by_bytes(share: float) -> tuple[nn.Module, Ratio]:
             counted = replace(budget, bytes=None, params=share)
-            small = asked.to(counted)
-            inner: Any = small.pruned
-            small.pruned = replace(inner, missed="")  # it was not asked for parameters
+            small = asked.finished(asked.to(counted))
             found = Ratio.exact(place.saved(small) / whole)
             return noted(small, budget, found.value), found
 
@@ -369,7 +371,14 @@ class _Workplace:
     def folder(self) -> Path:
         """Where files are written."""
         if self._folder is None:
-            self._folder = TemporaryDirectory(prefix="rarefy-")
+            try:
+                self._folder = TemporaryDirectory(prefix="rarefy-")
+            except OSError as error:
+                raise OutputError(
+                    "prune(budget, runtime)",
+                    f"no folder for files to measure can be made: {first_line(error)}",
+                    "Set TMPDIR to a folder that can be written and has room",
+                ) from error
         return Path(self._folder.name)
 
     def saved(self, model: nn.Module) -> int:

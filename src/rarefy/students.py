@@ -27,6 +27,7 @@ from rarefy.graph.stacks import Stack, find_stacks, spread
 from rarefy.graph.trace import trace
 from rarefy.paths import excluded, matches, paths, within
 from rarefy.pruning.checks import check_copies, check_finite
+from rarefy.pruning.narrow import noted
 from rarefy.pruning.prune import request
 from rarefy.pruning.request import recorded
 from rarefy.pruning.scoring.compensated import Compensated
@@ -308,8 +309,8 @@ def _narrowed(
         if budget.sparsity is None:  # costs go with the square of the width
             floor = 1 - LEAST * math.sqrt(asked_of.share)
             with suppress(BudgetError):
-                return job.to(replace(asked_of, max_drop=floor))
-        return job.to(asked_of)
+                return noted(job.to(replace(asked_of, max_drop=floor)), asked_of)
+        return noted(job.to(asked_of), asked_of)
     except BudgetError as error:
         given = {"sparsity": "width"}.get(budget.kind, budget.kind)
         share = 1 - budget.share if given == "width" else budget.share

@@ -19,6 +19,7 @@ from rarefy.graph.model import GraphModel
 from rarefy.graph.program import Spec
 from rarefy.graph.resting import resting
 from rarefy.graph.trace import Frozen, Network
+from rarefy.paths import unwrapped
 from rarefy.pruning.plan import Plan, Scores
 from rarefy.pruning.scoring.compensated import Response
 from rarefy.pruning.selection.costs import Costs
@@ -249,15 +250,22 @@ def operate(
 
 def carry(model: nn.Module, small: nn.Module) -> None:
     """Hand on which weights of a network are zero, to what is left of it."""
-    record = getattr(model, "sparsified", None)
+    record = getattr(model, "sparsified", getattr(unwrapped(model), "sparsified", None))
     if isinstance(record, Sparsified):
-        small.sparsified = record.of(small)  # type: ignore[assignment]
+        for holder in (unwrapped(small), small):
+            holder.sparsified = record.of(holder)  # type: ignore[assignment]
 
 
-def noted(small: nn.Module, budget: Budget, left: float | None) -> nn.Module:
-    """Note on the record what remains of what a budget is about, and whether that is far below."""
+def noted(small: nn.Module, budget: Budget, left: float | None = None) -> nn.Module:
+    """Note on the record what remains of what a budget is about, and whether that is far below.
+
+    Args:
+        small: the network.
+        budget: what was asked for.
+        left: the share that was measured; what the record counts where nothing was.
+    """
     record: Any = small.pruned
-    missed = record.missed
+    missed, left = record.missed, record.left if left is None else left
     if left is not None and budget.kind in SHARES and not is_close(left, budget.share):
         reasons = ["units and blocks that go in one piece"]
         if budget.round_to != 1:

@@ -58,8 +58,7 @@ def prune(
         :class:`~rarefy.pruning.narrow.Pruned` record; where weights were set to zero,
         ``sparsified`` is a :class:`~rarefy.pruning.sparsity.sparsify.Sparsified` record.
     """
-    asked = request(model, example_inputs, budget, **options)
-    return asked.finished(asked.to(budget))
+    return request(model, example_inputs, budget, **options).done(budget)
 
 
 def request(

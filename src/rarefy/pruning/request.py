@@ -73,8 +73,8 @@ def check_fit(structure: object, budget: Budget) -> None:
         local = {} if budget.scope == "global" else {"scope": budget.scope}
         for name, value in {**budget.of_units, **local}.items():
             raise BudgetError(
-                f"{where}, Budget({name}={value!r})",
-                "it concerns units, and only blocks are to be removed",
+                where,
+                f"{name}={value!r} concerns units, and only blocks are to be removed",
                 f"Leave {name} out, and exclude blocks that have to stay",
             )
 
@@ -83,7 +83,7 @@ SPARED = 3
 """How many of the blocks that go come back at most so that units can land on the budget."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Request:
     """What :func:`~rarefy.pruning.prune.prune` is asked to do, under any budget.
 
@@ -153,8 +153,12 @@ class Request:
             small = self._without(budget, costs, 0)
             if "channel" in removed and costs is None:
                 small = self._nearest(small, budget)
-        record: Any = small.pruned
-        return noted(small, budget, record.left)
+        return small
+
+    def done(self, budget: Budget | None) -> nn.Module:
+        """What is asked for under a budget that is counted: with its record, and repaired."""
+        small = self.to(budget)
+        return self.finished(small if budget is None or not self.removed else noted(small, budget))
 
     @torch.inference_mode(False)
     def finished(self, small: nn.Module) -> nn.Module:

@@ -9,6 +9,7 @@ from typing import TypedDict
 from torch import nn
 
 from rarefy.batches import batches, take
+from rarefy.copies import hand_on
 from rarefy.errors import InputError
 from rarefy.graph.constants import fold_constants
 from rarefy.graph.model import GraphModel
@@ -131,8 +132,7 @@ def quantize(
         summary, layers=layers, left=placement.left, rounding=solved
     )
     quantized.rescaled = rescaled(net)  # type: ignore[assignment]
-    if hasattr(model, "sparsified"):  # its zeros are zeros here, and are to stay so
-        quantized.sparsified = model.sparsified
+    hand_on(model, quantized)  # its zeros are zeros here, and are to stay so
     return quantized
 
 

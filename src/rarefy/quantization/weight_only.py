@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from rarefy.batches import batch_size, take
-from rarefy.copies import successor
+from rarefy.copies import hand_on, successor
 from rarefy.errors import InputError, warn
 from rarefy.graph.capture import capture, graph_model
 from rarefy.graph.model import GraphModel
@@ -89,9 +89,11 @@ def weight_only(model: nn.Module, calibration: Data | None, scheme: WeightOnly) 
         joined, single = collect(calibration, SAMPLES, WHERE)
         shown = take(joined, COMPARED) if batch_size(joined) > 1 else single
     kept: Mapping[str, str] = {}
+    given = model
     if scheme.fold and shown is not None:
         model, kept = fold_modules(model, shown)
     result = successor(model).eval()
+    hand_on(given, result)
     first = None if shown is None else plain_graph(model, shown)
     weights, left = find(
         result, None if first is None else first.graph, scheme.skip, "WeightOnly(skip=...)"

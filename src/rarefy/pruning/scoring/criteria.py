@@ -97,9 +97,10 @@ def obs(weight: Tensor, grams: Sequence[Gram]) -> Tensor:
     """
     scores = torch.zeros(weight.numel(), dtype=torch.float64)
     for gram in grams:
+        alive = gram.matrix.diagonal(dim1=1, dim2=2).any(1)[:, None, None]
         diagonal = inverse(gram.matrix).diagonal(dim1=1, dim2=2)[:, None]
         entries = weight.detach().cpu().double().flatten()[gram.index]
-        scores.index_add_(0, gram.index.flatten(), (entries.square() / diagonal).flatten())
+        scores.index_add_(0, gram.index.flatten(), (entries.square() / diagonal * alive).flatten())
     return scores.view(weight.shape)
 
 

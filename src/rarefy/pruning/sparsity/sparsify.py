@@ -16,6 +16,7 @@ from rarefy.copies import successor
 from rarefy.errors import BudgetError, InputError
 from rarefy.graph.capture import capture, check_runs, graph_model
 from rarefy.graph.trace import trace
+from rarefy.paths import within_wrappers
 from rarefy.pruning.running.examples import alike, leading
 from rarefy.pruning.scoring.criteria import ELEMENT, Element
 from rarefy.pruning.scoring.evidence import LABELS, Evidence
@@ -68,18 +69,15 @@ class Sparsified:
         Where weights are fewer, patterns of several need not fit together any more, and what was
         measured was of other layers.
         """
+        known = {within_wrappers(path) for path in self.zeros}
+        dense = {within_wrappers(path): why for path, why in self.dense.items()}
         own = dict(small.named_parameters(remove_duplicate=False))
-        zeros = {
-            path: (int((own[path] == 0).sum()), own[path].numel())
-            for path in self.zeros
-            if path in own
-        }
-        if {path: size for path, (_, size) in zeros.items()} == {
-            path: size for path, (_, size) in self.zeros.items()
-        }:
+        sizes = {p: t.numel() for p, t in own.items() if within_wrappers(p) in known}
+        if sizes == {path: size for path, (_, size) in self.zeros.items()}:
             return self
-        dense = {path: why for path, why in self.dense.items() if path in own}
-        return Sparsified("weight", zeros, dense)
+        zeros = {path: (int((own[path] == 0).sum()), size) for path, size in sizes.items()}
+        why = {p: dense[within_wrappers(p)] for p in own if within_wrappers(p) in dense}
+        return Sparsified("weight", zeros, why)
 
 
 def sparsify(
