@@ -16,7 +16,7 @@ class Reader(nn.Module):
 
     Args:
         first: how it goes through: "examples" (B, L, C), "sequences" (L, B, C) or "merged"
-            (B * L, C).
+            (B * L, C), or "merged, sequences first" (L * B, C).
         pooled: whether it answers for the text, the mean over its tokens.
     """
 
@@ -49,11 +49,15 @@ class Reader(nn.Module):
     def _to(self, h):
         if self.first == "sequences":
             return h.transpose(0, 1)
+        if self.first == "merged, sequences first":
+            return h.transpose(0, 1).flatten(0, 1)
         return h.flatten(0, 1) if self.first == "merged" else h
 
     def _back(self, h, ids):
         if self.first == "sequences":
             return h.transpose(0, 1)
+        if self.first == "merged, sequences first":
+            return h.unflatten(0, ids.T.shape).transpose(0, 1)
         return h.unflatten(0, ids.shape) if self.first == "merged" else h
 
 

@@ -13,7 +13,7 @@ from rarefy.graph.trace import trace
 from rarefy.pruning.prune import prune
 from rarefy.pruning.repair import repair
 from rarefy.pruning.running.lockstep import batch_dims
-from rarefy.pruning.running.origins import Origins, counted
+from rarefy.pruning.running.origins import Along, Origins, counted
 from rarefy.pruning.scoring.influence import influences
 from rarefy.pruning.scoring.judging import judged
 from rarefy.types import Budget
@@ -22,12 +22,18 @@ LAYOUTS = {  # how (examples, length, heads) become a value, and which of its di
     "examples first": (lambda t: t[:, :, 0], (0, 1)),
     "sequences first": (lambda t: t[:, :, 0].T, (0, 1)),
     "merged": (lambda t: t[:, :, 0].flatten(), (0,)),
+    "merged, sequences first": (lambda t: t[:, :, 0].T.flatten(), (0,)),
+    "heads first, merged with examples": (lambda t: t.permute(2, 0, 1).flatten(0, 1), (0, 1)),
     "heads between": (lambda t: t.transpose(1, 2), (0, 1, 2)),
     "heads last": (lambda t: t, (0, 1, 2)),
     "heads merged with examples": (lambda t: t.transpose(1, 2).flatten(0, 1), (0, 1)),
     "channels between": (lambda t: t.transpose(1, 2), (0, 2)),
 }
-BATCH = {"sequences first": 1}
+BATCH = {
+    "sequences first": Along(1),
+    "merged, sequences first": Along(0, inner=True),
+    "heads first, merged with examples": Along(0, inner=True),
+}
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -47,14 +53,14 @@ def test_rows_are_of_the_example_and_the_token_that_they_come_from(layout, data)
     else:
         shape = value.shape
     inputs = {"input_ids": torch.zeros(examples, length), "attention_mask": mask.long()}
-    origins = Origins.of(inputs, {"x": BATCH.get(layout, 0)})
+    origins = Origins.of(inputs, {"x": BATCH.get(layout, Along(0))})
     assert torch.equal(origins.examples_at("x", shape, dims), value.flatten())
     found = origins.tokens_at("x", shape, dims)
     assert found is None if mask.all() else torch.equal(found, tokens.flatten())
 
 
 def test_rows_of_what_has_no_dimension_of_the_sequence_all_count() -> None:
-    origins = Origins(4, torch.zeros(4, 5, dtype=torch.bool), {"x": 0})
+    origins = Origins(4, torch.zeros(4, 5, dtype=torch.bool), {"x": Along(0)})
     assert origins.tokens_at("x", (4, 7), (0, 1)) is None
     assert origins.tokens_at("x", (4, 7), (0,)) is None
     assert origins.tokens_at("x", (6,), (0,)) is None
@@ -94,10 +100,37 @@ def test_the_dimension_of_the_examples_is_the_one_that_grows(size) -> None:
     model = graph_model(net, capture(net, torch.randn(3, 6, 4)))
     dims = batch_dims(model, x)
     kinds = {node.kind: dims.get(node.name) for node in model.graph.calls}
-    assert kinds["linear"] == kinds["relu"] == 1
+    assert kinds["linear"] == kinds["relu"] == Along(1)
     assert kinds["sin"] is None
     output = model.graph.output.inputs[0]
-    assert dims[output] == 0
+    assert dims[output] == Along(0)
+
+
+def test_what_is_merged_before_the_examples_is_told_from_what_is_merged_behind_them() -> None:
+    class Merging(nn.Module):
+        def forward(self, x):
+            return x.flatten(0, 1).sin(), x.transpose(0, 1).flatten(0, 1).cos()
+
+    net, x = Merging(), torch.randn(3, 6, 4)
+    model = graph_model(net, capture(net, x))
+    dims = batch_dims(model, x)
+    kinds = {node.kind: dims.get(node.name) for node in model.graph.calls}
+    assert (kinds["sin"], kinds["cos"]) == (Along(0), Along(0, inner=True))
+
+
+@pytest.mark.parametrize("criterion", [None, "obs", "wanda", "activation", "compensated"])
+def test_a_network_that_squeezes_a_single_example_is_scored_and_repaired(criterion) -> None:
+    class Squeezed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.c = nn.Linear(6, 16), nn.Linear(16, 1)
+
+        def forward(self, x):
+            return self.c(self.a(x).relu()).squeeze()
+
+    x = torch.randn(32, 6)
+    small = prune(Squeezed().eval(), x, Budget(sparsity=0.5), data=[x], criterion=criterion)
+    assert small.repaired.errors
 
 
 def test_of_a_network_of_one_batch_size_it_is_not_known() -> None:
@@ -126,7 +159,7 @@ def test_units_count_as_much_whatever_stands_at_padding(criterion, first, pooled
         assert float(curve(0.5)) == pytest.approx(float(two.losses[number](0.5)), rel=1e-3)
 
 
-@pytest.mark.parametrize("first", ["examples", "sequences", "merged"])
+@pytest.mark.parametrize("first", ["examples", "sequences", "merged", "merged, sequences first"])
 @pytest.mark.parametrize("criterion", ["wanda", "obs", "sparsegpt", "obd", "taylor2"])
 def test_weights_go_and_are_solved_whatever_stands_at_padding(criterion, first) -> None:
     net = Reader(first).eval()
@@ -147,7 +180,7 @@ def test_weights_go_and_are_solved_whatever_stands_at_padding(criterion, first) 
 
 def test_repair_is_the_same_whatever_stands_at_padding_and_however_rows_are_laid_out() -> None:
     found = []
-    for first in ("examples", "sequences", "merged"):
+    for first in ("examples", "sequences", "merged", "merged, sequences first"):
         net = Reader(first).eval()
         small = prune(net, texts(0), Budget(macs=0.6))
         found += [repair(net, small, data) for data in both_paddings()]
@@ -174,3 +207,32 @@ def test_texts_that_are_all_padding_are_no_rows() -> None:
     healed = repair(net, small, [empty])
     assert not healed.repaired.errors
     assert "too few examples" in healed.repaired.skipped["down"]
+
+
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_attention_that_merges_positions_before_examples_knows_nothing_of_padding(
+    batch_first,
+) -> None:
+    """``nn.MultiheadAttention`` projects its outputs as rows (L * B, C), whatever comes first."""
+
+    class Encoder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            layer = nn.TransformerEncoderLayer(12, 3, 20, 0.0, batch_first=batch_first)
+            self.embed, self.layer = nn.Embedding(40, 12), layer
+            self.head = nn.Linear(12, 4)
+
+        def forward(self, input_ids, attention_mask):
+            h, hidden = self.embed(input_ids), attention_mask == 0
+            h = h if batch_first else h.transpose(0, 1)
+            h = self.layer(h, src_key_padding_mask=hidden)
+            return self.head(h if batch_first else h.transpose(0, 1))
+
+    net = Encoder().eval()
+    found = [
+        prune(net, texts(0), Budget(sparsity=0.5), structure="weight", data=data)
+        for data in both_paddings()
+    ]
+    assert "layer.self_attn.out_proj.weight" in found[0].sparsified.errors
+    for own, other in zip(found[0].parameters(), found[1].parameters(), strict=True):
+        torch.testing.assert_close(own, other, rtol=1e-3, atol=1e-5)

@@ -113,6 +113,17 @@ def padding_of(inputs: Inputs) -> Tensor | None:
     return mask if isinstance(mask, Tensor) else None
 
 
+def mask_of_all(inputs: Inputs) -> Tensor | None:
+    """The ``attention_mask`` of inputs where it is of all positions that a network computes.
+
+    Where a decoder has a sequence of its own (inputs whose names begin with ``decoder_``), which
+    may be as long, it is not.
+    """
+    if isinstance(inputs, Mapping) and any(str(key).startswith("decoder_") for key in inputs):
+        return None
+    return padding_of(inputs)
+
+
 def fitting(mask: Tensor | None, answers: Tensor) -> Tensor | None:
     """A mask (B, L) where it says which positions of answers (B, L, C) count; else None."""
     fits = mask is not None and answers.ndim == 3 and mask.shape == answers.shape[:2]

@@ -113,6 +113,8 @@ def rows(
         found = arranged(_precise(x), own, shared, _free(product.letters), unknowns)
         counted = _counted(origins, product, x.shape)
         index = drawn(counted)
+        if not len(index):
+            return
         some = found if len(index) == found.shape[1] else found[:, index.to(x.device)]
         yield Rows(some, index, len(counted))
         return
@@ -123,9 +125,14 @@ def rows(
         found = patches(product.node, _precise(part), weight)
         lead = found.shape[: weight.ndim - 1]
         every = lead.numel()
-        counted = _counted(origins, product, (len(x), 0, *lead[1:]))
-        counted = counted[(counted >= start) & (counted < start + every)] - start
+        counted = torch.arange(every)
+        if origins is not None and origins.tokens is not None:
+            counted = _counted(origins, product, (len(x), 0, *lead[1:]))
+            counted = counted[(counted >= start) & (counted < start + every)] - start
         index = drawn(counted)
+        if not len(index):
+            start += every
+            continue
         if len(index) < every:
             found = found[torch.unravel_index(index.to(x.device), lead)]
         inputs = found.reshape(len(index), product.groups, -1).transpose(0, 1)

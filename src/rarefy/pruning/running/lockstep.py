@@ -13,7 +13,7 @@ from rarefy.batches import arguments, batch_size, between, doubled, map_tensors
 from rarefy.graph.declarations import resolve, writes
 from rarefy.graph.model import GraphModel, last_use
 from rarefy.graph.program import Node, substitute
-from rarefy.pruning.running.origins import Origins
+from rarefy.pruning.running.origins import Along, Origins
 from rarefy.types import Inputs
 
 
@@ -23,7 +23,7 @@ class Run:
     Args:
         model: the network.
         inputs: a batch.
-        dims: name of a value -> its dimension of the examples, where known.
+        dims: name of a value -> where its examples lie, where known.
 
     Attributes:
         values: what is computed and will be read, by name.
@@ -31,7 +31,7 @@ class Run:
     """
 
     def __init__(
-        self, model: GraphModel, inputs: Inputs, dims: Mapping[str, int] | None = None
+        self, model: GraphModel, inputs: Inputs, dims: Mapping[str, Along] | None = None
     ) -> None:
         args, given = arguments(inputs)
         named = {name: given[name] for name in model._keywords if name in given} | given
@@ -147,10 +147,12 @@ def layer_name(node: Node) -> str:
     return node.scope or node.name
 
 
-def batch_dims(model: GraphModel, inputs: Inputs) -> dict[str, int] | None:
-    """Name of a value -> the dimension that grows with the number of examples, where one does.
+def batch_dims(model: GraphModel, inputs: Inputs) -> dict[str, Along] | None:
+    """Name of a value -> where its examples lie, where it grows with their number.
 
-    Found by running on one example and on two.
+    Found by running on one example and on two, of which the first is the same: what was merged
+    with the examples comes behind them where its rows come first, and before them where they are
+    every second one.
 
     Args:
         model: the network.
@@ -162,23 +164,33 @@ def batch_dims(model: GraphModel, inputs: Inputs) -> dict[str, int] | None:
     size = batch_size(inputs)
     one = between(inputs, 0, 1, size)
     two = doubled(inputs) if size == 1 else between(inputs, 0, 2, size)
-    with torch.no_grad():
-        try:
-            few, more = _sizes(model, one), _sizes(model, two)
-        except Exception:  # noqa: BLE001 - a network of one batch size raises anything
-            return None
-    both = ((name, zip(few[name], shape, strict=True)) for name, shape in more.items())
-    grown = ((name, [d for d, (n, m) in enumerate(sizes) if n != m]) for name, sizes in both)
-    return {name: dims[0] for name, dims in grown if dims}
-
-
-def _sizes(model: GraphModel, inputs: Inputs) -> dict[str, tuple[int, ...]]:
-    """The shape of every value that is a tensor."""
-    run, found = Run(model, map_tensors(torch.clone, inputs)), dict[str, tuple[int, ...]]()
-    for node in model.graph.nodes:
-        if node.op != "output":
-            run.through(node)
-            value = run.values[node.name]
-            if isinstance(value, Tensor):
-                found[node.name] = tuple(value.shape)
+    found: dict[str, Along] = {}
+    try:
+        with torch.no_grad():
+            few, more = (Run(model, map_tensors(torch.clone, part)) for part in (one, two))
+            for node in model.graph.nodes:
+                if node.op != "output":
+                    few.through(node)
+                    more.through(node)
+                    along = _along(few.values[node.name], more.values[node.name])
+                    if along is not None:
+                        found[node.name] = along
+    except Exception:  # noqa: BLE001 - a network of one batch size raises anything
+        return None
     return found
+
+
+def _along(one: Any, two: Any) -> Along | None:
+    """Where the examples of a value lie, of one and of two of them."""
+    if not isinstance(one, Tensor) or not isinstance(two, Tensor) or one.ndim != two.ndim:
+        return None
+    grown = [d for d, (n, m) in enumerate(zip(one.shape, two.shape, strict=True)) if m == 2 * n > 0]
+    if not grown:
+        return None
+    dim, size = grown[0], one.shape[grown[0]]
+    if size == 1 or not one.is_floating_point():
+        return Along(dim)
+    every = torch.arange(0, 2 * size, 2, device=two.device)
+    lead, second = two.narrow(dim, 0, size), two.index_select(dim, every)
+    apart = [float((part.double() - one.double()).abs().nansum()) for part in (lead, second)]
+    return Along(dim, inner=apart[1] < apart[0])

@@ -8,37 +8,50 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from rarefy.batches import batch_size, padding_of
+from rarefy.batches import batch_size, mask_of_all
 from rarefy.types import Inputs
+
+
+@dataclass(frozen=True)
+class Along:
+    """Where the examples of a value lie.
+
+    Attributes:
+        dim: the dimension.
+        inner: whether what was merged with them (windows, heads, positions) comes before them, so
+            that the example is another at every step.
+    """
+
+    dim: int
+    inner: bool = False
 
 
 @dataclass(frozen=True)
 class Origins:
     """Of all values of a network on one batch.
 
-    Rows are told apart by some dimensions of a value. The examples are along one of them, and come
-    first in it where others (windows, heads) were merged into it. Where it is not known, it is
-    taken to be the first one of a multiple of their number; without one, the first is divided as
-    if it were of examples.
+    Rows are told apart by some dimensions of a value, one of which the examples are along. Where it
+    is not known, it is taken to be the first one of a multiple of their number, and without one the
+    first is divided as if it were of examples; they come before what was merged with them then.
 
     Attributes:
         examples: how many.
         tokens: (examples, length), whether a position is no padding; None where all are none.
-        dims: name of a value -> its dimension of the examples, where known.
+        dims: name of a value -> where its examples lie, where known.
 
     Example:
-        >>> Origins(2, None, {"x": 1}).examples_at("x", (4, 2, 8), (0, 1)).tolist()
+        >>> Origins(2, None, {"x": Along(1)}).examples_at("x", (4, 2, 8), (0, 1)).tolist()
         [0, 1, 0, 1, 0, 1, 0, 1]
     """
 
     examples: int
     tokens: Tensor | None = None
-    dims: Mapping[str, int] = field(default_factory=dict)
+    dims: Mapping[str, Along] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, inputs: Inputs, dims: Mapping[str, int] | None = None) -> Origins:
+    def of(cls, inputs: Inputs, dims: Mapping[str, Along] | None = None) -> Origins:
         """Of a batch; the ``attention_mask`` of the inputs, shape (B, L), tells padding."""
-        mask = padding_of(inputs)
+        mask = mask_of_all(inputs)
         padded = mask is not None and mask.ndim == 2 and not bool(mask.all())
         tokens = mask.detach().bool().cpu() if padded and mask is not None else None
         return cls(batch_size(inputs), tokens, dims or {})
@@ -54,7 +67,11 @@ class Origins:
         if not dims:
             return torch.zeros(1, dtype=torch.int64)
         own = self._along(name, shape, dims)
-        column = torch.arange(shape[own]) * self.examples // shape[own]
+        column = torch.arange(shape[own])
+        if self._inner(name, dims):
+            column = column % self.examples
+        else:
+            column = column * self.examples // shape[own]
         return _spread(column, shape, (own,), dims)
 
     def tokens_at(self, name: str, shape: Sequence[int], dims: Sequence[int]) -> Tensor | None:
@@ -78,10 +95,13 @@ class Origins:
         if rest:
             return None
         positions = [d for d in dims if shape[d] == length and d != own]
+        inner = self._inner(name, dims)
         if positions:
-            table = self.tokens.repeat_interleave(each, 0)
+            again = self.tokens.repeat(each, 1)
+            table = again if inner else self.tokens.repeat_interleave(each, 0)
             return _spread(table, shape, (own, positions[0]), dims)
-        return _spread(self.tokens.flatten(), shape, (own,), dims) if each == length else None
+        merged = (self.tokens.T if inner else self.tokens).flatten()
+        return _spread(merged, shape, (own,), dims) if each == length else None
 
     def tokens_beside(self, name: str, shape: Sequence[int], dim: int) -> Tensor | None:
         """:meth:`tokens_at` all dimensions of a value but one, counted from the end if negative."""
@@ -89,9 +109,13 @@ class Origins:
 
     def _along(self, name: str, shape: Sequence[int], dims: Sequence[int]) -> int:
         """The dimension of the examples."""
-        if self.dims.get(name) in dims:
-            return self.dims[name]
+        if name in self.dims and self.dims[name].dim in dims:
+            return self.dims[name].dim
         return next((d for d in dims if shape[d] % self.examples == 0), dims[0])
+
+    def _inner(self, name: str, dims: Sequence[int]) -> bool:
+        """Whether the examples come behind what was merged with them."""
+        return name in self.dims and self.dims[name].dim in dims and self.dims[name].inner
 
 
 def _spread(table: Tensor, shape: Sequence[int], own: Sequence[int], dims: Sequence[int]) -> Tensor:

@@ -24,7 +24,7 @@ from rarefy.graph.model import GraphModel
 from rarefy.graph.program import Graph, Node, Spec
 from rarefy.graph.trace import Network, trace
 from rarefy.pruning.running.lockstep import batch_dims
-from rarefy.pruning.running.origins import Origins
+from rarefy.pruning.running.origins import Along, Origins
 from rarefy.pruning.running.products import CONVOLUTIONS, DECONVOLUTIONS
 from rarefy.types import Inputs
 
@@ -41,7 +41,7 @@ class Watched(GraphModel):
         trainable: whether its parameters are differentiated, all of them.
 
     Attributes:
-        dims: name of a value -> its dimension of the examples; None where it is not known.
+        dims: name of a value -> where its examples lie; None where it is not known.
         origins: what the rows of values come from, on the batch that is run; whoever runs it sets
             it.
         instead: functions that take the place of calls' own, by the call.
@@ -63,7 +63,7 @@ class Watched(GraphModel):
             graph, parameters, {p: b.detach().clone() for p, b in buffers.items() if p in paths}
         )
         self.network = network
-        self.dims: Mapping[str, int] | None = None
+        self.dims: Mapping[str, Along] | None = None
         self.origins = Origins(1)
         self.watchers: dict[str, list[Watcher]] = {}
         self.instead: dict[str, Callable[..., Any]] = {}
@@ -314,7 +314,8 @@ def _with_batch(model: Watched, found: Sequence[End], inputs: Inputs) -> list[En
 
     def batch(end: End) -> int | None:
         if model.dims is not None:
-            return model.dims.get(end.operand)
+            along = model.dims.get(end.operand)
+            return None if along is None else along.dim
         captured = graph.by_name[end.operand].shape
         lead = [d for d, n in enumerate(captured) if d != end.dim and n % examples == 0]
         return lead[0] if lead else None

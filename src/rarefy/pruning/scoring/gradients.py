@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rarefy.batches import batch_size, between, map_tensors, padding_of
+from rarefy.batches import batch_size, between, map_tensors, mask_of_all
 from rarefy.errors import DataError, InputError, first_line
 from rarefy.pruning.running.taps import Runner, Watched
 from rarefy.pruning.scoring.passes import WHERE, Job, Sums, check_differentiable
@@ -88,7 +88,7 @@ def _alone(job: Job, running: Watched, inputs: Inputs, targets: Tensor | None, n
         if size == 1:
             raise
     answers = job.outputs(running, map_tensors(torch.clone, inputs))
-    return job.judged(between(answers, n, n + 1, size), target, padding_of(single))
+    return job.judged(between(answers, n, n + 1, size), target, mask_of_all(single))
 
 
 def _gradient(running: Watched, loss: Tensor) -> dict[str, Tensor]:

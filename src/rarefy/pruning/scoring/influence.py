@@ -29,7 +29,7 @@ from rarefy.batches import (
     evaluating,
     length_of,
     lengthened,
-    padding_of,
+    mask_of_all,
     take,
 )
 from rarefy.errors import DataError
@@ -141,7 +141,7 @@ def influences(model: nn.Module, network: Network, data: Data) -> NDArray[np.flo
         seen += batch_size(part)
     turned = np.array([[run.turned[add] for add in run.adds] for run in runs.values()]).sum(0)
     rows = np.array([[run.rows[add] for add in run.adds] for run in runs.values()]).sum(0)
-    return np.asarray(turned / rows, np.float64)
+    return np.asarray(turned / np.maximum(rows, 1), np.float64)
 
 
 class _Watched(GraphModel):
@@ -165,7 +165,7 @@ class _Watched(GraphModel):
 
     def show(self, inputs: Inputs) -> None:
         """Run on some examples, whose padding does not count."""
-        self._tokens = padding_of(inputs)
+        self._tokens = mask_of_all(inputs)
         call(self, inputs)
 
     def step(self, node: Node, function: Callable[..., Any], values: Mapping[str, Any]) -> Any:
@@ -176,8 +176,9 @@ class _Watched(GraphModel):
         trunk = self._rows(values[next(n for n in operands if n != self._branches[node.name])])
         found: Tensor = super().step(node, function, values)
         turned = 1 - torch.cosine_similarity(trunk, self._rows(found), dim=1, eps=1e-30)
-        self.turned[node.name] += float(turned.clamp_min(0).sum())
-        self.rows[node.name] += len(turned)
+        shown = trunk.any(1)  # of an example that is all padding, nothing is
+        self.turned[node.name] += float(turned[shown].clamp_min(0).sum())
+        self.rows[node.name] += int(shown.sum())
         return found
 
     def _rows(self, tensor: Tensor) -> Tensor:

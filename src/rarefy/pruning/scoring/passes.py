@@ -20,7 +20,7 @@ from rarefy.batches import (
     logits,
     map_tensors,
     mask_of,
-    padding_of,
+    mask_of_all,
     tensors,
 )
 from rarefy.distillation.losses import CrossEntropy
@@ -87,7 +87,7 @@ class Job:
 
     def losses(self, running: Watched, inputs: Inputs, targets: Tensor | None) -> Tensor:
         """The mean loss of a batch."""
-        padding = padding_of(inputs)
+        padding = mask_of_all(inputs)
         return self.judged(self.outputs(running, inputs), targets, padding)
 
     def judged(self, answers: Any, targets: Tensor | None, padding: Tensor | None) -> Tensor:

@@ -213,7 +213,8 @@ class _Sums:
         x, weight = run.values[product.x], run.values[product.weight]
         wanted = max(ROWS * site.unknowns, LEAST)
         share = 1.0
-        if product.letters is None and x.ndim == weight.ndim:
+        whole = run.origins.tokens is None  # else rows are told by all examples
+        if product.letters is None and x.ndim == weight.ndim and whole:
             needed = max(EXAMPLES, wanted // max(prod(product.node.shape[2:]), 1))
             share = min(1.0, needed / examples)
             x = x[: ceil(share * len(x))]

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.func import functional_call, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from rarefy.batches import arguments, batch_size, between, is_of, map_tensors, padding_of, tensors
+from rarefy.batches import arguments, batch_size, between, is_of, map_tensors, mask_of_all, tensors
 from rarefy.errors import DataError
 from rarefy.graph.program import Node
 from rarefy.pruning.running.taps import Watched
@@ -72,7 +72,7 @@ class Together:
         try:
             with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), _at_once():
                 labels, padding = between(
-                    (targets, padding_of(inputs)), some.start, some.stop, size
+                    (targets, mask_of_all(inputs)), some.start, some.stop, size
                 )
                 total = self._job.summed(vmap(answer)(own, given), labels, padding, len(some))
             gradients = torch.autograd.grad(total, list(own.values()), allow_unused=True)
