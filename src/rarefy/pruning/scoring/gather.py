@@ -237,7 +237,7 @@ def _grams(job: Job) -> dict[str, Any]:
             own, count = part.inputs.shape[:2]
             wide = part.inputs.reshape(own, count, -1, unknowns).movedim(2, 1)
             wide = wide.reshape(groups, -1, unknowns)
-            scale = part.every / max(count, 1)
+            scale = part.every / count
             gram.matrix.add_((wide.transpose(1, 2) @ wide).cpu(), alpha=scale)
         return {}
 

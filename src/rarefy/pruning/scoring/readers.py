@@ -224,8 +224,6 @@ class _Sums:
             self._take(part.inputs.cpu())
 
     def _take(self, part: Tensor) -> None:
-        if not part.shape[1]:
-            return
         if self._centered and not self._count:
             self._about = part.mean(1, keepdim=True)
         part = part - self._about if self._centered else part
