@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from padded_texts import LENGTH, Reader, both_paddings, texts
+from rarefy.errors import DataError
 from rarefy.graph.capture import capture, graph_model
 from rarefy.graph.trace import trace
 from rarefy.pruning.prune import prune
@@ -200,13 +201,52 @@ def test_blocks_count_as_much_whatever_stands_at_padding() -> None:
     np.testing.assert_allclose(found[0], found[1], rtol=1e-5)
 
 
-def test_texts_that_are_all_padding_are_no_rows() -> None:
+@pytest.mark.parametrize("criterion", ["activation", "wanda", "obs", "taylor", "fisher"])
+def test_data_that_are_all_padding_are_named(criterion) -> None:
+    net, empty = Reader(pooled=False).eval(), _all_padding()
+    labels = torch.zeros(16, LENGTH, dtype=torch.int64)
+    with pytest.raises(DataError, match="every position is padding"):
+        prune(net, texts(0), Budget(macs=0.6), criterion=criterion, data=[(empty, labels)])
+
+
+def test_data_that_are_all_padding_solve_nothing() -> None:
+    net, example, budget = Reader(pooled=False).eval(), texts(0), Budget(macs=0.6)
+    small, data = prune(net, example, budget), [_all_padding()]
+    with pytest.raises(DataError, match="every position is padding"):
+        repair(net, small, data)
+    with pytest.raises(DataError, match="every position is padding"):
+        prune(net, example, budget, criterion="compensated", data=data)
+    with pytest.raises(DataError, match="every position is padding"):
+        prune(
+            net,
+            example,
+            Budget(sparsity=0.5),
+            structure="weight",
+            criterion="sparsegpt",
+            data=data,
+        )
+
+
+@pytest.mark.parametrize("criterion", ["compensated", "activation", "taylor"])
+def test_a_batch_that_is_all_padding_adds_nothing(criterion) -> None:
+    net, budget = Reader(pooled=False).eval(), Budget(macs=0.6)
+    data = [(x, x["input_ids"] % 4) for x in (_all_padding(), texts(0))]
+    both, alone = (
+        prune(net, texts(0), budget, criterion=criterion, data=given) for given in (data, data[1:])
+    )
+    assert [p.shape for p in both.parameters()] == [p.shape for p in alone.parameters()]
+    torch.testing.assert_close(both.embed.weight, alone.embed.weight)  # which no repair changes
+
+
+def test_layers_are_repaired_beside_a_batch_that_is_all_padding() -> None:
     net = Reader(pooled=False).eval()
-    empty = texts(0) | {"attention_mask": torch.zeros(16, LENGTH, dtype=torch.int64)}
     small = prune(net, texts(0), Budget(macs=0.6))
-    healed = repair(net, small, [empty])
-    assert not healed.repaired.errors
-    assert "too few examples" in healed.repaired.skipped["down"]
+    healed = repair(net, small, [_all_padding(), texts(0), texts(0, seed=1)])
+    assert all(after < before for before, after in healed.repaired.errors.values())
+
+
+def _all_padding() -> dict[str, torch.Tensor]:
+    return texts(0) | {"attention_mask": torch.zeros(16, LENGTH, dtype=torch.int64)}
 
 
 @pytest.mark.parametrize("batch_first", [False, True])

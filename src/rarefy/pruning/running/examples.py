@@ -24,7 +24,7 @@ from rarefy.batches import (
 from rarefy.errors import DataError
 from rarefy.graph.model import GraphModel, last_use
 from rarefy.graph.program import Graph, Spec
-from rarefy.pruning.running.origins import counted
+from rarefy.pruning.running.origins import all_padding, counted, has_tokens
 from rarefy.types import Data, Inputs
 
 MEMORY = 1 << 30
@@ -35,7 +35,8 @@ def collect(data: Data, samples: int, where: str = "repair(data)") -> tuple[Inpu
     """The first examples of the data as one batch, and the first batch.
 
     Raises:
-        DataError: there are none, they are not finite, or batches do not fit together.
+        DataError: there are none, they are not finite or nothing but padding, or batches do not fit
+            together.
     """
     held = alike(leading(data, samples, where), where)
     joined = [
@@ -50,7 +51,7 @@ def leading(data: Data, samples: int, where: str) -> list[Inputs]:
     """The first batches of the data as they come, of at least so many examples if there are.
 
     Raises:
-        DataError: there are none, or they are not finite.
+        DataError: there are none, they are not finite, or nothing but padding.
     """
     held: list[Inputs] = []
     found = 0
@@ -61,6 +62,8 @@ def leading(data: Data, samples: int, where: str) -> list[Inputs]:
         found += batch_size(inputs)
         if found >= samples:
             break
+    if not any(map(has_tokens, held)):
+        raise all_padding(where)
     return held
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from rarefy.batches import batch_size, mask_of_all
+from rarefy.errors import DataError
 from rarefy.types import Inputs
 
 
@@ -123,6 +124,21 @@ def _spread(table: Tensor, shape: Sequence[int], own: Sequence[int], dims: Seque
     order = sorted(range(len(own)), key=lambda n: dims.index(own[n]))
     sizes = [shape[d] if d in own else 1 for d in dims]
     return table.permute(order).reshape(sizes).expand([shape[d] for d in dims]).reshape(-1)
+
+
+def has_tokens(inputs: Inputs) -> bool:
+    """Whether a position of a batch is no padding."""
+    mask = mask_of_all(inputs)
+    return mask is None or bool(mask.any())
+
+
+def all_padding(where: str) -> DataError:
+    """What is raised where no batch :func:`has_tokens`."""
+    return DataError(
+        where,
+        "every position is padding: attention_mask is 0 everywhere",
+        "Give masks that are 1 at tokens and 0 at padding",
+    )
 
 
 def counted(tensor: Tensor, tokens: Tensor | None) -> Tensor | bool:

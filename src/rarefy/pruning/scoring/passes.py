@@ -27,7 +27,7 @@ from rarefy.distillation.losses import CrossEntropy
 from rarefy.distillation.losses.layouts import IGNORE
 from rarefy.errors import DataError, InputError, RarefyError, first_line
 from rarefy.graph.trace import Network
-from rarefy.pruning.running.origins import Origins, counted
+from rarefy.pruning.running.origins import Origins, all_padding, counted, has_tokens
 from rarefy.pruning.running.taps import Runner, Watched
 from rarefy.types import Data, Inputs
 
@@ -65,12 +65,20 @@ class Job:
     generator: torch.Generator
 
     def passes(self, runner: Runner) -> Iterator[tuple[Watched, Inputs, Any, int]]:
-        """For each batch, the network that runs on it, inputs, labels and number of examples."""
+        """For each batch, the network that runs on it, inputs, labels and number of examples.
+
+        Raises:
+            DataError: there is none, or nothing but padding.
+        """
+        seen = False
         for inputs, targets in batches(self.data, WHERE):
             copies = map_tensors(torch.clone, (inputs, targets))  # networks and losses overwrite
             running = runner.of(inputs)
             running.origins = Origins.of(inputs, running.dims)
+            seen = seen or has_tokens(inputs)
             yield running, *copies, batch_size(inputs)
+        if not seen:
+            raise all_padding(WHERE)
 
     def outputs(self, running: Watched, inputs: Inputs) -> Any:
         """What the network returns."""
@@ -203,7 +211,7 @@ def _are_real(targets: Any, scores: Tensor) -> bool:
         return False
     if targets.shape != scores.shape or bool((targets < 0).any()):
         return True
-    return bool(((targets.sum(-1) - 1).abs() > _LOOSE).any())
+    return not bool(((targets.sum(-1) - 1).abs() <= _LOOSE).all())
 
 
 def _class_scores(answers: Any) -> Tensor | None:
