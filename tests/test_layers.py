@@ -65,8 +65,8 @@ QUANTIZATION = (
     "bias summary mixed palette rounding readers weights own_class weight_only quantize"
 ).split()
 DEPLOYMENT = (
-    "cache ratios modules executorch_session runtimes refusals tracing proof translations rewrite "
-    "counts rounded look_ups recurrent onnx_file editing decoding program_file xnnpack "
+    "cache ratios modules executorch_session runtimes refusals tracing proof translations torchlib "
+    "rewrite counts rounded look_ups recurrent onnx_file editing decoding program_file xnnpack "
     "executorch_file export opening memory measure bench timing"
 ).split()
 STORAGE = (

@@ -21,6 +21,7 @@ from rarefy.deployment.refusals import unrunnable, unwritable
 from rarefy.deployment.rewrite import rewrite
 from rarefy.deployment.rounded import fold_grids, opset, rounded_weights
 from rarefy.deployment.runtimes import ExactOnnxSession, load_onnx, load_onnxruntime
+from rarefy.deployment.torchlib import kept_translations
 from rarefy.deployment.tracing import WAYS, Traced, trace_flat
 from rarefy.deployment.translations import translations
 from rarefy.errors import ExportError, FormatError, MissingExtraError, RarefyError, first_line
@@ -125,13 +126,14 @@ class OnnxFile:
 
 def _translated(source: nn.Module, traced: Traced, version: int | None) -> Any:
     try:
-        written = torch.onnx.export(
-            traced.program,
-            dynamo=True,
-            verbose=False,
-            opset_version=version,
-            custom_translation_table=translations(traced.program),
-        )
+        with kept_translations():
+            written = torch.onnx.export(
+                traced.program,
+                dynamo=True,
+                verbose=False,
+                opset_version=version,
+                custom_translation_table=translations(traced.program),
+            )
         assert written is not None  # it is where dynamo=True
         return written.model
     except Exception as error:
