@@ -65,9 +65,9 @@ QUANTIZATION = (
     "bias summary mixed palette rounding readers weights own_class weight_only quantize"
 ).split()
 DEPLOYMENT = (
-    "cache ratios modules executorch_session runtimes refusals tracing proof translations torchlib "
-    "rewrite counts rounded look_ups recurrent onnx_file editing decoding program_file xnnpack "
-    "executorch_file export opening memory measure bench timing"
+    "cache ratios rounds modules executorch_session runtimes refusals tracing proof translations "
+    "torchlib rewrite counts rounded look_ups recurrent onnx_file editing decoding program_file "
+    "xnnpack executorch_file export opening memory measure bench timing"
 ).split()
 STORAGE = (
     "frames ans streams pack codes index adapt grids container layout reading contents writing "

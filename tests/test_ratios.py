@@ -87,3 +87,18 @@ def test_the_same_calls_give_the_same_interval() -> None:
 def test_a_share_is_printed_with_its_interval() -> None:
     assert str(Ratio(0.5, 0.48, 0.51)) == "0.500 (0.480 to 0.510)"
     assert str(Ratio.exact(0.5)) == "0.500"
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "share"),
+    [
+        ([10] * 20, [5] * 20, 0.5),
+        ([10] * 10 + [30] * 10, [5] * 10 + [15] * 10, 0.5),  # both slowed down together
+        ([10] * 3 + [100] * 17, [5] * 20, 0.5),  # long calls are interrupted, short ones are not
+        ([10] * 20, [1] * 3 + [5] * 17, 0.5),  # a few short calls are luck
+    ],
+)
+def test_noise_does_not_make_a_network_faster(before: list, after: list, share: float) -> None:
+    found = paired(before, after)
+    assert found.value == share
+    assert found.low <= share <= found.high

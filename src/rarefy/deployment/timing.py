@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from rarefy.deployment.cache import Cache
-from rarefy.deployment.measure import latency, timed
+from rarefy.deployment.rounds import latency, timed
 from rarefy.deployment.runtimes import RUNTIMES, load_onnx
 from rarefy.graph.count import batch_of
 from rarefy.graph.layer import Layer, layer
