@@ -1,12 +1,17 @@
 """The kept table of translations: files are the same, and nothing of one export stays."""
 
+import threading
+
 import pytest
 import torch
+from onnxscript import opset18
+from onnxscript.function_libs.torch_lib import registration
 from torch import nn
 from torch.onnx._internal.exporter._registration import ONNXRegistry
 
 import rarefy as rf
 from rarefy.deployment import torchlib
+from rarefy.deployment.runtimes import OnnxSession
 from rarefy.deployment.torchlib import kept_translations
 from rarefy.errors import ExportError
 
@@ -53,11 +58,55 @@ def test_a_table_is_made_once_for_each_version_and_set_of_operators(monkeypatch,
         assert ONNXRegistry.from_torchlib(opset_version=18).functions == {"aten::relu": ["first"]}
         ONNXRegistry().from_torchlib(opset_version=21)
         assert made == [18, 21]
-        with torch.library._scoped_library("rarefy_tests", "FRAGMENT") as library:
-            library.define("registered_later(Tensor x) -> Tensor")
+    with torch.library._scoped_library("rarefy_tests", "FRAGMENT") as library:
+        library.define("registered_later(Tensor x) -> Tensor")
+        with kept_translations():
             ONNXRegistry.from_torchlib(opset_version=18)
-            assert made == [18, 21, 18]
-            assert len(tables) == 1  # those of fewer operators are gone
+    assert made == [18, 21, 18]
+    assert len(tables) == 1  # those of fewer operators are gone
+
+
+def test_a_translation_that_is_registered_after_an_export_is_taken(tmp_path) -> None:
+    with torch.library._scoped_library("rarefy_tests", "FRAGMENT") as library:
+        library.define("twice(Tensor x) -> Tensor")
+        library.impl("twice", lambda x: 2 * x, "CompositeExplicitAutograd")
+
+        class Twice(nn.Module):
+            def forward(self, x):
+                return torch.ops.rarefy_tests.twice(x)
+
+        with pytest.raises(ExportError, match="twice"):
+            rf.export(Twice(), tmp_path / "a.onnx", torch.randn(2, 3))
+
+        @registration.torch_op("rarefy_tests::twice", trace_only=True)
+        def twice(x):
+            return opset18.Add(x, x)
+
+        try:
+            path = rf.export(Twice(), tmp_path / "a.onnx", torch.randn(2, 3))
+        finally:
+            del registration.default_registry._registry["rarefy_tests::twice"]
+        x = torch.randn(5, 3)
+        torch.testing.assert_close(OnnxSession(path)(x)[0], 2 * x)
+
+
+def test_two_threads_leave_pytorch_as_it_was() -> None:
+    before = vars(ONNXRegistry)["from_torchlib"]
+    first, second = threading.Event(), threading.Event()
+
+    def enters() -> None:
+        first.wait()
+        with kept_translations():
+            second.set()
+
+    other = threading.Thread(target=enters)
+    other.start()
+    with kept_translations():
+        first.set()
+        assert not second.wait(0.05)  # one at a time
+    other.join()
+    assert second.is_set()
+    assert vars(ONNXRegistry)["from_torchlib"] is before
 
 
 def test_pytorch_is_as_it_was_after_an_error(monkeypatch, tmp_path) -> None:

@@ -114,14 +114,19 @@ def padding_of(inputs: Inputs) -> Tensor | None:
 
 
 def mask_of_all(inputs: Inputs) -> Tensor | None:
-    """The ``attention_mask`` of inputs where it is of all positions that a network computes.
+    """The ``attention_mask`` of inputs, shape (B, L), where it tells the padding of all positions.
 
-    Where a decoder has a sequence of its own (inputs whose names begin with ``decoder_``), which
-    may be as long, it is not.
+    It does not where a decoder has a sequence of its own (inputs whose names begin with
+    ``decoder_``), which may be as long. Masks that are added to scores (real numbers, none above
+    0) and those of pairs of positions tell none.
     """
+    mask = padding_of(inputs)
+    if mask is None or mask.ndim != 2:
+        return None
     if isinstance(inputs, Mapping) and any(str(key).startswith("decoder_") for key in inputs):
         return None
-    return padding_of(inputs)
+    added = mask.is_floating_point() and not bool((mask > 0).any())
+    return None if added else mask
 
 
 def fitting(mask: Tensor | None, answers: Tensor) -> Tensor | None:

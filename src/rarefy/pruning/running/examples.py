@@ -50,19 +50,23 @@ def collect(data: Data, samples: int, where: str = "repair(data)") -> tuple[Inpu
 def leading(data: Data, samples: int, where: str) -> list[Inputs]:
     """The first batches of the data as they come, of at least so many examples if there are.
 
+    Batches that are nothing but padding are passed over.
+
     Raises:
         DataError: there are none, they are not finite, or nothing but padding.
     """
     held: list[Inputs] = []
     found = 0
     for inputs, _ in batches(data, where):
+        if not has_tokens(inputs):
+            continue
         if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors(inputs)):
             raise DataError(where, "inputs are NaN or infinite", "Clean the data")
         held.append(inputs)
         found += batch_size(inputs)
         if found >= samples:
             break
-    if not any(map(has_tokens, held)):
+    if not held:
         raise all_padding(where)
     return held
 

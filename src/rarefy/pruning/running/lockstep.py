@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from rarefy.batches import arguments, batch_size, between, doubled, map_tensors
+from rarefy.batches import arguments, batch_size, is_of, map_tensors, tensors
 from rarefy.graph.declarations import resolve, writes
 from rarefy.graph.model import GraphModel, last_use
 from rarefy.graph.program import Node, substitute
@@ -150,9 +150,9 @@ def layer_name(node: Node) -> str:
 def batch_dims(model: GraphModel, inputs: Inputs) -> dict[str, Along] | None:
     """Name of a value -> where its examples lie, where it grows with their number.
 
-    Found by running on one example and on two, of which the first is the same: what was merged
-    with the examples comes behind them where its rows come first, and before them where they are
-    every second one.
+    Found by running on two examples and on three, the same ones and one more: what was merged with
+    them comes behind them where the rows of two come first among those of three, and before them
+    where they are two of every three.
 
     Args:
         model: the network.
@@ -161,13 +161,10 @@ def batch_dims(model: GraphModel, inputs: Inputs) -> dict[str, Along] | None:
     Returns:
         None where the network does not take both.
     """
-    size = batch_size(inputs)
-    one = between(inputs, 0, 1, size)
-    two = doubled(inputs) if size == 1 else between(inputs, 0, 2, size)
     found: dict[str, Along] = {}
     try:
         with torch.no_grad():
-            few, more = (Run(model, map_tensors(torch.clone, part)) for part in (one, two))
+            few, more = (Run(model, part) for part in _two_and_three(inputs))
             for node in model.graph.nodes:
                 if node.op != "output":
                     few.through(node)
@@ -180,17 +177,37 @@ def batch_dims(model: GraphModel, inputs: Inputs) -> dict[str, Along] | None:
     return found
 
 
-def _along(one: Any, two: Any) -> Along | None:
-    """Where the examples of a value lie, of one and of two of them."""
-    if not isinstance(one, Tensor) or not isinstance(two, Tensor) or one.ndim != two.ndim:
+def _two_and_three(inputs: Inputs) -> tuple[Inputs, Inputs]:
+    """Two examples of a batch, which differ if any do; and these with the first once more."""
+    size = batch_size(inputs)
+    held = [tensor for tensor in tensors(inputs) if is_of(size, tensor)]
+    other = next(
+        (n for n in range(1, size) if any(not torch.equal(t[n], t[0]) for t in held)), size - 1
+    )
+
+    def taken(*numbers: int) -> Inputs:
+        index = torch.tensor(numbers)
+        chosen: Inputs = map_tensors(
+            lambda t: t.index_select(0, index.to(t.device)) if is_of(size, t) else t.clone(), inputs
+        )
+        return chosen
+
+    return taken(0, other), taken(0, other, 0)
+
+
+def _along(two: Any, three: Any) -> Along | None:
+    """Where the examples of a value lie, of two and of three of them."""
+    if not isinstance(two, Tensor) or not isinstance(three, Tensor) or two.ndim != three.ndim:
         return None
-    grown = [d for d, (n, m) in enumerate(zip(one.shape, two.shape, strict=True)) if m == 2 * n > 0]
-    if not grown:
+    sizes = enumerate(zip(two.shape, three.shape, strict=True))
+    dim = next((d for d, (n, m) in sizes if 2 * m == 3 * n > 0), None)
+    if dim is None:
         return None
-    dim, size = grown[0], one.shape[grown[0]]
-    if size == 1 or not one.is_floating_point():
+    size = two.shape[dim]
+    if size == 2 or not two.is_floating_point():
         return Along(dim)
-    every = torch.arange(0, 2 * size, 2, device=two.device)
-    lead, second = two.narrow(dim, 0, size), two.index_select(dim, every)
-    apart = [float((part.double() - one.double()).abs().nansum()) for part in (lead, second)]
+    each = torch.arange(3 * size // 2, device=three.device).view(-1, 3)[:, :2].flatten()
+    first, spread = three.narrow(dim, 0, size), three.index_select(dim, each)
+    precise = torch.promote_types(two.dtype, torch.float32)
+    apart = [float((part.to(precise) - two).abs().nansum()) for part in (first, spread)]
     return Along(dim, inner=apart[1] < apart[0])

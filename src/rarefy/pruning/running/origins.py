@@ -53,8 +53,7 @@ class Origins:
     def of(cls, inputs: Inputs, dims: Mapping[str, Along] | None = None) -> Origins:
         """Of a batch; the ``attention_mask`` of the inputs, shape (B, L), tells padding."""
         mask = mask_of_all(inputs)
-        padded = mask is not None and mask.ndim == 2 and not bool(mask.all())
-        tokens = mask.detach().bool().cpu() if padded and mask is not None else None
+        tokens = None if mask is None or bool(mask.all()) else mask.detach().bool().cpu()
         return cls(batch_size(inputs), tokens, dims or {})
 
     def examples_at(self, name: str, shape: Sequence[int], dims: Sequence[int]) -> Tensor:
@@ -133,7 +132,7 @@ def has_tokens(inputs: Inputs) -> bool:
 
 
 def all_padding(where: str) -> DataError:
-    """What is raised where no batch :func:`has_tokens`."""
+    """What is raised where no batch :func:`has_tokens`; one that has none is passed over."""
     return DataError(
         where,
         "every position is padding: attention_mask is 0 everywhere",

@@ -176,9 +176,11 @@ class _Watched(GraphModel):
         trunk = self._rows(values[next(n for n in operands if n != self._branches[node.name])])
         found: Tensor = super().step(node, function, values)
         turned = 1 - torch.cosine_similarity(trunk, self._rows(found), dim=1, eps=1e-30)
-        shown = trunk.any(1)  # of an example that is all padding, nothing is
-        self.turned[node.name] += float(turned[shown].clamp_min(0).sum())
-        self.rows[node.name] += int(shown.sum())
+        if isinstance(counted(found, self._tokens), Tensor):  # of examples without a token nothing
+            assert self._tokens is not None
+            turned = turned[self._tokens.bool().any(1).to(turned.device)]
+        self.turned[node.name] += float(turned.clamp_min(0).sum())
+        self.rows[node.name] += len(turned)
         return found
 
     def _rows(self, tensor: Tensor) -> Tensor:

@@ -67,15 +67,19 @@ class Job:
     def passes(self, runner: Runner) -> Iterator[tuple[Watched, Inputs, Any, int]]:
         """For each batch, the network that runs on it, inputs, labels and number of examples.
 
+        Batches that are nothing but padding are passed over.
+
         Raises:
             DataError: there is none, or nothing but padding.
         """
         seen = False
         for inputs, targets in batches(self.data, WHERE):
+            if not has_tokens(inputs):
+                continue
+            seen = True
             copies = map_tensors(torch.clone, (inputs, targets))  # networks and losses overwrite
             running = runner.of(inputs)
             running.origins = Origins.of(inputs, running.dims)
-            seen = seen or has_tokens(inputs)
             yield running, *copies, batch_size(inputs)
         if not seen:
             raise all_padding(WHERE)
