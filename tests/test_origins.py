@@ -156,6 +156,19 @@ def test_a_network_that_squeezes_a_single_example_is_scored_and_repaired(criteri
     assert small.repaired.errors
 
 
+def test_networks_on_pairs_of_examples_tell_where_they_lie() -> None:
+    class Pairs(nn.Module):
+        def forward(self, x):
+            first, second = x.unflatten(0, (2, -1)).unbind(0)
+            return first.sin() + second.cos()
+
+    x = torch.randn(6, 4)
+    model = graph_model(Pairs(), capture(Pairs(), x))
+    dims = batch_dims(model, x)
+    kinds = {node.kind: dims.get(node.name) for node in model.graph.calls}
+    assert kinds["sin"] == kinds["cos"] == kinds["add"] == Along(0)
+
+
 def test_of_a_network_of_one_batch_size_it_is_not_known() -> None:
     class Fixed(nn.Module):
         def forward(self, x):

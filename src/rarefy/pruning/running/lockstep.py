@@ -150,9 +150,9 @@ def layer_name(node: Node) -> str:
 def batch_dims(model: GraphModel, inputs: Inputs) -> dict[str, Along] | None:
     """Name of a value -> where its examples lie, where it grows with their number.
 
-    Found by running on two examples and on three, the same ones and one more: what was merged with
-    them comes behind them where the rows of two come first among those of three, and before them
-    where they are two of every three.
+    Found by running on two examples and on four, the same ones and two more: what was merged with
+    them comes behind them where the rows of two come first among those of four, and before them
+    where they are two of every four.
 
     Args:
         model: the network.
@@ -164,7 +164,7 @@ def batch_dims(model: GraphModel, inputs: Inputs) -> dict[str, Along] | None:
     found: dict[str, Along] = {}
     try:
         with torch.no_grad():
-            few, more = (Run(model, part) for part in _two_and_three(inputs))
+            few, more = (Run(model, part) for part in _two_and_four(inputs))
             for node in model.graph.nodes:
                 if node.op != "output":
                     few.through(node)
@@ -177,8 +177,8 @@ def batch_dims(model: GraphModel, inputs: Inputs) -> dict[str, Along] | None:
     return found
 
 
-def _two_and_three(inputs: Inputs) -> tuple[Inputs, Inputs]:
-    """Two examples of a batch, which differ if any do; and these with the first once more."""
+def _two_and_four(inputs: Inputs) -> tuple[Inputs, Inputs]:
+    """Two examples of a batch, which differ if any do, and the same twice."""
     size = batch_size(inputs)
     held = [tensor for tensor in tensors(inputs) if is_of(size, tensor)]
     other = next(
@@ -192,22 +192,22 @@ def _two_and_three(inputs: Inputs) -> tuple[Inputs, Inputs]:
         )
         return chosen
 
-    return taken(0, other), taken(0, other, 0)
+    return taken(0, other), taken(0, other, 0, other)
 
 
-def _along(two: Any, three: Any) -> Along | None:
-    """Where the examples of a value lie, of two and of three of them."""
-    if not isinstance(two, Tensor) or not isinstance(three, Tensor) or two.ndim != three.ndim:
+def _along(two: Any, four: Any) -> Along | None:
+    """Where the examples of a value lie, of two and of four of them."""
+    if not isinstance(two, Tensor) or not isinstance(four, Tensor) or two.ndim != four.ndim:
         return None
-    sizes = enumerate(zip(two.shape, three.shape, strict=True))
-    dim = next((d for d, (n, m) in sizes if 2 * m == 3 * n > 0), None)
+    sizes = enumerate(zip(two.shape, four.shape, strict=True))
+    dim = next((d for d, (n, m) in sizes if m == 2 * n > 0), None)
     if dim is None:
         return None
     size = two.shape[dim]
-    if size == 2 or not two.is_floating_point():
+    if size == 2 or size % 2 or not two.is_floating_point():
         return Along(dim)
-    each = torch.arange(3 * size // 2, device=three.device).view(-1, 3)[:, :2].flatten()
-    first, spread = three.narrow(dim, 0, size), three.index_select(dim, each)
+    each = torch.arange(2 * size, device=four.device).view(-1, 4)[:, :2].flatten()
+    first, spread = four.narrow(dim, 0, size), four.index_select(dim, each)
     precise = torch.promote_types(two.dtype, torch.float32)
     apart = [float((part.to(precise) - two).abs().nansum()) for part in (first, spread)]
     return Along(dim, inner=apart[1] < apart[0])
