@@ -55,7 +55,7 @@ def demo(
     seed: Annotated[int, typer.Option(help="Seed of everything random.", min=0, max=2**32 - 1)] = 0,
     debug: Debug = False,
 ) -> None:
-    """Do the main job on real handwritten digits: about two minutes on two cores.
+    """Do the main job on real handwritten digits: two to three minutes on two cores.
 
     Trains a ResNet-20, halves its computation, retrains it on the teacher's soft labels, quantizes
     it to int8, and writes report.html with what was measured.
