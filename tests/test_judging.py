@@ -124,3 +124,28 @@ def test_labels_of_other_kinds_tell_nothing_of_the_outputs(targets) -> None:
     x = DATA[0][0]
     one, two = (judged(net, found, data=data) for data in ([x], [(x, targets)]))
     assert np.array_equal(one.scores[0], two.scores[0])
+
+
+@pytest.mark.parametrize("other", ["boxes", "mask"])
+def test_outputs_beside_logits_count(other) -> None:
+    """All but the mask of the logits, which is no answer."""
+
+    class Heads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(6, 8), nn.Linear(6, 8)
+            self.classes, self.places = nn.Linear(8, 3), nn.Linear(8, 4)
+
+        def forward(self, x):
+            found = self.places(self.second(x).relu())
+            return {"logits": self.classes(self.first(x).relu()), other: found}
+
+    net, x = Heads().eval(), torch.randn(64, 6)
+    network = trace(net, x)
+    scores = judged(net, network, "fisher", [x]).scores
+    first, second = (
+        next(s for g, s in zip(network.groups, scores, strict=True) if g.members[0].path == path)
+        for path in ("first.weight", "second.weight")
+    )
+    assert first.max() > 0
+    assert (second.max() > 0) == (other == "boxes")

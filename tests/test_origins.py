@@ -9,13 +9,14 @@ from hypothesis import strategies as st
 from torch import nn
 
 from padded_texts import LENGTH, Reader, both_paddings, texts
+from rarefy.batches import has_tokens
 from rarefy.errors import DataError
 from rarefy.graph.capture import capture, graph_model
 from rarefy.graph.trace import trace
 from rarefy.pruning.prune import prune
 from rarefy.pruning.repair import repair
 from rarefy.pruning.running.lockstep import batch_dims
-from rarefy.pruning.running.origins import Along, Origins, counted, has_tokens
+from rarefy.pruning.running.origins import Along, Origins, counted
 from rarefy.pruning.scoring.influence import influences
 from rarefy.pruning.scoring.judging import judged
 from rarefy.types import Budget
@@ -30,11 +31,15 @@ LAYOUTS = {  # how (examples, length, heads) become a value, and which of its di
     "heads last": (lambda t: t, (0, 1, 2)),
     "heads merged with examples": (lambda t: t.transpose(1, 2).flatten(0, 1), (0, 1)),
     "channels between": (lambda t: t.transpose(1, 2), (0, 2)),
+    "merged between sequences and heads": (lambda t: t.transpose(0, 1).flatten(), (0,)),
+    "merged between heads and sequences": (lambda t: t.permute(2, 0, 1).flatten(), (0,)),
 }
 BATCH = {
-    "sequences first": Along(1),
-    "merged, sequences first": Along(0, inner=True),
-    "heads first, merged with examples": Along(0, inner=True),
+    "sequences first": lambda length, heads: Along(1),
+    "merged, sequences first": lambda length, heads: Along(0, before=length),
+    "heads first, merged with examples": lambda length, heads: Along(0, before=heads),
+    "merged between sequences and heads": lambda length, heads: Along(0, before=length),
+    "merged between heads and sequences": lambda length, heads: Along(0, before=heads),
 }
 
 
@@ -55,7 +60,8 @@ def test_rows_are_of_the_example_and_the_token_that_they_come_from(layout, data)
     else:
         shape = value.shape
     inputs = {"input_ids": torch.zeros(examples, length), "attention_mask": mask.long()}
-    origins = Origins.of(inputs, {"x": BATCH.get(layout, Along(0))})
+    along = BATCH[layout](length, heads) if layout in BATCH else Along(0)
+    origins = Origins.of(inputs, {"x": along})
     assert torch.equal(origins.examples_at("x", shape, dims), value.flatten())
     found = origins.tokens_at("x", shape, dims)
     assert found is None if mask.all() else torch.equal(found, tokens.flatten())
@@ -112,14 +118,15 @@ def test_the_dimension_of_the_examples_is_the_one_that_grows(size) -> None:
 def test_what_is_merged_before_the_examples_is_told_from_what_is_merged_behind_them(same) -> None:
     class Merging(nn.Module):
         def forward(self, x):
-            return x.flatten(0, 1).sin(), x.transpose(0, 1).flatten(0, 1).cos()
+            middle = x.unflatten(1, (2, 2)).permute(1, 0, 2, 3).flatten(0, 2)
+            return x.flatten(0, 1).sin(), x.transpose(0, 1).flatten(0, 1).cos(), middle.tan()
 
     net, x = Merging(), torch.randn(6, 4, 4)
     x[:same] = x[0, 0]  # examples that are alike do not tell
     model = graph_model(net, capture(net, x))
     dims = batch_dims(model, x)
     kinds = {node.kind: dims.get(node.name) for node in model.graph.calls}
-    assert (kinds["sin"], kinds["cos"]) == (Along(0), Along(0, inner=True))
+    assert [kinds[kind].before for kind in ("sin", "tan", "cos")] == [1, 2, 4]
 
 
 @pytest.mark.parametrize("criterion", ["taylor", "fisher", "activation"])
@@ -167,6 +174,83 @@ def test_networks_on_pairs_of_examples_tell_where_they_lie() -> None:
     dims = batch_dims(model, x)
     kinds = {node.kind: dims.get(node.name) for node in model.graph.calls}
     assert kinds["sin"] == kinds["cos"] == kinds["add"] == Along(0)
+
+
+@pytest.mark.parametrize("criterion", ["fisher", "taylor"])
+def test_units_count_as_much_however_examples_are_laid_out(criterion) -> None:
+    data = [(x, x["input_ids"] % 4) for x in (texts(0), texts(0, seed=1))]
+    found = []
+    for first in ("examples", "sequences", "merged", "merged, sequences first"):
+        net = Reader(first).eval()
+        found.append(judged(net, trace(net, texts(0)), criterion, data).scores)
+    for other in found[1:]:
+        for own, its in zip(other, found[0], strict=True):
+            np.testing.assert_allclose(own, its, rtol=1e-3)
+
+
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_heads_of_attention_count_as_one_example_at_a_time(batch_first) -> None:
+    class Mixing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mix = nn.MultiheadAttention(12, 4, batch_first=batch_first)
+            self.head = nn.Linear(12, 5)
+
+        def forward(self, x):
+            h = x if batch_first else x.transpose(0, 1)
+            mixed, _ = self.mix(h, h, h, need_weights=False)
+            return self.head(mixed.mean(1 if batch_first else 0))
+
+    net, x, y = Mixing().eval(), torch.randn(12, 6, 12), torch.randint(5, (12,))
+    network = trace(net, x)
+    whole = judged(net, network, "fisher", [(x, y)]).scores
+    alone = judged(net, network, "fisher", [(x[i : i + 1], y[i : i + 1]) for i in range(12)]).scores
+    for own, its in zip(whole, alone, strict=True):
+        np.testing.assert_allclose(own, its, rtol=1e-3)
+
+
+class Sized(nn.Module):
+    """On tokens, sequences first; it takes the inputs as ``form`` has them."""
+
+    def __init__(self, form) -> None:
+        super().__init__()
+        self.first, self.last, self.form = nn.Linear(6, 8), nn.Linear(8, 5), form
+        self.register_buffer("places", torch.randn(3, 4, 6))
+
+    def forward(self, x):
+        return self.last(self.first(self.form(self, x)).relu()).mean(0)
+
+
+FORMS = {
+    "as they lie in memory": lambda net, x: x.transpose(1, 2).view(-1, 24).view(-1, 4, 6),
+    "at most three": lambda net, x: x.transpose(1, 2) + net.places[: x.shape[0]],
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_where_examples_lie_is_found_though_a_network_is_particular(form) -> None:
+    net = Sized(lambda net, x: FORMS[form](net, x).transpose(0, 1)).eval()
+    x = torch.randn(3, 4, 6).transpose(1, 2)
+    model = graph_model(net, capture(net, x))
+    dims = batch_dims(model, x)
+    assert {dims[node.name] for node in model.graph.calls if node.kind == "relu"} == {Along(1)}
+
+
+@pytest.mark.parametrize(
+    "criterion", [None, "fisher", "taylor", "activation", "obs", "compensated"]
+)
+def test_networks_on_pairs_are_pruned(criterion) -> None:
+    class Pairs(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(4, 8), nn.Linear(8, 5)
+
+        def forward(self, x):
+            return self.last(self.first(x.reshape(-1, 2, 4)).relu()).reshape(-1, 5)
+
+    x, y = torch.randn(8, 4), torch.randint(5, (8,))
+    small = prune(Pairs().eval(), x, Budget(macs=0.6), criterion=criterion, data=[(x, y)])
+    assert len(small.first.weight) < 8
 
 
 def test_of_a_network_of_one_batch_size_it_is_not_known() -> None:
@@ -254,6 +338,9 @@ def test_without_padding_examples_whose_trunk_is_zero_count_among_blocks() -> No
     assert 0 < int((~trunk.any(1)).sum()) < 64
     found = influences(net, trace(net, x), [x])
     np.testing.assert_allclose(found, [float(turned.mean())], rtol=1e-4)
+    for parameter in net.branch.parameters():
+        parameter.data.zero_()
+    assert influences(net, trace(net, x), [x]).tolist() == [0]
 
 
 @pytest.mark.parametrize(
@@ -261,6 +348,7 @@ def test_without_padding_examples_whose_trunk_is_zero_count_among_blocks() -> No
     [
         torch.zeros(4, 1, 5, 5),  # added to the scores of attention
         torch.zeros(5, 5),
+        torch.ones(5, 5, dtype=torch.bool).tril(),
         torch.tensor([[0.0, -1e4, -1e4]] * 4),
         torch.ones(4, 5, 5, dtype=torch.int64).tril(),
     ],
@@ -336,6 +424,12 @@ def test_examples_of_a_batch_that_is_all_padding_are_not_counted_for_repair() ->
     small = prune(net, texts(0), Budget(macs=0.6))
     data = [_all_padding(), texts(0), texts(0, seed=1)]
     healed, alone = (repair(net, small, given, samples=32) for given in (data, data[1:]))
+    labelled = [(inputs, inputs["input_ids"] % 4) for inputs in data]
+    first, second = (
+        prune(net, texts(0), Budget(macs=0.6), criterion="taylor", data=given, samples=16)
+        for given in (labelled, labelled[1:])
+    )
+    assert torch.equal(first.head.weight, second.head.weight)
     assert healed.repaired.errors == alone.repaired.errors
     assert any(after < before for before, after in healed.repaired.errors.values())
 

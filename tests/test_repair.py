@@ -1062,3 +1062,14 @@ def test_a_network_pruned_in_rounds_is_held_against_any_of_those_before(budget) 
         healed = repair(original, thrice, [x])
         assert not healed.repaired.skipped
         assert distance(original, healed, x) < distance(original, thrice, x)
+
+
+@pytest.mark.parametrize("hidden", [20, 40])
+def test_an_original_of_other_widths_is_refused(hidden) -> None:
+    def made(hidden: int) -> nn.Module:
+        return nn.Sequential(nn.Linear(10, hidden), nn.ReLU(), nn.Linear(hidden, 4)).eval()
+
+    x = torch.randn(64, 10)
+    small = rf.prune(made(32), x, rf.Budget(sparsity=0.5))
+    with pytest.raises(InputError, match=r"repair\(original\): its layers are not as wide"):
+        repair(made(hidden), small, [x])

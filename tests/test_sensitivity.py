@@ -298,3 +298,10 @@ def test_what_a_criterion_keeps_is_left_as_it_is() -> None:
     held = torch.arange(len(group), dtype=torch.float64)
     scored(group, Evidence(dict(NET.named_parameters())), lambda *_: held)[:] = -1
     assert torch.equal(held, torch.arange(len(group), dtype=torch.float64))
+
+
+def test_a_parameter_that_is_not_finite_is_named() -> None:
+    net = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2))
+    net[2].weight.data[0, 0] = float("nan")
+    with pytest.raises(InputError, match=r"2\.weight"):
+        sensitivity(net, [torch.randn(8, 4)], lambda m: 0.0)

@@ -546,7 +546,7 @@ def test_n_of_m_is_for_parameters_that_are_one_matrix(name) -> None:
     net, dim = PARTS[name]
     x = torch.randn(64, 8)
     if dim == 2:
-        with pytest.raises(InputError, match="not the matrix of a product"):
+        with pytest.raises(InputError, match="no product or convolution reads it"):
             rf.prune(net, x, structure="2:4")
     else:
         kept = rf.prune(net, x, structure="2:4").weight.movedim(dim, -1) != 0

@@ -123,10 +123,19 @@ def mask_of_all(inputs: Inputs) -> Tensor | None:
     mask = padding_of(inputs)
     if mask is None or mask.ndim != 2:
         return None
+    others = [t for t in tensors(inputs) if t is not mask and t.ndim]
+    if others and len(others[0]) != len(mask):
+        return None
     if isinstance(inputs, Mapping) and any(str(key).startswith("decoder_") for key in inputs):
         return None
     added = mask.is_floating_point() and not bool((mask > 0).any())
     return None if added else mask
+
+
+def has_tokens(inputs: Inputs) -> bool:
+    """Whether a position of a batch is no padding."""
+    mask = mask_of_all(inputs)
+    return mask is None or bool(mask.any())
 
 
 def fitting(mask: Tensor | None, answers: Tensor) -> Tensor | None:
@@ -294,6 +303,8 @@ def check_rereadable(data: object, where: str) -> None:
 class Leading:
     """The first examples of some data, batch by batch, anew at every reading.
 
+    Those of batches that are nothing but padding are not counted.
+
     Args:
         data: batches, labelled or not.
         examples: how many, at most; None for all.
@@ -318,7 +329,8 @@ class Leading:
             if missing is not None and missing < size:
                 inputs, kept = (between(v, 0, missing, size) for v in (inputs, kept))
             yield inputs, kept
-            missing = None if missing is None else missing - size
+            if missing is not None and has_tokens(inputs):
+                missing -= size
             if missing is not None and missing <= 0:
                 return
 

@@ -18,15 +18,15 @@ _TABLES: dict[Any, Any] = {}
 """What a table was made for -> the table; only those of what is registered now."""
 
 _LOCK = threading.RLock()
-"""Held while PyTorch's own function is exchanged: one thread at a time exports."""
+"""Held while PyTorch's own function is exchanged, by one thread at a time."""
 
 
 @contextmanager
 def kept_translations() -> Iterator[None]:
     """PyTorch's exporter takes a copy of the table that was made before, if there is one.
 
-    A table is made anew after operators or translations of them were registered. Where a version of
-    PyTorch or onnxscript has none of these names, nothing is changed.
+    A table is made anew after operators, or onnxscript's translations, were registered. Where a
+    version of PyTorch or onnxscript has none of these names, nothing is changed.
     """
     with _LOCK:
         table, registered = _table(), _registered()

@@ -3,7 +3,7 @@ graph."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import inf
 from typing import Any
@@ -66,18 +66,23 @@ class Pruned:
     missed: str = ""
     earlier: Pruned | None = None
 
-    def kept_of(self, original: nn.Module) -> Mapping[tuple[str, int], NDArray[np.int64]]:
+    def kept_of(self, original: nn.Module) -> Mapping[tuple[str, int], NDArray[np.int64]] | None:
         """(path, dimension) -> entries that stay of what was pruned, or pruned before that.
 
         Args:
-            original: any of these networks; the first whose widths are those that a record tells
-                of, from the last pruning on. Where none is, what the last one kept.
+            original: any of these networks, or the pruned one itself before it was quantized; the
+                first whose widths are those that a record tells of, from the last pruning on.
+
+        Returns:
+            None where no record tells of it.
         """
-        sizes = {w.layer: w.before for w in widths(original, {})}
+        own = _sizes((w.layer, w.before) for w in widths(original, {}))
+        if _agree(own, _sizes((w.layer, w.after) for w in self.widths)):
+            return {}
         record, kept = self, self.kept
-        while any(sizes.get(w.layer, w.before) != w.before for w in record.widths):
+        while not _agree(own, _sizes((w.layer, w.before) for w in record.widths)):
             if record.earlier is None:
-                return self.kept
+                return None
             record = record.earlier
             kept = {
                 **record.kept,
@@ -325,6 +330,19 @@ def _fault_in_training(model: nn.Module, example_inputs: Inputs) -> str:
     except InputError as error:
         return error.what
     return ""
+
+
+def _sizes(found: Iterable[tuple[str, int]]) -> dict[str, tuple[int, ...]]:
+    """Layer -> the widths of all kernels that it holds."""
+    sizes: dict[str, tuple[int, ...]] = {}
+    for layer, width in found:
+        sizes[layer] = (*sizes.get(layer, ()), width)
+    return sizes
+
+
+def _agree(first: Mapping[str, tuple[int, ...]], second: Mapping[str, tuple[int, ...]]) -> bool:
+    """Whether the layers that both tell of are as wide."""
+    return all(first[layer] == second[layer] for layer in first.keys() & second.keys())
 
 
 def widths(

@@ -257,10 +257,22 @@ def _kept(original: nn.Module, pruned: nn.Module) -> Mapping[tuple[str, int], ND
 
     A pruned network whose weights were rounded still tells of its pruning, though the original of
     the rounding has as many units.
+
+    Raises:
+        StrangersError: the compressed network was made of another one.
     """
     record = getattr(pruned, "pruned", None)
     shapes = [{name: t.shape for name, t in m.state_dict().items()} for m in (original, pruned)]
-    return {} if record is None or shapes[0] == shapes[1] else record.kept_of(original)
+    if record is None or shapes[0] == shapes[1]:
+        return {}
+    kept: Mapping[tuple[str, int], NDArray[np.int64]] | None = record.kept_of(original)
+    if kept is None:
+        raise StrangersError(
+            "repair(original)",
+            "its layers are not as wide as those of the network that was pruned",
+            "Give the network that was pruned, or one before it",
+        )
+    return kept
 
 
 def _is_stop(model: GraphModel, inputs: tuple[str, ...]) -> bool:

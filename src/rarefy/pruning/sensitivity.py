@@ -16,6 +16,7 @@ from rarefy.copies import copied, fingerprint, ordinary
 from rarefy.errors import InputError, first_line
 from rarefy.graph.trace import Network, trace
 from rarefy.progress import Bar
+from rarefy.pruning.checks import check_finite
 from rarefy.pruning.journal import Journal
 from rarefy.pruning.plan import Plan, Scores
 from rarefy.pruning.scoring.criteria import Criterion, named, needs, scored
@@ -100,6 +101,7 @@ def sensitivity(
     check_network(model, "sensitivity(model)")
     _check(ratios, evaluate)
     check_rereadable(data, "sensitivity(data)")
+    check_finite(model)
     model = ordinary(model)
     if example_inputs is None:
         example_inputs = take(next(batches(data, "sensitivity(data)"))[0], EXAMPLES)

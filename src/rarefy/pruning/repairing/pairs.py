@@ -31,7 +31,7 @@ class Pair:
 
 
 class StrangersError(InputError):
-    """The two networks have no layer in common."""
+    """One of the two networks was not made of the other."""
 
 
 Group: TypeAlias = tuple[Pair, ...]

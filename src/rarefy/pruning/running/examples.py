@@ -15,6 +15,7 @@ from rarefy.batches import (
     batch_size,
     batches,
     between,
+    has_tokens,
     length_of,
     lengthened,
     map_tensors,
@@ -24,7 +25,7 @@ from rarefy.batches import (
 from rarefy.errors import DataError
 from rarefy.graph.model import GraphModel, last_use
 from rarefy.graph.program import Graph, Spec
-from rarefy.pruning.running.origins import all_padding, counted, has_tokens
+from rarefy.pruning.running.origins import all_padding, counted
 from rarefy.types import Data, Inputs
 
 MEMORY = 1 << 30

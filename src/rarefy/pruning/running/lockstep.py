@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -150,64 +151,86 @@ def layer_name(node: Node) -> str:
 def batch_dims(model: GraphModel, inputs: Inputs) -> dict[str, Along] | None:
     """Name of a value -> where its examples lie, where it grows with their number.
 
-    Found by running on two examples and on four, the same ones and two more: what was merged with
-    them comes behind them where the rows of two come first among those of four, and before them
-    where they are two of every four.
+    Found by running on some examples and on the same ones twice: where what was merged with them
+    comes behind them, all entries of the first come first, and where it comes before them, they
+    come first of each part.
 
     Args:
         model: the network.
         inputs: a batch.
 
     Returns:
-        None where the network does not take both.
+        None where the network takes none of :data:`COUNTS` and twice as many.
     """
-    found: dict[str, Along] = {}
-    try:
-        with torch.no_grad():
-            few, more = (Run(model, part) for part in _two_and_four(inputs))
+    for count in COUNTS:
+        with suppress(Exception), torch.no_grad():  # a network of one batch size raises anything
+            few, more = (Run(model, part) for part in _once_and_twice(inputs, count))
+            found: dict[str, Along] = {}
             for node in model.graph.nodes:
                 if node.op != "output":
                     few.through(node)
                     more.through(node)
-                    along = _along(few.values[node.name], more.values[node.name])
+                    along = _along(few.values[node.name], more.values[node.name], count)
                     if along is not None:
                         found[node.name] = along
-    except Exception:  # noqa: BLE001 - a network of one batch size raises anything
-        return None
-    return found
+            return found
+    return None
 
 
-def _two_and_four(inputs: Inputs) -> tuple[Inputs, Inputs]:
-    """Two examples of a batch, which differ if any do, and the same twice."""
+ALIKE = 1e-5
+"""Difference below which values are the same, relative to the largest of them."""
+
+COUNTS = (2, 1, 3)
+"""How many examples a network is tried on, in order: few, and several where it takes several."""
+
+
+def _once_and_twice(inputs: Inputs, count: int) -> tuple[Inputs, Inputs]:
+    """Some examples of a batch, of which the second differs from the first if any does; and twice.
+
+    In memory they lie as those of the batch, which a network may view in its own way.
+    """
     size = batch_size(inputs)
     held = [tensor for tensor in tensors(inputs) if is_of(size, tensor)]
     other = next(
         (n for n in range(1, size) if any(not torch.equal(t[n], t[0]) for t in held)), size - 1
     )
+    numbers = torch.tensor([0, other, 0][:count])
 
-    def taken(*numbers: int) -> Inputs:
-        index = torch.tensor(numbers)
+    def taken(index: Tensor) -> Inputs:
         chosen: Inputs = map_tensors(
-            lambda t: t.index_select(0, index.to(t.device)) if is_of(size, t) else t.clone(), inputs
+            lambda t: _picked(t, index.to(t.device)) if is_of(size, t) else t.clone(), inputs
         )
         return chosen
 
-    return taken(0, other), taken(0, other, 0, other)
+    return taken(numbers), taken(numbers.repeat(2))
 
 
-def _along(two: Any, four: Any) -> Along | None:
-    """Where the examples of a value lie, of two and of four of them."""
-    if not isinstance(two, Tensor) or not isinstance(four, Tensor) or two.ndim != four.ndim:
+def _picked(tensor: Tensor, index: Tensor) -> Tensor:
+    """Some examples of a tensor, whose dimensions lie in its order."""
+    order = sorted(range(tensor.ndim), key=lambda d: -tensor.stride()[d])
+    back = [order.index(d) for d in range(tensor.ndim)]
+    return tensor.permute(order).index_select(back[0], index).permute(back)
+
+
+def _along(once: Any, twice: Any, count: int) -> Along | None:
+    """Where the examples of a value lie, of so many and of the same ones twice."""
+    if not isinstance(once, Tensor) or not isinstance(twice, Tensor) or once.ndim != twice.ndim:
         return None
-    sizes = enumerate(zip(two.shape, four.shape, strict=True))
+    sizes = enumerate(zip(once.shape, twice.shape, strict=True))
     dim = next((d for d, (n, m) in sizes if m == 2 * n > 0), None)
     if dim is None:
         return None
-    size = two.shape[dim]
-    if size == 2 or size % 2 or not two.is_floating_point():
+    each, rest = divmod(once.shape[dim], count)
+    if each <= 1 or rest or not once.is_floating_point():
         return Along(dim)
-    each = torch.arange(2 * size, device=four.device).view(-1, 4)[:, :2].flatten()
-    first, spread = four.narrow(dim, 0, size), four.index_select(dim, each)
-    precise = torch.promote_types(two.dtype, torch.float32)
-    apart = [float((part.to(precise) - two).abs().nansum()) for part in (first, spread)]
-    return Along(dim, inner=apart[1] < apart[0])
+    own = once.to(torch.promote_types(once.dtype, torch.float32))
+    entries = torch.arange(2 * once.shape[dim], device=twice.device)
+
+    def apart(before: int) -> float:
+        """How far the first examples of each part are from those that ran once."""
+        first = entries.view(before, 2, -1)[:, 0].flatten()
+        return float((twice.index_select(dim, first) - own).abs().nan_to_num().max())
+
+    found = {n: apart(n) for n in range(1, each + 1) if each % n == 0}
+    alike = 4 * min(found.values()) + ALIKE * float(own.abs().nan_to_num().max())
+    return Along(dim, next(n for n, far in found.items() if far <= alike))

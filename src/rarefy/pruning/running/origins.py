@@ -19,12 +19,30 @@ class Along:
 
     Attributes:
         dim: the dimension.
-        inner: whether what was merged with them (windows, heads, positions) comes before them, so
-            that the example is another at every step.
+        before: size of what was merged with them (windows, heads, positions) and comes before them,
+            so that all examples lie there as often.
+
+    Example:
+        >>> Along(0, before=2).examples(12, 3).tolist()
+        [0, 0, 1, 1, 2, 2, 0, 0, 1, 1, 2, 2]
     """
 
     dim: int
-    inner: bool = False
+    before: int = 1
+
+    def examples(self, size: int, count: int) -> Tensor:
+        """The number of each entry's example along the dimension, shape (size,).
+
+        Where it does not hold all examples alike, it is divided as if they were as long as each
+        other: of what is made of pairs, each half of the entries is of the first of two.
+
+        Args:
+            size: of the dimension.
+            count: how many examples there are.
+        """
+        entry = torch.arange(size)
+        behind, rest = divmod(size, self.before * count)
+        return entry * count // size if rest or not behind else entry // behind % count
 
 
 @dataclass(frozen=True)
@@ -33,7 +51,7 @@ class Origins:
 
     Rows are told apart by some dimensions of a value, one of which the examples are along. Where it
     is not known, it is taken to be the first one of a multiple of their number, and without one the
-    first is divided as if it were of examples; they come before what was merged with them then.
+    first; they come before what was merged with them then.
 
     Attributes:
         examples: how many.
@@ -66,19 +84,15 @@ class Origins:
         """
         if not dims:
             return torch.zeros(1, dtype=torch.int64)
-        own = self._along(name, shape, dims)
-        column = torch.arange(shape[own])
-        if self._inner(name, dims):
-            column = column % self.examples
-        else:
-            column = column * self.examples // shape[own]
-        return _spread(column, shape, (own,), dims)
+        along = self._along(name, shape, dims)
+        column = along.examples(shape[along.dim], self.examples)
+        return _spread(column, shape, (along.dim,), dims)
 
     def tokens_at(self, name: str, shape: Sequence[int], dims: Sequence[int]) -> Tensor | None:
         """Whether each row is of a token, shape (rows,).
 
         Positions are along the first other dimension of the length of the sequences, or merged
-        with the examples.
+        with the examples: before them, or behind all else.
 
         Args:
             name: of the value.
@@ -90,32 +104,30 @@ class Origins:
         """
         if self.tokens is None or not dims:
             return None
-        own, (examples, length) = self._along(name, shape, dims), self.tokens.shape
-        each, rest = divmod(shape[own], examples)
+        along, (examples, length) = self._along(name, shape, dims), self.tokens.shape
+        size = shape[along.dim]
+        behind, rest = divmod(size, along.before * examples)
         if rest:
             return None
-        positions = [d for d in dims if shape[d] == length and d != own]
-        inner = self._inner(name, dims)
+        example = along.examples(size, examples)
+        positions = [d for d in dims if shape[d] == length and d != along.dim]
         if positions:
-            again = self.tokens.repeat(each, 1)
-            table = again if inner else self.tokens.repeat_interleave(each, 0)
-            return _spread(table, shape, (own, positions[0]), dims)
-        merged = (self.tokens.T if inner else self.tokens).flatten()
-        return _spread(merged, shape, (own,), dims) if each == length else None
+            return _spread(self.tokens[example], shape, (along.dim, positions[0]), dims)
+        if length not in (along.before, behind):
+            return None
+        entry = torch.arange(size)
+        position = entry // (size // length) if along.before == length else entry % length
+        return _spread(self.tokens[example, position], shape, (along.dim,), dims)
 
     def tokens_beside(self, name: str, shape: Sequence[int], dim: int) -> Tensor | None:
         """:meth:`tokens_at` all dimensions of a value but one, counted from the end if negative."""
         return self.tokens_at(name, shape, [d for d in range(len(shape)) if d != dim % len(shape)])
 
-    def _along(self, name: str, shape: Sequence[int], dims: Sequence[int]) -> int:
-        """The dimension of the examples."""
+    def _along(self, name: str, shape: Sequence[int], dims: Sequence[int]) -> Along:
+        """Where the examples lie."""
         if name in self.dims and self.dims[name].dim in dims:
-            return self.dims[name].dim
-        return next((d for d in dims if shape[d] % self.examples == 0), dims[0])
-
-    def _inner(self, name: str, dims: Sequence[int]) -> bool:
-        """Whether the examples come behind what was merged with them."""
-        return name in self.dims and self.dims[name].dim in dims and self.dims[name].inner
+            return self.dims[name]
+        return Along(next((d for d in dims if shape[d] % self.examples == 0), dims[0]))
 
 
 def _spread(table: Tensor, shape: Sequence[int], own: Sequence[int], dims: Sequence[int]) -> Tensor:
@@ -125,14 +137,8 @@ def _spread(table: Tensor, shape: Sequence[int], own: Sequence[int], dims: Seque
     return table.permute(order).reshape(sizes).expand([shape[d] for d in dims]).reshape(-1)
 
 
-def has_tokens(inputs: Inputs) -> bool:
-    """Whether a position of a batch is no padding."""
-    mask = mask_of_all(inputs)
-    return mask is None or bool(mask.any())
-
-
 def all_padding(where: str) -> DataError:
-    """What is raised where no batch :func:`has_tokens`; one that has none is passed over."""
+    """What is raised where no batch has a token; one that has none is passed over."""
     return DataError(
         where,
         "every position is padding: attention_mask is 0 everywhere",

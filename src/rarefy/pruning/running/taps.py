@@ -7,7 +7,8 @@ its ``requires_grad`` and ``grad``. Nothing that runs here leaves a trace on the
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -207,8 +208,7 @@ class End:
         operand: name of the value that it reads.
         dim: dimension along which the units lie.
         units, positions: pairs of a unit and an entry that goes with it.
-        batch: dimension of the examples (those of one lie together), or None where the operand is
-            the same for all of them.
+        batch: where the examples lie, or None where the operand is the same for all of them.
     """
 
     node: str
@@ -216,18 +216,19 @@ class End:
     dim: int
     units: Tensor
     positions: Tensor
-    batch: int | None = 0
+    batch: Along | None = field(default_factory=partial(Along, 0))
 
     def summed(self, values: Tensor, examples: int) -> Tensor:
         """Sums of the values of each unit, by example: (examples, units that end here), pairs."""
-        batch = self.batch
-        rest = [d for d in range(values.ndim) if d not in (self.dim, batch)]
+        own = () if self.batch is None else (self.batch.dim,)
+        rest = [d for d in range(values.ndim) if d not in (self.dim, *own)]
         total = values.sum(rest) if rest else values
-        if batch is None:
-            total = total[None].expand(examples, -1) / examples
-        elif batch > self.dim:
-            total = total.T
-        per_example = total.reshape(examples, -1, total.shape[-1]).sum(1)
+        if self.batch is None:
+            per_example = total[None].expand(examples, -1) / examples
+        else:
+            total = total.T if self.batch.dim > self.dim else total
+            index = self.batch.examples(len(total), examples).to(total.device)
+            per_example = total.new_zeros(examples, total.shape[1]).index_add_(0, index, total)
         return per_example.double()[:, self.positions]
 
 
@@ -309,16 +310,15 @@ def _renumbered(
 
 
 def _with_batch(model: Watched, found: Sequence[End], inputs: Inputs) -> list[End]:
-    """The ends, each with the dimension that grows with the number of examples."""
+    """The ends, each with where its examples lie."""
     graph, examples = model.network.captured.graph, batch_size(inputs)
 
-    def batch(end: End) -> int | None:
+    def batch(end: End) -> Along | None:
         if model.dims is not None:
-            along = model.dims.get(end.operand)
-            return None if along is None else along.dim
+            return model.dims.get(end.operand)
         captured = graph.by_name[end.operand].shape
         lead = [d for d, n in enumerate(captured) if d != end.dim and n % examples == 0]
-        return lead[0] if lead else None
+        return Along(lead[0]) if lead else None
 
     return [replace(end, batch=batch(end)) for end in found]
 

@@ -19,6 +19,7 @@ from rarefy.errors import DataError, InputError
 from rarefy.graph.program import Ref
 from rarefy.graph.trace import Network
 from rarefy.pruning.running.inputs import rows, squares
+from rarefy.pruning.running.origins import Along
 from rarefy.pruning.running.products import Product, matrix, products
 from rarefy.pruning.running.taps import End, Runner, Watched, tapped
 from rarefy.pruning.scoring import gradients
@@ -179,7 +180,7 @@ def _activations(job: Job) -> dict[str, Any]:
         each = x.numel() / x.shape[end.dim]
         if tokens is not None:
             x = x.movedim(end.dim, -1).flatten(0, -2)[tokens.to(x.device)]
-            end, each = replace(end, dim=1, batch=0), len(x)
+            end, each = replace(end, dim=1, batch=Along(0)), len(x)
         entries = end.summed(x, 1)[0].cpu()
         total.index_add_(0, end.units, entries)
         count.index_add_(0, end.units, torch.full_like(entries, each))

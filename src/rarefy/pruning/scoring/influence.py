@@ -175,7 +175,9 @@ class _Watched(GraphModel):
         operands = (arg.name for arg in node.args[:2])
         trunk = self._rows(values[next(n for n in operands if n != self._branches[node.name])])
         found: Tensor = super().step(node, function, values)
-        turned = 1 - torch.cosine_similarity(trunk, self._rows(found), dim=1, eps=1e-30)
+        sums = self._rows(found)
+        turned = 1 - torch.cosine_similarity(trunk, sums, dim=1, eps=1e-30)
+        turned = turned.masked_fill((sums == trunk).all(1), 0.0)  # of zeros, too
         if isinstance(counted(found, self._tokens), Tensor):  # of examples without a token nothing
             assert self._tokens is not None
             turned = turned[self._tokens.bool().any(1).to(turned.device)]

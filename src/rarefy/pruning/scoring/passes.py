@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from operator import itemgetter
 from typing import Any, TypeAlias
@@ -17,6 +17,7 @@ from rarefy.batches import (
     between,
     call,
     fitting,
+    has_tokens,
     logits,
     map_tensors,
     mask_of,
@@ -27,7 +28,7 @@ from rarefy.distillation.losses import CrossEntropy
 from rarefy.distillation.losses.layouts import IGNORE
 from rarefy.errors import DataError, InputError, RarefyError, first_line
 from rarefy.graph.trace import Network
-from rarefy.pruning.running.origins import Origins, all_padding, counted, has_tokens
+from rarefy.pruning.running.origins import Origins, all_padding, counted
 from rarefy.pruning.running.taps import Runner, Watched
 from rarefy.types import Data, Inputs
 
@@ -153,7 +154,8 @@ class Job:
         """The loss against targets drawn from what the network predicts.
 
         Its squared gradients are the Fisher information, on average: of the labels where the
-        network gives logits, else of a normal distribution around every output.
+        network gives logits, else of a normal distribution around the output. Where it gives both,
+        that of each counts.
         """
         if self.labelled or self.loss is not None:
             raise DataError(
@@ -162,19 +164,22 @@ class Job:
                 "Yield (inputs, targets); criterion='fisher' takes unlabelled data, without loss=",
             )
         scores = _class_scores(answers)
+        numbers = [t for t in tensors(answers) if t.is_floating_point() and t.numel()]
         if scores is None or _are_real(targets, scores):
-            return self._noise(answers, padding)
+            return self._noise(numbers, padding)
         last = scores.detach().float().softmax(-1)
         if bool(last.isnan().any()):
             raise DataError(WHERE, "the network's outputs are NaN or infinite", "Check the data")
         drawn = torch.multinomial(last.flatten(0, -2).cpu(), 1, generator=self.generator)
         labels = drawn.view(last.shape[:-1]).to(scores.device)
-        return CrossEntropy()(scores, labels, mask=_mask(answers, scores, padding))
+        own = mask_of(answers)
+        others = [t for t in numbers if t is not scores and t is not own]
+        found = CrossEntropy()(scores, labels, mask=_mask(answers, scores, padding))
+        return found + self._noise(others, padding) if others else found
 
-    def _noise(self, answers: Any, padding: Tensor | None) -> Tensor:
+    def _noise(self, found: Sequence[Tensor], padding: Tensor | None) -> Tensor:
         """For ``t = y + e * rms(y)`` with normal ``e`` the squared error's gradient is that of
         ``e * y / rms(y)``; all outputs of a network count alike, whatever their size."""
-        found = [t for t in tensors(answers) if t.is_floating_point() and t.numel()]
         if not found:
             raise InputError(
                 "prune(data)", "the network returns no numbers", "Use criterion='magnitude'"

@@ -193,7 +193,7 @@ def oriented(
             if isinstance(pattern, Unstructured):
                 found.append(layer)
             else:
-                dense[layer.path] = "it is not the matrix of a product"
+                dense[layer.path] = "no product or convolution reads it as it is"
             continue
         turned = replace(layer, input_dim=place[0], groups=place[1])
         if reason := _too_small(turned, pattern):
