@@ -1073,3 +1073,21 @@ def test_an_original_of_other_widths_is_refused(hidden) -> None:
     small = rf.prune(made(32), x, rf.Budget(sparsity=0.5))
     with pytest.raises(InputError, match=r"repair\(original\): its layers are not as wide"):
         repair(made(hidden), small, [x])
+
+
+def test_units_that_no_layer_gives_are_known_of_the_original() -> None:
+    """Those of an embedding lie along its last dimension, which is no layer's width."""
+
+    class Words(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.head = nn.Embedding(40, 16), nn.Linear(16, 4)
+
+        def forward(self, ids):
+            return self.head(self.embed(ids).relu().mean(1))
+
+    net, ids = Words().eval(), torch.randint(40, (256, 6))
+    small = rf.prune(net, ids, rf.Budget(sparsity=0.5))
+    assert len(small.embed.weight[0]) == 8
+    ((before, after),) = repair(net, small, [ids]).repaired.errors.values()
+    assert after < before

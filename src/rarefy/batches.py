@@ -124,7 +124,7 @@ def mask_of_all(inputs: Inputs) -> Tensor | None:
     if mask is None or mask.ndim != 2:
         return None
     others = [t for t in tensors(inputs) if t is not mask and t.ndim]
-    if others and len(others[0]) != len(mask):
+    if others and not any(is_of(len(mask), tensor) for tensor in others):
         return None
     if isinstance(inputs, Mapping) and any(str(key).startswith("decoder_") for key in inputs):
         return None

@@ -76,11 +76,16 @@ class Pruned:
         Returns:
             None where no record tells of it.
         """
-        own = _sizes((w.layer, w.before) for w in widths(original, {}))
-        if _agree(own, _sizes((w.layer, w.after) for w in self.widths)):
+        shapes = {path: tensor.shape for path, tensor in original.state_dict().items()}
+        held = [
+            shapes[path][dim] == len(entries)
+            for (path, dim), entries in self.kept.items()
+            if path in shapes
+        ]
+        if held and all(held):
             return {}
-        record, kept = self, self.kept
-        while not _agree(own, _sizes((w.layer, w.before) for w in record.widths)):
+        record, kept, own = self, self.kept, _before(widths(original, {}))
+        while not _agree(own, _before(record.widths)):
             if record.earlier is None:
                 return None
             record = record.earlier
@@ -332,11 +337,11 @@ def _fault_in_training(model: nn.Module, example_inputs: Inputs) -> str:
     return ""
 
 
-def _sizes(found: Iterable[tuple[str, int]]) -> dict[str, tuple[int, ...]]:
-    """Layer -> the widths of all kernels that it holds."""
+def _before(found: Iterable[Width]) -> dict[str, tuple[int, ...]]:
+    """Layer -> the widths before pruning of all kernels that it holds."""
     sizes: dict[str, tuple[int, ...]] = {}
-    for layer, width in found:
-        sizes[layer] = (*sizes.get(layer, ()), width)
+    for width in found:
+        sizes[width.layer] = (*sizes.get(width.layer, ()), width.before)
     return sizes
 
 
