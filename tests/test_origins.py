@@ -119,14 +119,16 @@ def test_what_is_merged_before_the_examples_is_told_from_what_is_merged_behind_t
     class Merging(nn.Module):
         def forward(self, x):
             middle = x.unflatten(1, (2, 2)).permute(1, 0, 2, 3).flatten(0, 2)
-            return x.flatten(0, 1).sin(), x.transpose(0, 1).flatten(0, 1).cos(), middle.tan()
+            before = x.transpose(0, 1).flatten(0, 1)
+            return x.flatten(0, 1).sin(), before.cos(), middle.tan(), before.abs().log()
 
     net, x = Merging(), torch.randn(6, 4, 4)
     x[:same] = x[0, 0]  # examples that are alike do not tell
+    x[..., 0] = 0  # whose logarithm is infinite
     model = graph_model(net, capture(net, x))
     dims = batch_dims(model, x)
     kinds = {node.kind: dims.get(node.name) for node in model.graph.calls}
-    assert [kinds[kind].before for kind in ("sin", "tan", "cos")] == [1, 2, 4]
+    assert [kinds[kind].before for kind in ("sin", "tan", "cos", "log")] == [1, 2, 4, 4]
 
 
 @pytest.mark.parametrize("criterion", ["taylor", "fisher", "activation"])
@@ -218,7 +220,8 @@ class Sized(nn.Module):
         self.register_buffer("places", torch.randn(3, 4, 6))
 
     def forward(self, x):
-        return self.last(self.first(self.form(self, x)).relu()).mean(0)
+        tokens = self.form(self, x).transpose(0, 1)
+        return self.last(self.first(tokens).relu()).mean(0)
 
 
 FORMS = {
@@ -229,7 +232,7 @@ FORMS = {
 
 @pytest.mark.parametrize("form", FORMS)
 def test_where_examples_lie_is_found_though_a_network_is_particular(form) -> None:
-    net = Sized(lambda net, x: FORMS[form](net, x).transpose(0, 1)).eval()
+    net = Sized(FORMS[form]).eval()
     x = torch.randn(3, 4, 6).transpose(1, 2)
     model = graph_model(net, capture(net, x))
     dims = batch_dims(model, x)

@@ -17,6 +17,12 @@ from rarefy.graph.program import Node, substitute
 from rarefy.pruning.running.origins import Along, Origins
 from rarefy.types import Inputs
 
+ALIKE = 1e-5
+"""Difference below which values are the same, relative to the largest of them."""
+
+COUNTS = (2, 1, 3)
+"""How many examples a network is tried on, in order: few, and several where it takes several."""
+
 
 class Run:
     """One network on its way through a graph, operator by operator.
@@ -177,13 +183,6 @@ def batch_dims(model: GraphModel, inputs: Inputs) -> dict[str, Along] | None:
     return None
 
 
-ALIKE = 1e-5
-"""Difference below which values are the same, relative to the largest of them."""
-
-COUNTS = (2, 1, 3)
-"""How many examples a network is tried on, in order: few, and several where it takes several."""
-
-
 def _once_and_twice(inputs: Inputs, count: int) -> tuple[Inputs, Inputs]:
     """Some examples of a batch, of which the second differs from the first if any does; and twice.
 
@@ -232,5 +231,6 @@ def _along(once: Any, twice: Any, count: int) -> Along | None:
         return float((twice.index_select(dim, first) - own).abs().nan_to_num().max())
 
     found = {n: apart(n) for n in range(1, each + 1) if each % n == 0}
-    alike = 4 * min(found.values()) + ALIKE * float(own.abs().nan_to_num().max())
+    largest = float(own.abs().nan_to_num(posinf=0.0).max())
+    alike = 4 * min(found.values()) + ALIKE * largest
     return Along(dim, next(n for n, far in found.items() if far <= alike))
