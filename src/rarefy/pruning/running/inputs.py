@@ -130,14 +130,13 @@ def rows(
             counted = _counted(origins, product, (len(x), 0, *lead[1:]))
             counted = counted[(counted >= start) & (counted < start + every)] - start
         index = drawn(counted)
+        first, start = start, start + every
         if not len(index):
-            start += every
             continue
         if len(index) < every:
             found = found[torch.unravel_index(index.to(x.device), lead)]
         inputs = found.reshape(len(index), product.groups, -1).transpose(0, 1)
-        yield Rows(inputs, index + start, len(counted))
-        start += every
+        yield Rows(inputs, index + first, len(counted))
 
 
 def _counted(origins: Origins | None, product: Product, shape: Sequence[int]) -> Tensor:

@@ -33,8 +33,8 @@ class Along:
     def examples(self, size: int, count: int) -> Tensor:
         """The number of each entry's example along the dimension, shape (size,).
 
-        Where it does not hold all examples alike, it is divided as if they were as long as each
-        other: of what is made of pairs, each half of the entries is of the first of two.
+        Where it does not hold whole examples, they share it in their order: what is made of a pair
+        is of the first of the two.
 
         Args:
             size: of the dimension.

@@ -178,9 +178,9 @@ class _Watched(GraphModel):
         sums = self._rows(found)
         turned = 1 - torch.cosine_similarity(trunk, sums, dim=1, eps=1e-30)
         turned = turned.masked_fill((sums == trunk).all(1), 0.0)  # of zeros, too
-        if isinstance(counted(found, self._tokens), Tensor):  # of examples without a token nothing
-            assert self._tokens is not None
-            turned = turned[self._tokens.bool().any(1).to(turned.device)]
+        tokens = counted(found, self._tokens)
+        if isinstance(tokens, Tensor):  # an example without any has nothing to tell
+            turned = turned[tokens.flatten(1).any(1)]
         self.turned[node.name] += float(turned.clamp_min(0).sum())
         self.rows[node.name] += len(turned)
         return found
